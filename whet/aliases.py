@@ -1,0 +1,140 @@
+"""Peers' names for our settings: accepted, rewritten and reported, so that a recipe can be brought along.
+
+Sources: the option names of Hugging Face's TrainingArguments, PEFT, TRL, Axolotl, LLaMA-Factory, ms-swift, LitGPT and
+mlx-lm. A name that means the opposite (`train_on_inputs`) is turned round; one that would mean something else here is
+refused, never guessed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from whet.base.errors import UserError
+
+# A peer's name, alone or inside a section, to ours.
+NAMES = {
+    "model_name_or_path": "model.path", "base_model": "model.path", "model_id": "model.path",
+    "name_or_path": "model.path", "tokenizer_name_or_path": "model.tokenizer", "template": "model.chat_template",
+    "bnb_4bit_use_double_quant": "base.double_quant", "use_double_quant": "base.double_quant",
+    "double_quantization": "base.double_quant",
+    "peft": "method.name", "adapter": "method.name", "finetuning_type": "method.name", "tuner_type": "method.name",
+    "fine_tune_type": "method.name",
+    "lora_r": "method.r", "lora_rank": "method.r", "rank": "method.r", "alpha": "method.lora_alpha",
+    "lora_alpha": "method.lora_alpha", "lora_dropout": "method.lora_dropout", "dropout": "method.lora_dropout",
+    "target_modules": "method.target_modules", "lora_target_modules": "method.target_modules",
+    "lora_target": "method.target_modules", "use_rslora": "method.use_rslora", "peft_use_rslora": "method.use_rslora",
+    "dataset_name": "data.dataset", "datasets": "data.dataset", "path": "data.dataset", "train_file": "data.dataset",
+    "dataset_path": "data.dataset", "dataset": "data.dataset", "val_size": "data.val_size",
+    "val_set_size": "data.val_size", "split_dataset_ratio": "data.val_size", "validation_size": "data.val_size",
+    "val_split": "data.val_size", "eval_file": "data.eval_dataset", "eval_dataset": "data.eval_dataset",
+    "max_length": "data.max_length", "max_seq_length": "data.max_length", "max_seq_len": "data.max_length",
+    "sequence_len": "data.max_length", "cutoff_len": "data.max_length", "model_max_length": "data.max_length",
+    "seq_length": "data.max_length", "packing": "data.packing", "sample_packing": "data.packing",
+    "neat_packing": "data.packing", "packed": "data.packing", "pack": "data.packing",
+    "padding_free": "data.padding_free", "max_samples": "data.max_rows", "columns": "data.columns",
+    "micro_batch_size": "train.per_device_train_batch_size", "batch_size": "train.per_device_train_batch_size",
+    "local_batch_size": "train.per_device_train_batch_size",
+    "per_device_train_batch_size": "train.per_device_train_batch_size",
+    "grad_accumulation": "train.gradient_accumulation_steps",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "num_train_epochs": "train.num_train_epochs", "num_epochs": "train.num_train_epochs",
+    "epochs": "train.num_train_epochs", "max_steps": "train.max_steps", "iters": "train.max_steps",
+    "learning_rate": "train.learning_rate", "lr": "train.learning_rate",
+    "lr_scheduler": "train.lr_scheduler_type", "lr_scheduler_type": "train.lr_scheduler_type",
+    "warmup_ratio": "train.warmup_ratio", "weight_decay": "train.weight_decay", "max_grad_norm": "train.max_grad_norm",
+    "gradient_clipping": "train.max_grad_norm", "optim": "train.optim", "optimizer": "train.optim",
+    "gradient_checkpointing": "train.gradient_checkpointing", "grad_checkpoint": "train.gradient_checkpointing",
+    "enable_activation_checkpointing": "train.gradient_checkpointing",
+    "eval_steps": "train.eval_steps", "save_steps": "train.save_steps", "save_total_limit": "train.save_total_limit",
+    "logging_steps": "train.logging_steps", "seed": "train.seed",
+    "load_best_model_at_end": "train.load_best_model_at_end",
+    "early_stopping_patience": "train.early_stopping_patience",
+    "early_stopping_steps": "train.early_stopping_patience",
+    "max_new_tokens": "eval.max_new_tokens",
+}  # fmt: skip
+
+# Sections in which a short name keeps its section's meaning instead of the table's.
+LOCAL = {
+    "model.path": "model.path", "data.path": "data.dataset", "data.max_rows": "data.max_rows",
+    "eval.max_rows": "eval.max_rows", "eval.batch_size": "eval.per_device_eval_batch_size",
+    "per_device_eval_batch_size": "eval.per_device_eval_batch_size",
+    "eval.dataset": "data.eval_dataset",
+}  # fmt: skip
+
+OPTIMISERS = {
+    "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw_bnb_8bit": "adamw_8bit",
+    "adamw8bit": "adamw_8bit", "paged_adamw8bit": "paged_adamw_8bit",
+}  # fmt: skip
+SCHEDULES = {"wsd": "warmup_stable_decay", "constant_with_warmup": "constant"}
+SECTIONS = ("model", "base", "method", "data", "train", "eval", "output_dir")
+
+Rewritten = list[tuple[str, Any, str | None]]
+
+
+def canonical(path: str, value: Any, file: str | None, line: int | None) -> Rewritten:
+    """Our dotted paths and values for a setting as written, each with a note when it was rewritten."""
+    section, _, name = path.partition(".")
+    inside = bool(name) and section in SECTIONS
+    word = name if inside else path
+    if (turned := _turned(word, value, file, line)) is not None:
+        return [(new, item, f"{word}: read as {new}={_shown(item)}") for new, item in turned]
+    target = LOCAL.get(path) or (path if inside and _ours(path) else NAMES.get(word, path))
+    if target == "method.name" and value == "qlora":
+        return [
+            ("method.name", "lora", "qlora: read as method.name=lora with base.storage=nf4"),
+            ("base.storage", "nf4", None),
+        ]
+    new_value = value
+    if target == "train.optim" and isinstance(value, str):
+        new_value = OPTIMISERS.get(value, value)
+    if target == "train.lr_scheduler_type" and isinstance(value, str):
+        new_value = SCHEDULES.get(value, value)
+    if target == "method.target_modules" and value == "all":
+        new_value = "all-linear"
+    changed = target != path or new_value != value
+    note = f"{word}={_shown(value)}: read as {target}={_shown(new_value)}" if changed else None
+    return [(target, new_value, note)]
+
+
+def _turned(word: str, value: Any, file: str | None, line: int | None) -> list[tuple[str, Any]] | None:
+    """Names whose value must be translated too."""
+    if word in ("load_in_4bit", "q_lora") and isinstance(value, bool):
+        return [("base.storage", "nf4")] if value else []
+    if word == "bnb_4bit_quant_type" and value == "nf4":
+        return [("base.storage", "nf4")]
+    if word in ("quantization_bit", "quant_bits") and value == 4:
+        return [("base.storage", "nf4")]
+    if word in ("train_on_inputs", "train_on_prompt") and isinstance(value, bool):
+        return [("data.loss_on", "all" if value else "assistant")]
+    if word in ("assistant_only_loss", "completion_only_loss", "mask_prompt") and isinstance(value, bool):
+        return [("data.loss_on", "assistant" if value else "all")]
+    if word == "bf16" and isinstance(value, bool):
+        return [("base.compute", "bf16" if value else None)]
+    if word in ("trust_remote_code", "hf_token", "token", "api_key", "wandb_api_key"):
+        raise UserError(
+            "whet never runs a model's own code" if word == "trust_remote_code" else "a recipe holds no secrets",
+            file=file,
+            row=line,
+            field=word,
+            fix="remove the line" if word == "trust_remote_code" else "set it in the environment (HF_TOKEN)",
+        )
+    return None
+
+
+def _ours(path: str) -> bool:
+    """Whether a path inside a section is already one of our names (so that no alias may move it)."""
+    from whet.data.config import Data
+    from whet.engine.config import Base, Model
+    from whet.methods.all import METHODS
+    from whet.settings import Eval, Train
+
+    section, _, name = path.partition(".")
+    owners: dict[str, list[type]] = {
+        "model": [Model], "base": [Base], "method": list(METHODS.values()), "data": [Data], "train": [Train],
+        "eval": [Eval],
+    }  # fmt: skip
+    return any(name in owner.__dataclass_fields__ for owner in owners.get(section, []))  # type: ignore[attr-defined]
+
+
+def _shown(value: Any) -> str:
+    return {True: "true", False: "false", None: "auto"}.get(value, str(value)) if not isinstance(value, list) else str(value)

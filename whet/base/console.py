@@ -1,0 +1,98 @@
+"""All that a person reads while a command runs goes through here, to stderr; stdout belongs to the answer.
+
+On a terminal there is a live progress bar; elsewhere (a log file, CI) a plain line every few seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+PLAIN_EVERY_SECONDS = 5.0
+_consoles: dict[bool, Console] = {}
+
+
+def console(*, stdout: bool = False) -> Console:
+    """The rich console of stderr, or of stdout for an answer that is meant for people."""
+    from rich.console import Console
+
+    if stdout not in _consoles:
+        _consoles[stdout] = Console(stderr=not stdout, highlight=False, soft_wrap=True)
+    return _consoles[stdout]
+
+
+def say(text: str, style: str | None = None) -> None:
+    """One line to stderr."""
+    console().print(text, style=style, markup=False)
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' notices and progress bars out of whet's output."""
+    for name in ("transformers", "peft", "bitsandbytes", "torch.distributed", "httpx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+
+
+class Progress:
+    """A progress bar with free text at its end; use as a context manager and call `advance`."""
+
+    def __init__(self, title: str, total: int, start: int = 0) -> None:
+        self.title, self.total, self.done = title, total, start
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
+        self._last, self._first, self._from = 0.0, time.monotonic(), start
+        self._width = 0
+
+    def __enter__(self) -> Progress:
+        if console().is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"), TextColumn("eta"), TimeRemainingColumn(), console=console(),
+            )  # fmt: skip
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, text="")
+            self._bar.start()
+        return self
+
+    def advance(self, text: str = "", by: int = 1) -> None:
+        """Move on by `by` and show `text`."""
+        self.done += by
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self.done, text=text)
+            return
+        now = time.monotonic()
+        if now - self._last >= PLAIN_EVERY_SECONDS or self.done >= self.total:
+            self._last = now
+            rate = (self.done - self._from) / max(now - self._first, 1e-9)
+            left = (self.total - self.done) / rate if rate > 0 else 0.0
+            say(f"{self.title} {self.done}/{self.total}  {text}  eta {left:.0f} s".replace("    ", "  "))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def bytes_text(count: float) -> str:
+    """1234567 as '1.2 MiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

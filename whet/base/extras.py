@@ -1,0 +1,27 @@
+"""Optional packages: imported when first needed, and named with their price when absent."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from whet.base.errors import UserError
+
+EXTRAS = {
+    "bitsandbytes": "gpu",
+    "rouge_score": "eval",
+    "sacrebleu": "eval",
+    "tensorboard": "trackers",
+}
+
+
+def require(module: str, needed_for: str) -> ModuleType:
+    """Import `module`, or raise UserError that names the extra which brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as missing:
+        package = module.partition(".")[0]
+        raise UserError(
+            f"{needed_for} needs the package {package}, which is not installed",
+            fix=f"pip install 'whet[{EXTRAS[package]}]'",
+        ) from missing

@@ -1,0 +1,108 @@
+"""Rows into batches: a deterministic order that depends on the seed and the epoch alone.
+
+Step k always takes the same rows, so resuming is looking up k, not replaying. A batch is laid out flat (documents end
+to end in one row, no padding) or padded; both carry, for each learned token, the position that predicts it, so only
+those logits are ever computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from whet.data.rows import Rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass. ids, positions: int64 [B, T] (flat: B = 1).
+
+    bounds: document boundaries of a flat row, else None. columns: positions whose logits are needed, int64 [C], shared
+    by all rows; picks: (row, index into columns) of each target, both int64 [N]; targets: int64 [N].
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    bounds: tuple[int, ...] | None
+    columns: np.ndarray
+    picks: tuple[np.ndarray, np.ndarray]
+    targets: np.ndarray
+    rows: tuple[int, ...]
+    tokens: int
+
+    def sha256(self) -> str:
+        """Of what the model is shown and asked."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.positions, self.targets, *self.picks):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+class Batches:
+    """The batches of a run. units: what is drawn together: single rows, or packed groups of rows."""
+
+    def __init__(
+        self, rows: Rows, bins: Sequence[Sequence[int]] | None, *, size: int, accumulate: int, flat: bool, seed: int
+    ) -> None:
+        self.rows = rows
+        self.units = [tuple(unit) for unit in bins] if bins is not None else [(index,) for index in range(len(rows))]
+        self.size, self.accumulate, self.flat, self.seed = size, accumulate, flat, seed
+        self.steps_per_epoch = math.ceil(len(self.units) / (size * accumulate))
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+
+    def step(self, index: int) -> list[Batch]:
+        """The micro-batches of optimiser step `index` (from 0), in order."""
+        epoch, place = divmod(index, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.units)))
+        window = self._order[1][place * self.size * self.accumulate : (place + 1) * self.size * self.accumulate]
+        groups = [window[start : start + self.size] for start in range(0, len(window), self.size)]
+        return [self._batch([int(unit) for unit in group]) for group in groups]
+
+    def all(self) -> list[list[int]]:
+        """Every unit once, in order, in groups of `size`: for evaluation. Similar lengths go together."""
+        order = sorted(range(len(self.units)), key=lambda u: (sum(self.rows.lengths[list(self.units[u])]), u))
+        return [order[start : start + self.size] for start in range(0, len(order), self.size)]
+
+    def batch(self, units: list[int]) -> Batch:
+        """The batch of these units."""
+        return self._batch(units)
+
+    def longest(self) -> Batch:
+        """The batch that needs most memory: the longest units together."""
+        lengths = [sum(int(self.rows.lengths[row]) for row in unit) for unit in self.units]
+        order = sorted(range(len(lengths)), key=lambda unit: -lengths[unit])
+        return self._batch(order[: self.size])
+
+    def _batch(self, units: list[int]) -> Batch:
+        rows = tuple(row for unit in units for row in self.units[unit])
+        pieces = [self.rows.row(row) for row in rows]
+        return _flat(pieces, rows) if self.flat else _padded(pieces, rows)
+
+
+def _flat(pieces: list[tuple[np.ndarray, np.ndarray]], rows: tuple[int, ...]) -> Batch:
+    ids = np.concatenate([piece[0] for piece in pieces]).astype(np.int64)
+    learned = np.concatenate([piece[1] for piece in pieces])
+    positions = np.concatenate([np.arange(len(piece[0]), dtype=np.int64) for piece in pieces])
+    bounds = tuple(np.cumsum([0, *(len(piece[0]) for piece in pieces)]).tolist())
+    targets = np.flatnonzero(learned)
+    picks = (np.zeros(len(targets), np.int64), np.arange(len(targets), dtype=np.int64))
+    return Batch(ids[None], positions[None], bounds, targets - 1, picks, ids[targets], rows, len(ids))
+
+
+def _padded(pieces: list[tuple[np.ndarray, np.ndarray]], rows: tuple[int, ...]) -> Batch:
+    longest = max(len(piece[0]) for piece in pieces)
+    ids = np.zeros((len(pieces), longest), np.int64)
+    learned = np.zeros((len(pieces), longest), bool)
+    for index, (row_ids, row_learned) in enumerate(pieces):
+        ids[index, : len(row_ids)] = row_ids
+        learned[index, : len(row_ids)] = row_learned
+    row_index, place = np.nonzero(learned)
+    columns, inverse = np.unique(place - 1, return_inverse=True)
+    positions = np.broadcast_to(np.arange(longest, dtype=np.int64), ids.shape).copy()
+    tokens = sum(len(piece[0]) for piece in pieces)
+    return Batch(ids, positions, None, columns, (row_index, inverse), ids[row_index, place], rows, tokens)

@@ -1,0 +1,205 @@
+"""Conversations become text and character spans: what each message wrote, and where its turn ends.
+
+Spans come from structure. A conversation is rendered twice: as it is, and with every content replaced by a mark of
+its own; the text between the marks is what the template itself writes, and walking the real text along it gives the
+place of every content, however often its words occur elsewhere. Templates that change contents (strip them, drop
+earlier thinking) are followed where the rewriting is recognisable and refused where it is not. Nothing is ever found
+by searching for a string.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from whet.base.errors import UserError, nearest
+from whet.data.standardise import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+NAMED = {path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Where a message stands in the text. start..end: its content; stop: end of the token that closes the turn.
+
+    stop == end when the template closes the turn with no special token.
+    """
+
+    role: str
+    start: int
+    end: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One conversation as the model reads it, with its turns in order."""
+
+    text: str
+    turns: tuple[Turn, ...]
+
+
+def use_template(tokenizer: PreTrainedTokenizerFast, name: str | None) -> None:
+    """Give the tokenizer the template that the recipe names; the model's own stays when it names none.
+
+    Raises UserError for an unknown name and for markers that the vocabulary does not have.
+    """
+    if name is None:
+        return
+    if name in NAMED:
+        missing = [t for t in CHATML_TOKENS if t not in tokenizer.get_vocab()] if name == "chatml" else []
+        if missing:
+            raise UserError(
+                f"the tokenizer has no token {missing[0]}, so ChatML turns would never end",
+                field="model.chat_template",
+                found=name,
+                expected="a template whose markers are in the vocabulary",
+                fix="model.chat_template=alpaca, which ends turns with the model's own end token",
+            )
+        tokenizer.chat_template = NAMED[name].read_text(encoding="utf-8")
+        return
+    path = Path(name).expanduser()
+    if path.suffix == ".jinja" and path.is_file():
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        return
+    raise UserError(
+        "there is no such chat template",
+        field="model.chat_template",
+        found=name,
+        expected=f"{', '.join(NAMED)} or a .jinja file",
+        fix=f"write {nearest(name, NAMED) or 'chatml'}",
+    )
+
+
+class Template:
+    """The tokenizer's chat template, with the spans of what it renders."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        if not tokenizer.chat_template:
+            raise UserError(
+                "the model has no chat template, so conversations cannot be rendered",
+                field="model.chat_template",
+                found="none",
+                expected=f"{', '.join(NAMED)} or a .jinja file",
+                fix="model.chat_template=alpaca (or chatml when the vocabulary has its markers)",
+            )
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.values()
+        self.specials = sorted({str(t) for t in added if t.special} | set(tokenizer.all_special_tokens), key=len)
+        self._literals = lru_cache(maxsize=4096)(self._find_literals)
+
+    def text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+        """The rendered conversation; with `prompt`, followed by the header of the answer to come."""
+        return self._render([_plain(messages)], prompt)[0]
+
+    def render(self, conversations: Sequence[Sequence[Message]]) -> list[Rendered]:
+        """Text and turns of each conversation. Raises UserError for one that the template cannot render exactly."""
+        texts = self._render([_plain(messages) for messages in conversations], False)
+        return [
+            Rendered(text, self._turns(text, messages)) for text, messages in zip(texts, conversations, strict=True)
+        ]
+
+    def _render(self, conversations: list[list[dict[str, str]]], prompt: bool) -> list[str]:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
+                conversations, tokenize=False, add_generation_prompt=prompt
+            )
+        except TemplateError as error:
+            if len(conversations) > 1:
+                return [self._render([conversation], prompt)[0] for conversation in conversations]
+            raise UserError(
+                f"the chat template refuses this conversation: {error}",
+                field="messages",
+                found=" ".join(message["role"] for message in conversations[0]),
+                expected="roles in the order that the model's template accepts",
+                fix="remove the system message, or use model.chat_template=chatml",
+            ) from error
+
+    def _turns(self, text: str, messages: Sequence[Message]) -> tuple[Turn, ...]:
+        literals = self._literals(tuple(message.role for message in messages))
+        turns = self._walk(text, messages, literals) if literals is not None else None
+        return turns if turns is not None else self._by_prefix(text, messages)
+
+    def _find_literals(self, roles: tuple[str, ...]) -> tuple[str, ...] | None:
+        """What the template writes before, between and after the contents, or None when contents are repeated."""
+        marks = [f"qzx{index}xzq" for index in range(len(roles))]
+        text = self._render([[{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]], False)[0]
+        literals = []
+        for mark in marks:
+            if text.count(mark) != 1:
+                return None
+            literal, _, text = text.partition(mark)
+            literals.append(literal)
+        return (*literals, text)
+
+    def _walk(self, text: str, messages: Sequence[Message], literals: tuple[str, ...]) -> tuple[Turn, ...] | None:
+        """Turns found by following the literals through `text`, or None when the text does not follow them."""
+        position = 0
+        turns = []
+        for message, before, after in zip(messages, literals, literals[1:], strict=False):
+            if not text.startswith(before, position):
+                return None
+            start = position + len(before)
+            forms = (message.content, message.content.rstrip(), message.content.lstrip(), message.content.strip())
+            form = next(
+                (f for f in forms if text.startswith(f, start) and text.startswith(after, start + len(f))), None
+            )
+            if form is None:
+                return None
+            position = start + len(form)
+            turns.append(Turn(message.role, start, position, position + self._closing(after)))
+        return tuple(turns) if len(text) == position + len(literals[-1]) else None
+
+    def _closing(self, literal: str) -> int:
+        """Characters of `literal` up to the end of the first special token in it, 0 when it has none."""
+        found = [(literal.find(token), len(token)) for token in self.specials if token in literal]
+        if not found:
+            return 0
+        start, length = min(found, key=lambda pair: (pair[0], -pair[1]))
+        return start + length
+
+    def _by_prefix(self, text: str, messages: Sequence[Message]) -> tuple[Turn, ...]:
+        """Answers only, each between its own prompt and its own end: for templates that rewrite what came before."""
+        turns = []
+        for index, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            head = self.text(messages[:index], prompt=True)
+            whole = self.text(messages[: index + 1])
+            if not (whole.startswith(head) and text.startswith(whole.rstrip())):
+                raise UserError(
+                    "the chat template rewrites an earlier turn when the conversation goes on, so what is learned "
+                    "could not be said exactly",
+                    field="messages",
+                    found=f"turn {index + 1} of {len(messages)}",
+                    expected="a template that keeps earlier turns as they were",
+                    fix="split the conversation so that each row ends with one answer",
+                )
+            body = whole[len(head) :]
+            last = max((body.rfind(token) + len(token) for token in self.specials if token in body), default=len(body))
+            turns.append(Turn("assistant", len(head), len(head) + last, len(head) + last))
+        return tuple(turns)
+
+
+def contract(tokenizer: PreTrainedTokenizerFast, goldens: Sequence[tuple[Sequence[Message], list[int]]]) -> str:
+    """JSON saved beside an adapter: the template and conversations with their exact token ids (DESIGN section 4)."""
+    record: dict[str, Any] = {
+        "chat_template": tokenizer.chat_template,
+        "eos_token": tokenizer.eos_token,
+        "golden": [{"messages": _plain(messages), "ids": ids} for messages, ids in goldens],
+    }
+    return json.dumps(record, ensure_ascii=False, indent=1)
+
+
+def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]

@@ -1,0 +1,132 @@
+"""Attention for training, registered through transformers' published `AttentionInterface`.
+
+Two layouts, neither needs a mask tensor:
+- padded, [B, H, T, D], right-padded: causality alone hides the padding, which comes after every real token;
+- flat, [1, H, T, D]: documents laid end to end, told apart by `documents`; each attends only within itself.
+So padding costs nothing and packing cannot contaminate. Generation, which pads on the left, uses transformers' own
+"sdpa"; `ATTENTION` is for training and loss. A model whose layers do not pass `documents` on is found by
+`engine.isolation` before the first step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "whet"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Boundaries of the documents in a flat row. bounds: 0, end of the 1st, ...; cu: the same on the device, int32."""
+
+    bounds: tuple[int, ...]
+    cu: torch.Tensor
+    longest: int
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    documents: Documents | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """query [B, Hq, T, D], key and value [B, Hkv, T, D]; returns [B, T, Hq, D] as transformers expects it."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if documents is not None and query.is_cuda and softcap is None and attention_mask is None:
+        return _varlen(query, key, value, documents, scaling, sliding_window), None
+    parts = [(0, query.shape[2])] if documents is None else list(zip(documents.bounds, documents.bounds[1:]))
+    pieces = []
+    for start, end in parts:
+        q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
+        if softcap is not None:
+            pieces.append(_softcapped(q, k, v, scaling, softcap, sliding_window, attention_mask))
+            continue
+        mask = attention_mask
+        if mask is None and sliding_window is not None and end - start > sliding_window:
+            mask = _band(end - start, sliding_window, q.device)
+        causal = mask is None
+        pieces.append(scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=scaling))
+    output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+    return output.transpose(1, 2), None
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: Documents,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """All documents in one kernel call; [1, H, T, D] in, [1, T, H, D] out."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    output = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        documents.cu,
+        documents.cu,
+        documents.longest,
+        documents.longest,
+        scale=scaling,
+        window_size=window,
+    )
+    assert isinstance(output, torch.Tensor)
+    return output.unsqueeze(0)
+
+
+def _softcapped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    softcap: float,
+    sliding_window: int | None,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """softmax(cap tanh(q k / cap)) v as in Gemma 2; no fused kernel of torch has it."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.tanh((query @ key.transpose(2, 3)) * scale / softcap) * softcap
+    length = query.shape[2]
+    allowed = _band(length, sliding_window or length, query.device) if attention_mask is None else attention_mask
+    if allowed.dtype == torch.bool:
+        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + allowed
+    return torch.softmax(scores.float(), dim=-1).to(query.dtype) @ value
+
+
+def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """[T, T], True where query i may look at key j: i - window < j <= i."""
+    index = torch.arange(length, device=device)
+    distance = index[:, None] - index[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """No mask tensor unless the caller brings one: `documents` and causality say it all."""
+    if attention_mask is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, _mask)

@@ -1,0 +1,34 @@
+"""The engine's own settings: which model, and how its frozen weights sit on the hardware."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from whet.base.config import config, setting
+
+
+@config
+class Model:
+    """Which model is tuned."""
+
+    path: str = setting("builtin:tiny", "Local directory, hub name (`Qwen/Qwen3-0.6B`) or `builtin:tiny`.")
+    revision: str | None = setting(None, "Branch, tag or commit of a hub model.")
+    tokenizer: str | None = setting(None, "Directory or hub name of another tokenizer; auto = the model's own.")
+    chat_template: str | None = setting(
+        None, "Built-in template (chatml, alpaca) or a .jinja file; auto = the model's own, which must exist for chats."
+    )
+    from_config: bool = setting(False, "Start from random weights of the model's `config.json` (pre-training).")
+
+
+@config
+class Base:
+    """How the base model's weights are stored and computed with."""
+
+    storage: Literal["fp32", "bf16", "nf4"] | None = setting(
+        None, "Frozen weights as fp32, bf16 or nf4 (4-bit: LoRA on it is QLoRA); auto = the compute type."
+    )
+    compute: Literal["fp32", "bf16"] | None = setting(
+        None, "Arithmetic of the forward and backward pass; auto = bf16 where the hardware has it, else fp32."
+    )
+    double_quant: bool | None = setting(None, "nf4 only: quantise the block scales too (saves 0.37 bit); auto = yes.")
+    device: Literal["cuda", "mps", "cpu"] | None = setting(None, "Where to run; auto = cuda, else mps, else cpu.")

@@ -1,0 +1,156 @@
+"""Tokenizer and model from a local directory, a hub name or the built-in one; nothing of the repository is executed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from whet.base.errors import UserError, nearest
+from whet.engine import attention
+from whet.engine.config import Model
+from whet.engine.device import DTYPES, Placement
+from whet.engine.linear import freeze_to_nf4
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+BUILTIN = {"builtin:tiny": Path(__file__).parents[1] / "builtin" / "tiny"}
+
+
+def locate(path: str) -> str:
+    """What transformers should open: a directory for local and built-in models, the name for the hub.
+
+    Raises UserError for a built-in name that does not exist and a path that is no model directory.
+    """
+    if path.startswith("builtin:"):
+        if path not in BUILTIN:
+            raise UserError(
+                "there is no such built-in model",
+                field="model.path",
+                found=path,
+                expected=", ".join(BUILTIN),
+                fix=f"write {nearest(path, BUILTIN) or 'builtin:tiny'}",
+            )
+        return str(BUILTIN[path])
+    here = Path(path).expanduser()
+    if here.is_dir():
+        if not (here / "config.json").is_file():
+            raise UserError(
+                "the directory holds no config.json, so it is no model",
+                file=str(here),
+                field="model.path",
+                expected="config.json, model.safetensors and tokenizer files",
+                fix="give the directory that save_pretrained wrote",
+            )
+        return str(here.resolve())
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
+    if looks_local or (here.exists() and here.suffix != ".json"):
+        raise UserError(
+            "this is no model directory",
+            field="model.path",
+            found=path,
+            expected="a directory with config.json, a hub name like Qwen/Qwen3-0.6B, or builtin:tiny",
+            fix=_neighbour(here),
+        )
+    return path
+
+
+def load_config(model: Model) -> PreTrainedConfig:
+    """The model's configuration; a `config.json` by itself is enough."""
+    from transformers import AutoConfig
+
+    path = Path(model.path).expanduser()
+    source = str(path) if path.suffix == ".json" and path.is_file() else locate(model.path)
+    return _opened(lambda: AutoConfig.from_pretrained(source, revision=model.revision or "main"), model.path, "config")
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
+    """The model's tokenizer (or `model.tokenizer`), always the fast kind, whose offsets the loss mask needs."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    source = locate(model.tokenizer or model.path)
+    revision = model.revision or "main"
+    tokenizer = _opened(lambda: AutoTokenizer.from_pretrained(source, revision=revision), source, "tokenizer")
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            "the tokenizer has no fast form, and the loss mask needs its offsets",
+            file=source,
+            field="model.tokenizer",
+            fix="save it once with transformers' AutoTokenizer and use_fast=True",
+        )
+    return tokenizer
+
+
+def load_model(model: Model, placement: Placement) -> PreTrainedModel:
+    """The model on its device, weights stored as `placement` says, in evaluation mode, attention for training."""
+    from transformers import AutoModelForCausalLM
+
+    dense = torch.float32 if placement.storage == "fp32" else placement.compute
+    if model.from_config:
+        config = load_config(model)
+        network = AutoModelForCausalLM.from_config(config, attn_implementation=attention.ATTENTION, dtype=dense)
+    else:
+        source = locate(model.path)
+        network = _opened(
+            lambda: AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=model.revision or "main",
+                dtype=dense,
+                attn_implementation=attention.ATTENTION,
+                use_safetensors=True,
+            ),
+            source,
+            "model",
+        )
+    if placement.storage == "nf4":
+        network.to(placement.device)  # type: ignore[arg-type]
+        freeze_to_nf4(network, placement.double_quant)
+    return network.to(placement.device).eval()  # type: ignore[arg-type]
+
+
+def empty_model(model: Model, dtype: str = "bf16") -> PreTrainedModel:
+    """The model without memory (meta device), from its config alone: for counting."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(model)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+
+
+def longest_input(config: PreTrainedConfig) -> int | None:
+    """How many tokens the model can read, or None when its config does not say."""
+    text = config.get_text_config()
+    found = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return int(found) if found else None
+
+
+def _opened(open_it, source: str, what: str):
+    """Run a transformers loader and turn what it says of bad input into a UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        return open_it()
+    except SafetensorError as error:
+        raise UserError(
+            f"the {what} cannot be read: {error}",
+            file=source,
+            fix="the file is damaged or a git-lfs pointer; fetch it again",
+        ) from error
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the {what} cannot be opened: {reason}",
+            field="model.path",
+            found=source,
+            expected="a directory written by save_pretrained, or a hub name that this machine can reach",
+            fix="check the name; without a network, give a local directory or builtin:tiny",
+        ) from error
+
+
+def _neighbour(path: Path) -> str:
+    names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    near = nearest(path.name, names)
+    return f"did you mean {path.parent / near}?" if near else "check the path"

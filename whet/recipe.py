@@ -1,0 +1,327 @@
+"""Text becomes a recipe here and nowhere else: YAML 1.2 and `key=value` in, one frozen `Recipe` out.
+
+YAML 1.2 makes `1e-4` a number and a repeated key an error. An unknown key is an error with its line and the nearest
+name; a peer's name for a setting is accepted and reported. `auto` (or null) leaves a decision to whet; what it decided
+is written back through `resolve`, so a run directory holds no `auto`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from whet.aliases import canonical
+from whet.base.config import config, field_docs, setting
+from whet.base.errors import UserError, nearest
+from whet.data.config import Data
+from whet.engine.config import Base, Model
+from whet.methods.all import METHODS, Method
+from whet.methods.lora import Lora
+from whet.settings import Eval, Train
+
+SHORTHANDS = {"model": "path", "method": "name", "data": "dataset"}
+
+
+@config
+class Recipe:
+    """A whole run."""
+
+    model: Model = dataclasses.field(default_factory=Model, metadata={"doc": "Which model."})
+    base: Base = dataclasses.field(default_factory=Base, metadata={"doc": "How its frozen weights are stored."})
+    method: Annotated[Method, Field(discriminator="name")] = dataclasses.field(
+        default_factory=Lora, metadata={"doc": "What is trained."}
+    )
+    data: Data = dataclasses.field(default_factory=Data, metadata={"doc": "What it learns from."})
+    train: Train = dataclasses.field(default_factory=Train, metadata={"doc": "How it learns."})
+    eval: Eval = dataclasses.field(default_factory=Eval, metadata={"doc": "How it is judged."})
+    output_dir: str | None = setting(None, "The run directory; auto = runs/NAME-OF-THE-RECIPE.")
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A recipe with where each setting came from. origins: dotted path to `recipe` | `command line`; notes: aliases."""
+
+    recipe: Recipe
+    origins: dict[str, str]
+    notes: list[str]
+
+
+def parse(source: str | Path | None, overrides: Sequence[str] = ()) -> Parsed:
+    """Read a recipe file (None = defaults) and lay `key=value` overrides over it. Raises UserError."""
+    tree: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    file = None
+    if source is not None:
+        file = str(source)
+        tree, lines = _read_yaml(_read_text(Path(source)), file)
+    if file is not None and tree.get("output_dir") is None:
+        tree["output_dir"] = f"runs/{Path(file).stem}"
+    notes: list[str] = []
+    tree = _canonical_tree(tree, notes, file, lines)
+    origins = dict.fromkeys(_leaves(tree), "recipe")
+    for override in overrides:
+        path, value = _override(override)
+        one = _canonical_tree(_nested(path, value), notes, None, {})
+        origins |= dict.fromkeys(_leaves(one), "command line")
+        tree = _merged(tree, one)
+    return Parsed(_validated(tree, file, lines), origins, notes)
+
+
+def from_tree(tree: Mapping[str, Any]) -> Recipe:
+    """A recipe from a plain nested dict, as `to_tree` made it."""
+    return _validated(dict(tree), None, {})
+
+
+def to_tree(recipe: Recipe) -> dict[str, Any]:
+    """Nested dict of every setting."""
+    return dataclasses.asdict(recipe)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """YAML 1.2 text that parses to an equal recipe."""
+    out = io.StringIO()
+    _yaml().dump(to_tree(recipe), out)
+    return out.getvalue()
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """sha256 of all that decides the trained weights: not where they are written, not how they are judged."""
+    tree = to_tree(recipe) | {"output_dir": None, "eval": None}
+    tree["data"] = tree["data"] | {"padding_free": None}  # a layout: the same loss either way
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def resolve(recipe: Recipe, decided: Mapping[str, Any]) -> Recipe:
+    """The recipe with dotted paths replaced by what whet decided for them."""
+    tree = to_tree(recipe)
+    for path, value in decided.items():
+        tree = _merged(tree, _nested(path, value))
+    return from_tree(tree)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, with the description of every field."""
+    schema = TypeAdapter(Recipe).json_schema()
+    classes = {cls.__name__: cls for cls in (Recipe, Model, Base, Data, Train, Eval, *METHODS.values())}
+    for name, part in [("Recipe", schema), *schema.get("$defs", {}).items()]:
+        for field, doc in field_docs(classes[name]).items():
+            if field in part.get("properties", {}):
+                part["properties"][field]["description"] = doc
+    return schema
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else None
+        raise UserError(
+            "there is no such recipe",
+            file=str(path),
+            fix=f"did you mean {path.parent / near}?" if near else "whet init lora > recipe.yaml writes one",
+        )
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the recipe is not UTF-8: byte {error.start}", file=str(path), fix="save it as UTF-8"
+        ) from error
+
+
+def _yaml():
+    from ruamel.yaml import YAML
+
+    reader = YAML(typ="rt", pure=True)
+    reader.default_flow_style = False
+    return reader
+
+
+def _read_yaml(text: str, file: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Plain nested dict and the line of each dotted path."""
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        loaded = _yaml().load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        problem = " ".join((error.problem or str(error)).split())
+        raise UserError(
+            f"not valid YAML: {problem}",
+            file=file,
+            row=mark.line + 1 if mark is not None else None,
+            fix="each setting once, `key: value`, sections indented by two spaces",
+        ) from error
+    except YAMLError as error:
+        raise UserError(f"not valid YAML: {str(error).splitlines()[0]}", file=file, fix="save it as plain text") from error
+    if loaded is None:
+        return {}, {}
+    if not isinstance(loaded, Mapping):
+        raise UserError(
+            "a recipe is a mapping of sections",
+            file=file,
+            found=type(loaded).__name__,
+            expected="model:, method:, data:, train: ...",
+            fix="whet init lora prints one to start from",
+        )
+    lines: dict[str, int] = {}
+    return _plain(loaded, "", lines, file), lines
+
+
+def _plain(node: Any, path: str, lines: dict[str, int], file: str) -> Any:
+    """ruamel's containers and scalars as plain Python, noting lines; tags such as !!python are refused."""
+    if isinstance(node, Mapping):
+        plain: dict[str, Any] = {}
+        for key, value in node.items():
+            here = f"{path}.{key}" if path else str(key)
+            lines[here] = node.lc.key(key)[0] + 1 if hasattr(node, "lc") else 0
+            plain[str(key)] = _plain(value, here, lines, file)
+        return plain
+    if isinstance(node, list):
+        return [_plain(item, f"{path}.{index}", lines, file) for index, item in enumerate(node)]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return None if node == "auto" else kind(node)
+    if node is None or hasattr(node, "bool_value"):
+        return None
+    if type(node).__name__ == "ScalarBoolean":
+        return bool(node)
+    raise UserError(
+        "a setting is text, a number, true, false, a list or a mapping",
+        file=file,
+        row=lines.get(path),
+        field=path,
+        found=type(node).__name__,
+        fix="remove the tag, or put the value in quotes",
+    )
+
+
+def _override(text: str) -> tuple[str, Any]:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise UserError(
+            "not an override", found=text, expected="section.key=value", fix="for instance train.learning_rate=1e-4"
+        )
+    try:
+        loaded = YAML(typ="safe", pure=True).load(value) if value.strip() else None
+    except YAMLError as error:
+        raise UserError("the value is not valid YAML", field=path, found=value, fix="put it in quotes") from error
+    return path.strip(), None if loaded == "auto" else loaded
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, section by section; another method drops the settings of the one below."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        if key == "method" and isinstance(old, dict) and value.get("name") not in (None, old.get("name")):
+            old = None
+        nested = isinstance(value, dict) and isinstance(old, dict) and key != "columns"
+        result[key] = _merged(old, value) if nested else value  # type: ignore[arg-type]
+    return result
+
+
+def _canonical_tree(tree: dict[str, Any], notes: list[str], file: str | None, lines: dict[str, int]) -> dict[str, Any]:
+    """Peers' names and shorthands rewritten to ours, each noted."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key in SHORTHANDS and not isinstance(value, dict):
+            value = {SHORTHANDS[key]: value}
+        if isinstance(value, dict) and key in Recipe.__dataclass_fields__:
+            pairs = [(f"{key}.{name}", item) for name, item in value.items()]
+            result.setdefault(key, {})
+        else:
+            pairs = [(key, value)]
+        for path, item in pairs:
+            for new_path, new_value, note in canonical(path, item, file, lines.get(path)):
+                if note:
+                    notes.append(note)
+                result = _merged(result, _nested(new_path, new_value))
+    return result
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        found += _leaves(value, path + ".") if isinstance(value, dict) and key != "columns" else [path]
+    return found
+
+
+def _validated(tree: dict[str, Any], file: str | None, lines: dict[str, int]) -> Recipe:
+    if isinstance(tree.get("method"), dict):
+        tree = tree | {"method": {"name": "lora"} | tree["method"]}
+    try:
+        return TypeAdapter(Recipe).validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        raise _complaint(error.errors()[0], file, lines) from error
+
+
+def _complaint(error: Any, file: str | None, lines: dict[str, int]) -> UserError:
+    """pydantic's first error in our shape."""
+    parts = [str(p) for p in error["loc"]]
+    if parts[:1] == ["method"] and len(parts) > 1 and parts[1] in METHODS:
+        del parts[1]
+    parts = [p for p in parts if not p.startswith(("list[", "str", "function-", "literal[", "constrained"))]
+    path = ".".join(parts)
+    where = {"file": file, "row": lines.get(path), "field": path}
+    kind = error["type"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = sorted(_known_paths())
+        last = path.rpartition(".")[2]
+        near = nearest(path, known) or next((k for k in known if k.endswith("." + last)), None)
+        return UserError(
+            "there is no such setting",
+            **where,
+            found=path,
+            expected=f"the nearest is {near}" if near else "whet init lora lists the usual ones",
+            fix=f"write {near}" if near else "remove the line; docs/recipe.md lists every setting",
+        )
+    if kind == "union_tag_invalid":
+        found = error["input"].get("name")
+        return UserError(
+            "there is no such method",
+            **where | {"field": "method.name"},
+            found=str(found),
+            expected=", ".join(METHODS),
+            fix=f"write {nearest(str(found), METHODS) or 'lora'}",
+        )
+    found = error["input"]
+    return UserError(
+        f"the value does not fit: {error['msg'].lower()}",
+        **where,
+        found=f"{found!r} ({type(found).__name__})",
+        expected=error["msg"].removeprefix("Input should be ").removeprefix("a "),
+        fix=_doc(path) or "whet init lora shows every section",
+    )
+
+
+def _known_paths() -> list[str]:
+    sections = {"model": [Model], "base": [Base], "method": list(METHODS.values()), "data": [Data]}
+    sections |= {"train": [Train], "eval": [Eval]}
+    dotted = [f"{section}.{name}" for section, classes in sections.items() for cls in classes for name in field_docs(cls)]
+    return [*dict.fromkeys(dotted), *field_docs(Recipe)]
+
+
+def _doc(path: str) -> str | None:
+    section, _, name = path.partition(".")
+    classes = {"model": [Model], "base": [Base], "method": list(METHODS.values()), "data": [Data], "train": [Train]}
+    classes |= {"eval": [Eval]}
+    for cls in classes.get(section, [Recipe]):
+        if doc := field_docs(cls).get(name or section):
+            return doc
+    return None

@@ -1,0 +1,161 @@
+"""A run directory: where training, evaluation and shipping meet.
+
+    recipe.yaml        the resolved recipe, without a single auto
+    origins.json       where each setting came from, and why whet decided what it decided
+    environment.json   versions and hardware
+    data.json          the ledger of rows and tokens          plan.json   predicted memory
+    metrics.jsonl      what training computed: a function of recipe, data and machine, byte for byte
+    timing.jsonl       how long it took: never twice the same, so it stands apart
+    checkpoints/step-N/   adapter/ (or model/)   finished.json   results/*.json   report.html
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from whet.base.errors import UserError, nearest
+from whet.base.files import read_json, write_json, write_text
+from whet.recipe import Parsed, Recipe, fingerprint, parse, resolve, to_tree, to_yaml
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory and the recipe in it."""
+
+    path: Path
+    recipe: Recipe
+
+    @property
+    def adapter(self) -> Path:
+        """What was trained: PEFT's adapter format."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """What was trained by full fine-tuning: a transformers model."""
+        return self.path / "model"
+
+    @property
+    def trained(self) -> Path:
+        """The adapter or the model, whichever the method writes."""
+        return self.model if self.recipe.method.name == "full" else self.adapter
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def timing(self) -> Path:
+        return self.path / "timing.jsonl"
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """How training ended, or None while it has not."""
+        path = self.path / "finished.json"
+        return read_json(path) if path.is_file() else None
+
+    def read(self, name: str) -> Any | None:
+        """A JSON file of the run, or None when it is not there."""
+        path = self.path / name
+        return read_json(path) if path.is_file() else None
+
+    def write(self, name: str, value: Any) -> Path:
+        """Store a JSON value in the run, whole or not at all."""
+        write_json(self.path / name, value)
+        return self.path / name
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The records of a .jsonl file of the run; an unfinished last line is left out."""
+        path = self.path / name
+        if not path.is_file():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+
+
+def start(parsed: Parsed, decided: Mapping[str, tuple[object, str]], facts: Mapping[str, Any]) -> tuple[Run, bool]:
+    """Create the run directory, or recognise the one of the same recipe; returns (run, whether it was there).
+
+    decided: dotted path to (value, reason) for what was auto. facts: JSON file name to content. Raises UserError when
+    the directory holds another run.
+    """
+    recipe = resolve(parsed.recipe, {path: value for path, (value, _) in decided.items()})
+    run = Run(Path(recipe.output_dir or "runs/run"), recipe)
+    if (run.path / "recipe.yaml").is_file():
+        _check_same(run)
+        return run, True
+    if run.path.is_dir() and any(run.path.iterdir()):
+        raise UserError(
+            "the output directory is not empty and holds no run of whet", file=str(run.path), field="output_dir",
+            expected="a new or empty directory", fix=f"output_dir={run.path}-2",
+        )  # fmt: skip
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(
+            "output_dir is a file", file=str(run.path), field="output_dir", expected="a directory",
+            fix=f"output_dir={run.path}-run",
+        )  # fmt: skip
+    for name, value in facts.items():
+        run.write(name, value)
+    run.write("origins.json", _origins(recipe, parsed.origins, decided))
+    write_text(run.path / "recipe.yaml", to_yaml(recipe))
+    return run, False
+
+
+def open_run(path: str | Path) -> Run:
+    """An existing run directory. Raises UserError when it is none."""
+    place = Path(path)
+    if not (place / "recipe.yaml").is_file():
+        siblings = [p.name for p in place.parent.glob("*") if (p / "recipe.yaml").is_file()]
+        near = nearest(place.name, siblings)
+        raise UserError(
+            "this is no run directory", file=str(place), expected="a directory that whet train wrote",
+            fix=f"did you mean {place.parent / near}?" if near else "whet train RECIPE writes one",
+        )  # fmt: skip
+    return Run(place, parse(place / "recipe.yaml").recipe)
+
+
+def _check_same(run: Run) -> None:
+    old = parse(run.path / "recipe.yaml").recipe
+    if fingerprint(old) == fingerprint(run.recipe):
+        return
+    before, now = _flat(to_tree(old)), _flat(to_tree(run.recipe))
+    ignored = ("output_dir", "eval.")
+    path = next(p for p in now if before.get(p) != now[p] and not p.startswith(ignored))
+    raise UserError(
+        "the output directory holds a run of another recipe",
+        file=str(run.path),
+        field=path,
+        found=str(now[path]),
+        expected=f"{before.get(path)}, as in the run that is there",
+        fix=f"output_dir={run.path}-2 starts a new run; the old one is left as it is",
+    )
+
+
+def _origins(recipe: Recipe, given: Mapping[str, str], decided: Mapping[str, tuple[object, str]]) -> dict[str, Any]:
+    result = {}
+    for path, value in _flat(to_tree(recipe)).items():
+        origin = given.get(path, "default")
+        reason = None
+        if path in decided:
+            origin, reason = "decided", decided[path][1]
+        result[path] = {"value": value, "origin": origin, "reason": reason}
+    return result
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = prefix + key
+        result |= _flat(value, path + ".") if isinstance(value, dict) and key != "columns" else {path: value}
+    return result

@@ -1,0 +1,63 @@
+"""The settings of the rooms above the recipe: training and evaluation.
+
+They stand below `recipe.py`, which parses them, and are handed to `train` and `evaluate` as slices.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from whet.base.config import config, setting
+
+Share = Annotated[float, Ge(0), Le(1)]
+Count = Annotated[int, Ge(1)]
+
+
+@config
+class Train:
+    """Steps, optimiser, schedule, checkpoints."""
+
+    num_train_epochs: Annotated[float, Gt(0)] = setting(3.0, "Passes over the data.")
+    max_steps: Count | None = setting(None, "Stop after so many optimiser steps; auto = from `num_train_epochs`.")
+    per_device_train_batch_size: Count = setting(8, "Rows in one forward pass.")
+    gradient_accumulation_steps: Count = setting(1, "Forward passes in one optimiser step.")
+    learning_rate: Annotated[float, Gt(0)] | None = setting(
+        None, "Peak learning rate; auto = the method's usual one (lora 2e-4, full 2e-5)."
+    )
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "warmup_stable_decay"] = setting(
+        "cosine", "Shape of the learning rate after warm-up."
+    )
+    warmup_ratio: Share = setting(0.03, "Share of the steps in which the learning rate rises from 0.")
+    decay_ratio: Share | None = setting(
+        None, "warmup_stable_decay only: share of the steps in which it falls at the end; auto = 0.2."
+    )
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = setting(
+        "adamw", "Optimiser; the 8-bit ones need bitsandbytes and a CUDA GPU."
+    )
+    weight_decay: Annotated[float, Ge(0)] = setting(0.0, "Decoupled weight decay on matrices.")
+    adam_beta1: Share | None = setting(None, "Adam's first decay rate; auto = 0.9.")
+    adam_beta2: Share | None = setting(None, "Adam's second decay rate; auto = 0.999.")
+    adam_epsilon: Annotated[float, Gt(0)] | None = setting(None, "Adam's epsilon; auto = 1e-8.")
+    max_grad_norm: Annotated[float, Ge(0)] = setting(1.0, "Clip the gradient to this norm; 0 = do not clip.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, slower.")
+    eval_steps: Count | None = setting(None, "Measure held-out loss every so many steps; auto = once an epoch.")
+    save_steps: Count | None = setting(None, "Checkpoint every so many steps; auto = with every evaluation.")
+    save_total_limit: Count = setting(2, "Keep so many checkpoints (and the best).")
+    logging_steps: Count = setting(1, "Write a training line every so many steps.")
+    load_best_model_at_end: bool = setting(True, "Keep the weights of the lowest held-out loss instead of the last.")
+    early_stopping_patience: Count | None = setting(
+        None, "Stop after so many evaluations without a lower held-out loss; auto = never."
+    )
+    seed: Annotated[int, Ge(0)] = setting(0, "Seed of the initial weights, the order of the rows and dropout.")
+
+
+@config
+class Eval:
+    """How base and tuned model are compared."""
+
+    metrics: list[str] | None = setting(None, "Names of metrics; auto = all that fit the answers.")
+    max_new_tokens: Count | None = setting(None, "Longest answer in tokens; auto = longest reference plus a quarter.")
+    per_device_eval_batch_size: Count = setting(32, "Prompts generated together.")
+    max_rows: Count | None = setting(None, "Score only so many held-out rows; auto = all, at most 200.")

@@ -1,0 +1,58 @@
+"""Optimisers: torch's, and bitsandbytes' 8-bit ones on a CUDA GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from whet.base.errors import UserError
+from whet.base.extras import require
+from whet.settings import Train
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+
+def check_optimiser(train: Train, device: torch.device) -> None:
+    """Refuse settings that could not take effect. Raises UserError; loads nothing."""
+    adam = train.optim in ("adamw", "adamw_8bit", "paged_adamw_8bit")
+    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        if getattr(train, name) is not None and not adam:
+            raise UserError(
+                f"{train.optim} has no such setting", field=f"train.{name}", found=str(getattr(train, name)),
+                expected="auto", fix="train.optim=adamw, or remove the line",
+            )  # fmt: skip
+    if train.decay_ratio is not None and train.lr_scheduler_type != "warmup_stable_decay":
+        raise UserError(
+            f"the {train.lr_scheduler_type} schedule has no decay phase", field="train.decay_ratio",
+            found=str(train.decay_ratio), expected="auto",
+            fix="train.lr_scheduler_type=warmup_stable_decay, or remove the line",
+        )  # fmt: skip
+    if train.optim.endswith("8bit") and device.type != "cuda":
+        raise UserError(
+            "8-bit optimisers run on CUDA only", field="train.optim", found=f"{train.optim} on {device.type}",
+            expected="adamw, adafactor or sgd", fix="train.optim=adamw",
+        )  # fmt: skip
+
+
+def build_optimiser(train: Train, parameters: Iterable[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """The optimiser over the trainable parameters; weight decay on matrices only (a bias or a norm has no use for it)."""
+    trainable = [p for p in parameters if p.requires_grad]
+    matrices, vectors = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": train.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if train.optim == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9)
+    if train.optim == "adafactor":
+        return torch.optim.Adafactor(groups, lr=rate)
+    beta1 = BETA1 if train.adam_beta1 is None else train.adam_beta1
+    beta2 = BETA2 if train.adam_beta2 is None else train.adam_beta2
+    epsilon = EPSILON if train.adam_epsilon is None else train.adam_epsilon
+    if train.optim == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, betas=(beta1, beta2), eps=epsilon, fused=True)
+    optim = require("bitsandbytes.optim", f"train.optim: {train.optim}")
+    kind = optim.AdamW8bit if train.optim == "adamw_8bit" else optim.PagedAdamW8bit
+    return kind(groups, lr=rate, betas=(beta1, beta2), eps=epsilon)

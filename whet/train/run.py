@@ -1,0 +1,284 @@
+"""Training, on one screen: get ready, build, resume or start, step, look, save, finish.
+
+The same call on the same recipe continues an unfinished run to the bit and leaves a finished one alone.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+
+from whet.base.console import Progress, bytes_text, say
+from whet.base.errors import UserError
+from whet.base.files import whole_directory
+from whet.data.batches import Batches
+from whet.data.goldens import FILE as CONTRACT
+from whet.data.goldens import write_contract
+from whet.engine.memory import peak_bytes, used_bytes
+from whet.recipe import Parsed, fingerprint
+from whet.runs import Run
+from whet.train import checkpoint
+from whet.train.checkpoint import Identity
+from whet.train.optim import build_optimiser
+from whet.train.record import Recorder
+from whet.train.schedule import learning_rate
+from whet.train.setup import Ready, batches_of, build_model, get_ready, show_ledger
+from whet.train.step import Forward, NotFinite, Stepped, held_out_loss, train_step
+
+MAX_EVAL_TOKENS = 500_000
+
+
+@dataclass
+class State:
+    """What a checkpoint carries besides tensors. seconds is kept apart: it is never the same twice."""
+
+    step: int = 0
+    tokens: int = 0
+    targets: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    seconds: float = 0.0
+    offsets: dict[str, int] = field(default_factory=lambda: {"metrics": 0, "timing": 0})
+    next_batch: str = ""
+
+
+class Stopped(Exception):
+    """Ctrl-C: the run was saved and can be continued."""
+
+
+def train(parsed: Parsed) -> Run:
+    """Train what the recipe says; returns the run. Raises UserError, NotFinite (as UserError) and Stopped."""
+    for note in parsed.notes:
+        say(note, style="dim")
+    ready = get_ready(parsed)
+    if ready.run.finished is not None:
+        say(f"{ready.run.path} is finished ({ready.run.finished['steps']} steps): nothing to do")
+        return ready.run
+    show_ledger(ready.prepared.ledger)
+    model, ready, forward = build_model(ready)
+    loop = Loop(ready, model, forward)
+    try:
+        loop.fit()
+    except NotFinite as problem:
+        raise _not_finite(problem, ready) from problem
+    finally:
+        loop.recorder.close()
+    return ready.run
+
+
+class Loop:
+    """The state of a run in progress and the few things that are done with it."""
+
+    def __init__(self, ready: Ready, model: torch.nn.Module, forward: Forward) -> None:
+        self.ready, self.model, self.forward = ready, model, forward
+        self.run, self.settings = ready.run, ready.recipe.train
+        self.batches = batches_of(ready)
+        self.total = self.settings.max_steps or 0
+        self.held_out = _evaluation_batches(ready)
+        assert self.settings.learning_rate is not None
+        self.optimiser = build_optimiser(self.settings, model.parameters(), self.settings.learning_rate)
+        self.identity = Identity(fingerprint(ready.recipe), ready.prepared.ledger.sha256)
+        self.recorder = Recorder(self.run.metrics, self.run.timing)
+        self.state = State()
+        self.interrupted = False
+
+    def fit(self) -> None:
+        """Step until the last one, early stopping or Ctrl-C; then keep the best and write it."""
+        self._resume()
+        stop = "completed"
+        with Progress("training", self.total, self.state.step) as bar, _CtrlC(self):
+            while self.state.step < self.total:
+                began = time.perf_counter()
+                stepped, rate = self._step()
+                looked = self._evaluate()
+                self._log(stepped, rate, time.perf_counter() - began, bar)
+                ending = self.state.step == self.total or self.interrupted or self._enough()
+                if looked or ending or self.state.step % (self.settings.save_steps or self.total) == 0:
+                    self._save()
+                if self.interrupted:
+                    raise Stopped(f"stopped after step {self.state.step} of {self.total}; the same command continues")
+                if self._enough():
+                    stop = "early_stopping"
+                    break
+        self._finish(stop)
+
+    def _step(self) -> tuple[Stepped, float]:
+        index = self.state.step
+        rate = learning_rate(
+            index,
+            self.total,
+            peak=self.settings.learning_rate or 0.0,
+            shape=self.settings.lr_scheduler_type,
+            warmup_ratio=self.settings.warmup_ratio,
+            decay_ratio=self.settings.decay_ratio or 0.0,
+        )
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        batches = self.batches.step(index)
+        stepped = train_step(
+            self.model, self.optimiser, batches, self.forward, max_grad_norm=self.settings.max_grad_norm, step=index + 1
+        )
+        self.state.step += 1
+        self.state.tokens += stepped.tokens
+        self.state.targets += stepped.targets
+        return stepped, rate
+
+    def _log(self, stepped: Stepped, rate: float, seconds: float, bar: Progress) -> None:
+        self.state.seconds += seconds
+        step, device = self.state.step, self.forward.device
+        if step % self.settings.logging_steps == 0 or step == self.total:
+            self.recorder.metric(
+                kind="train", step=step, epoch=round(step / self.batches.steps_per_epoch, 6), loss=stepped.loss,
+                learning_rate=rate, grad_norm=stepped.grad_norm, tokens=self.state.tokens,
+                supervised_tokens=self.state.targets,
+            )  # fmt: skip
+            self.recorder.time(
+                step=step, seconds=round(self.state.seconds, 4), tokens_per_second=round(stepped.tokens / seconds, 1),
+                memory_bytes=used_bytes(device),
+            )  # fmt: skip
+        speed = self.state.tokens / max(self.state.seconds, 1e-9)
+        bar.advance(f"loss {stepped.loss:.4f}  {speed:,.0f} tok/s  {bytes_text(used_bytes(device))}")
+
+    def _evaluate(self) -> bool:
+        """Measure held-out loss when it is due; returns whether it was."""
+        step = self.state.step
+        due = step % (self.settings.eval_steps or self.total) == 0 or step == self.total
+        if not due or not self.held_out:
+            return False
+        loss, targets = held_out_loss(self.model, self.held_out, self.forward)
+        epoch = round(step / self.batches.steps_per_epoch, 6)
+        self.recorder.metric(kind="eval", step=step, epoch=epoch, eval_loss=loss, supervised_tokens=targets)
+        if self.state.best_loss is None or loss < self.state.best_loss:
+            self.state.best_loss, self.state.best_step = loss, step
+            self.state.evaluations_without_gain = 0
+        else:
+            self.state.evaluations_without_gain += 1
+        return True
+
+    def _enough(self) -> bool:
+        patience = self.settings.early_stopping_patience
+        return patience is not None and self.state.evaluations_without_gain >= patience
+
+    def _save(self) -> None:
+        self.state.offsets = self.recorder.offsets()
+        self.state.next_batch = self._next_batch()
+        values = dict(vars(self.state))
+        checkpoint.save(self.run.checkpoints, self.state.step, self.model, self.optimiser, values, self.identity)
+        best = [self.state.best_step] if self.state.best_step is not None else []
+        checkpoint.prune(self.run.checkpoints, self.settings.save_total_limit, best)
+
+    def _next_batch(self) -> str:
+        return self.batches.step(self.state.step)[0].sha256() if self.state.step < self.total else ""
+
+    def _resume(self) -> None:
+        self.run.checkpoints.mkdir(parents=True, exist_ok=True)
+        checkpoint.sweep(self.run.checkpoints)
+        path, complaints = checkpoint.latest(self.run.checkpoints, self.identity)
+        for complaint in complaints:
+            say(complaint, style="yellow")
+        if path is not None:
+            values = checkpoint.load(path, self.model, self.optimiser)
+            self.state = State(**{name: values[name] for name in State.__dataclass_fields__})
+            if self._next_batch() != self.state.next_batch:
+                raise UserError(
+                    "the next batch is not the one that the checkpoint was about to train on", file=str(path),
+                    fix="the rows or their order changed; start a new run with another output_dir",
+                )  # fmt: skip
+            say(f"continuing {self.run.path} after step {self.state.step} of {self.total}")
+        self.recorder.rewind(self.state.offsets)
+
+    def _finish(self, stop: str) -> None:
+        """Keep the best weights if wanted, write them, and mark the run finished as the very last thing."""
+        best = self.state.best_step
+        if self.settings.load_best_model_at_end and best is not None and best != self.state.step:
+            checkpoint.load_weights(self.run.checkpoints / f"step-{best}", self.model)
+            say(f"keeping step {best}, the lowest held-out loss ({self.state.best_loss:.4f})")
+        kept = best if self.settings.load_best_model_at_end and best is not None else self.state.step
+        tokeniser = self.ready.prepared.tokeniser
+        with whole_directory(self.run.trained) as directory:
+            self.ready.recipe.method.save(self.model, directory)  # type: ignore[arg-type]
+            tokeniser.tokenizer.save_pretrained(str(directory))
+            if tokeniser.template is not None:
+                write_contract(tokeniser, directory / CONTRACT)
+        self.run.write("finished.json", self._summary(stop, kept))
+        speed = self.state.tokens / max(self.state.seconds, 1e-9)
+        say(f"trained {self.state.step} steps, {self.state.tokens:,} tokens in {self.state.seconds:.1f} s "
+            f"({speed:,.0f} tok/s) -> {self.run.trained}")  # fmt: skip
+
+    def _summary(self, stop: str, kept: int) -> dict[str, Any]:
+        from whet.engine.linear import count_parameters
+
+        trainable, total = count_parameters(self.model)
+        return {
+            "steps": self.state.step,
+            "kept_step": kept,
+            "best_step": self.state.best_step,
+            "best_eval_loss": self.state.best_loss,
+            "stopped": stop,
+            "seconds": round(self.state.seconds, 3),
+            "tokens": self.state.tokens,
+            "supervised_tokens": self.state.targets,
+            "tokens_per_second": round(self.state.tokens / max(self.state.seconds, 1e-9), 1),
+            "trainable_params": trainable,
+            "all_params": total,
+            "peak_memory_bytes": peak_bytes(self.forward.device),
+        }
+
+
+class _CtrlC:
+    """The first Ctrl-C asks for a stop after the running step; a second one is Python's own."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.before: Any = None
+
+    def __enter__(self) -> None:
+        import threading
+
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._asked)
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        self.loop.interrupted = True
+        signal.signal(signal.SIGINT, self.before)
+        say("stopping after this step; Ctrl-C again stops at once", style="yellow")
+
+    def __exit__(self, *error: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+
+def _evaluation_batches(ready: Ready) -> list[Any]:
+    """The held-out rows in batches of similar length, up to a bound on their tokens; each row stands alone."""
+    rows = ready.prepared.evaluation
+    settings, data = ready.recipe.train, ready.recipe.data
+    batches = Batches(
+        rows, None, size=settings.per_device_train_batch_size, accumulate=1, flat=bool(data.padding_free), seed=0
+    )
+    chosen, tokens = [], 0
+    for units in batches.all() if len(rows) else []:
+        tokens += int(rows.lengths[units].sum())
+        if tokens > MAX_EVAL_TOKENS:
+            break
+        chosen.append(batches.batch(units))
+    return chosen
+
+
+def _not_finite(problem: NotFinite, ready: Ready) -> UserError:
+    """Say where a loss or gradient broke: step, and the first rows of that step by file and line."""
+    sources = ready.prepared.train.sources
+    places = [ready.prepared.train_examples[int(sources[row])] for row in problem.rows[:3]]
+    names = "; ".join(f"{example.file} row {example.row}" for example in places)
+    return UserError(
+        f"the {problem.what} of step {problem.step} is not finite; nothing was updated",
+        file=str(ready.run.path),
+        found=f"rows of that step: {names}",
+        expected="a finite number",
+        fix="lower train.learning_rate, or base.compute=fp32; the last checkpoint is intact",
+    )

@@ -1,0 +1,192 @@
+"""What is settled before the first step: placement, rows, decisions, the model with its method attached.
+
+The order is the contract of bad input: the recipe, then the hardware, then the data are checked before any model is
+loaded, and a run directory appears only when all of them are good.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from whet import runs
+from whet.base.console import say
+from whet.base.errors import UserError
+from whet.base.seed import seed_everything
+from whet.data.batches import Batches
+from whet.data.ledger import Ledger
+from whet.data.prepare import Prepared, prepare
+from whet.data.template import use_template
+from whet.engine.device import Placement, device_name, place
+from whet.engine.isolation import check_isolation, takes_logits_to_keep
+from whet.engine.linear import count_parameters
+from whet.engine.load import load_config, load_model, load_tokenizer, longest_input
+from whet.recipe import Parsed, Recipe, to_yaml
+from whet.runs import Run
+from whet.train.optim import check_optimiser
+from whet.train.step import Forward
+
+DECAY_RATIO = 0.2
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that can begin: its rows, and how many steps they make."""
+
+    run: Run
+    existed: bool
+    prepared: Prepared
+    placement: Placement
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.run.recipe
+
+
+def get_ready(parsed: Parsed) -> Ready:
+    """Check everything, decide what is auto, and open the run directory. Raises UserError; loads no model."""
+    recipe = parsed.recipe
+    placement = place(recipe.base, recipe.method.capability.storages)
+    check_optimiser(recipe.train, placement.device)
+    tokenizer = load_tokenizer(recipe.model)
+    use_template(tokenizer, recipe.model.chat_template)
+    prepared = prepare(recipe.data, tokenizer, longest_input(load_config(recipe.model)))
+    prepared.ledger.gate()
+    decided = _decided(recipe, prepared, placement)
+    facts = {"environment.json": environment(placement), "data.json": prepared.ledger.as_dict()}
+    run, existed = runs.start(parsed, decided, facts)
+    return Ready(run, existed, prepared, placement)
+
+
+def batches_of(ready: Ready) -> Batches:
+    """The training batches in their order."""
+    train, data = ready.recipe.train, ready.recipe.data
+    return Batches(
+        ready.prepared.train,
+        ready.prepared.bins,
+        size=train.per_device_train_batch_size,
+        accumulate=train.gradient_accumulation_steps,
+        flat=bool(data.padding_free),
+        seed=train.seed,
+    )
+
+
+def build_model(ready: Ready) -> tuple[torch.nn.Module, Ready, Forward]:
+    """Seed, load, attach the method, check isolation; returns the model in training mode."""
+    recipe, placement = ready.recipe, ready.placement
+    seed_everything(recipe.train.seed)
+    network = load_model(recipe.model, placement)
+    model = recipe.method.attach(network)
+    if recipe.train.gradient_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    ready = _isolated(ready, model, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+    forward = Forward(placement.device, placement.compute, placement.autocast, takes_logits_to_keep(network))
+    trainable, total = count_parameters(model)
+    say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
+    return model.train(), ready, forward
+
+
+def environment(placement: Placement) -> dict[str, Any]:
+    """Versions and hardware, flat."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, Any] = {}
+    for package in ("whet", "torch", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found | {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": placement.device.type,
+        "device_name": device_name(placement.device),
+        "compute": str(placement.compute).removeprefix("torch."),
+        "storage": placement.storage,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def show_ledger(ledger: Ledger) -> None:
+    """The lines of the ledger that a person should see before the first step."""
+    share = 100 * ledger.supervised_tokens / max(1, ledger.tokens)
+    say(f"data: {ledger.rows_train:,} rows to learn from, {ledger.rows_eval:,} held out ({ledger.format})")
+    say(f"learned: {ledger.supervised_tokens:,} of {ledger.tokens:,} tokens ({share:.0f} %)")
+    for count, text in (
+        (len(ledger.dropped), "rows dropped (data.json names each)"),
+        (ledger.tokens_lost, "tokens lost to data.max_length"),
+        (ledger.rows_without_end_of_turn, "rows whose end of turn is not learned: the model may not know when to stop"),
+        (ledger.rows_on_both_sides, "rows stand on both sides of the split: held-out scores will flatter"),
+    ):
+        if count:
+            say(f"  {count:,} {text}", style="yellow")
+
+
+def _decided(recipe: Recipe, prepared: Prepared, placement: Placement) -> dict[str, tuple[object, str]]:
+    """Every auto setting with the value it gets and why."""
+    train, method, decided = recipe.train, recipe.method, dict(prepared.decided)
+    compute = "fp32" if placement.compute == torch.float32 else "bf16"
+    settled = {"base.device": placement.device.type, "base.compute": compute, "base.storage": placement.storage}
+    for path, value in settled.items():
+        if getattr(recipe.base, path.partition(".")[2]) is None:
+            decided[path] = (value, placement.reasons.get(path, "follows from base.storage"))
+    if recipe.base.double_quant is None and placement.storage == "nf4":
+        decided["base.double_quant"] = (True, "usual for nf4")
+    if train.learning_rate is None:
+        decided["train.learning_rate"] = (method.capability.learning_rate, f"usual for {method.name}")
+    if method.name == "lora" and method.lora_alpha is None:
+        decided["method.lora_alpha"] = (2.0 * method.r, "2 * r")
+    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    units = len(prepared.bins) if prepared.bins is not None else len(prepared.train)
+    per_epoch = math.ceil(units / per_step)
+    if train.max_steps is None:
+        decided["train.max_steps"] = (
+            math.ceil(per_epoch * train.num_train_epochs),
+            f"{train.num_train_epochs:g} epochs of {per_epoch} steps",
+        )
+    if train.eval_steps is None:
+        decided["train.eval_steps"] = (per_epoch, "once an epoch")
+    if train.save_steps is None:
+        every = train.eval_steps or per_epoch
+        decided["train.save_steps"] = (every, "with every evaluation")
+    if train.lr_scheduler_type == "warmup_stable_decay" and train.decay_ratio is None:
+        decided["train.decay_ratio"] = (DECAY_RATIO, "the last fifth")
+    if recipe.data.padding_free is None:
+        decided["data.padding_free"] = (True, "the model passed the isolation check")
+    if not len(prepared.evaluation) and train.early_stopping_patience is not None:
+        raise UserError(
+            "early stopping needs held-out rows", field="train.early_stopping_patience", found="no held-out row",
+            expected="data.val_size above 0, or data.eval_dataset", fix="data.val_size=0.05",
+        )  # fmt: skip
+    return decided
+
+
+def _isolated(ready: Ready, model: torch.nn.Module, vocabulary: int) -> Ready:
+    """Run the isolation check where documents share a row; fall back to padding where whet may decide."""
+    if not ready.recipe.data.padding_free:
+        if ready.prepared.bins is None:
+            return ready
+        raise UserError(
+            "packed rows are laid out without padding", field="data.padding_free", found="false with packing",
+            expected="auto", fix="data.packing=false, or remove data.padding_free",
+        )  # fmt: skip
+    found = check_isolation(model, vocabulary)
+    if found.holds:
+        return ready
+    origins = ready.run.read("origins.json") or {}
+    if ready.prepared.bins is not None or origins["data.padding_free"]["origin"] != "decided":
+        raise UserError(
+            "the model lets documents that share a row see each other", field="data.packing",
+            found=f"logits moved by {found.moved:.2g}", expected="0", fix="data.packing=false data.padding_free=false",
+        )  # fmt: skip
+    say("the model's attention cannot keep documents apart in one row: training padded instead", style="yellow")
+    recipe = runs.resolve(ready.recipe, {"data.padding_free": False})
+    (ready.run.path / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    why = "the model did not pass the isolation check"
+    origins["data.padding_free"] = {"value": False, "origin": "decided", "reason": why}
+    ready.run.write("origins.json", origins)
+    return Ready(Run(ready.run.path, recipe), ready.existed, ready.prepared, ready.placement)

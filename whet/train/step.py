@@ -1,0 +1,93 @@
+"""One optimiser step: count, forward, backward, clip, look, update.
+
+The tokens are counted before the first backward, so the loss is exact however the batch is cut. A loss or a gradient
+that is not finite stops here, before it enters the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from whet.data.batches import Batch
+from whet.train.loss import summed_loss
+
+
+class NotFinite(Exception):
+    """A loss or gradient became NaN or infinite; nothing was updated."""
+
+    def __init__(self, what: str, step: int, rows: Sequence[int]) -> None:
+        super().__init__(what)
+        self.what, self.step, self.rows = what, step, tuple(rows)
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """loss: mean over the step's learned tokens; grad_norm: before clipping; tokens: real ones; targets: learned."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    targets: int
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How the model is called: on which device, in which arithmetic, with which logits."""
+
+    device: torch.device
+    compute: torch.dtype
+    autocast: bool
+    keeps: bool
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Summed loss of a batch, a float32 scalar."""
+        context = torch.autocast(self.device.type, self.compute) if self.autocast else contextlib.nullcontext()
+        with context:
+            return summed_loss(model, batch, self.device, keeps=self.keeps)
+
+
+def train_step(
+    model: torch.nn.Module,
+    optimiser: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    forward: Forward,
+    *,
+    max_grad_norm: float,
+    step: int,
+) -> Stepped:
+    """Forward and backward over the micro-batches, then one update. Raises NotFinite instead of updating."""
+    targets = sum(len(batch.targets) for batch in batches)
+    total = torch.zeros((), dtype=torch.float32, device=forward.device)
+    for batch in batches:
+        loss = forward.loss(model, batch) / targets
+        loss.backward()
+        total += loss.detach()
+    parameters = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
+    limit = max_grad_norm if max_grad_norm > 0 else float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    loss_value, norm_value = torch.stack([total, norm.float()]).tolist()
+    rows = [row for batch in batches for row in batch.rows]
+    for name, value in (("loss", loss_value), ("gradient norm", norm_value)):
+        if value != value or value in (float("inf"), float("-inf")):
+            optimiser.zero_grad(set_to_none=True)
+            raise NotFinite(name, step, rows)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return Stepped(loss_value, norm_value, sum(batch.tokens for batch in batches), targets)
+
+
+@torch.inference_mode()
+def held_out_loss(model: torch.nn.Module, batches: Sequence[Batch], forward: Forward) -> tuple[float, int]:
+    """(mean loss, learned tokens) over batches, in evaluation mode; no logits are kept."""
+    was_training = model.training
+    model.eval()
+    total, targets = 0.0, 0
+    for batch in batches:
+        total += float(forward.loss(model, batch))
+        targets += len(batch.targets)
+    model.train(was_training)
+    return total / max(1, targets), targets
