@@ -123,7 +123,7 @@ SYNTAX = [
     BadFile(
         "too_deep", ".jsonl", GOOD + b'{"text": ' + b"[" * 99_999 + b"]" * 99_999 + b"}\n", ("nested too deeply",), 2
     ),
-    BadFile("endless_number", ".jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", ("not usable JSON", "strings"), 1),
+    BadFile("endless_number", ".jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", ("a number too long", "as a string"), 1),
     BadFile(
         "two_lists",
         ".json",

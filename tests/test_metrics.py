@@ -175,7 +175,7 @@ def test_tokens(text: str, expected: list[str]) -> None:
     assert metrics.tokens(text) == expected
 
 
-def test_only_what_nobody_can_see_is_normalised() -> None:
+def test_only_whitespace_and_composition_are_normalised() -> None:
     assert metrics.normalise("\n a\u00a0\u3000 b \r\n c\t\n\n") == "a b\nc"
     assert metrics.exact_match([unicodedata.normalize("NFD", "한글 é")], ["한글  é "]) == [1.0]
     different = [("Yes", "yes"), ("Yes.", "Yes"), ("a b", "a\nb"), ("a\n\nb", "a\nb"), ("Ａ", "A"), ("한 글", "한글")]

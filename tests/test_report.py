@@ -72,6 +72,29 @@ def evaluation(
     }
 
 
+def put_results(run: Path) -> None:
+    put(run, "results/evaluation.json", evaluation(0.18, 0.91))
+    rows = [
+        {"id": f"r{n}", "prompt": "p", "reference": "a\nb", "base": "", "tuned": "a\nb", "exact": n % 2 == 0}
+        for n in range(40)
+    ]
+    put(run, "results/predictions.jsonl", *rows)
+    candidate = {
+        "dtype": "bfloat16",
+        "mean_kl": 0.00081,
+        "max_kl": 0.03,
+        "top1_agreement": 0.996,
+        "greedy_agreement": 1.0,
+    }
+    merge = {
+        "chosen": "b",
+        "candidates": [candidate | {"name": "a"}, candidate | {"name": "b"}],
+        "prompts": 16,
+        "positions": 1024,
+    }
+    put(run, "results/merge.json", merge | {"path": "out/"})
+
+
 @pytest.fixture
 def full(tmp_path: Path) -> Path:
     run = tmp_path / "tickets"
@@ -115,26 +138,7 @@ def full(tmp_path: Path) -> Path:
     put(run, "timing.jsonl", *({"step": s, "tokens_per_second": 900.0, "memory_bytes": 2**31} for s in range(1, 101)))
     done = {"steps": 100, "best_step": 100, "stopped": "completed", "seconds": 218.4, "peak_memory_bytes": 5 * 2**29}
     put(run, "finished.json", done | {"tokens": 4000, "supervised_tokens": 1000})
-    put(run, "results/evaluation.json", evaluation(0.18, 0.91))
-    rows = [
-        {"id": f"r{n}", "prompt": "p", "reference": "a\nb", "base": "", "tuned": "a\nb", "exact": n % 2 == 0}
-        for n in range(40)
-    ]
-    put(run, "results/predictions.jsonl", *rows)
-    candidate = {
-        "dtype": "bfloat16",
-        "mean_kl": 0.00081,
-        "max_kl": 0.03,
-        "top1_agreement": 0.996,
-        "greedy_agreement": 1.0,
-    }
-    merge = {
-        "chosen": "b",
-        "candidates": [candidate | {"name": "a"}, candidate | {"name": "b"}],
-        "prompts": 16,
-        "positions": 1024,
-    }
-    put(run, "results/merge.json", merge | {"path": "out/"})
+    put_results(run)
     return run
 
 

@@ -29,17 +29,16 @@ import instructions
 HERE = Path(__file__).resolve().parent
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 PASSAGE_LIMIT = {"en_gutenberg": 2000, "ko_judgments": 1000, "ko_technical": 1000}
-SURNAMES = (
-    "김이박최정강조윤장임한오서신권황안송전홍유고문양손배백허도남심노하곽성차주우구"
-    "민류진지엄채원천방현변염"
+ROLES, NO_NAMES, GIVEN, SURNAMES = (
+    "|".join(line.split()).replace("_", " ")
+    for line in (HERE / "judgment_words.txt").read_text(encoding="utf-8").splitlines()[1:]
 )
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
     """The rows of an xz-compressed JSON-lines file, one at a time."""
     with lzma.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
+        yield from map(json.loads, lines)
 
 
 def stable_hash(text: str) -> int:
@@ -54,15 +53,12 @@ def is_held_out(document_key: str) -> bool:
 
 def read_abuse() -> tuple[re.Pattern[str], frozenset[str]]:
     """The abuse list: Hangul as one pattern of substrings, Latin as whole lower-case words."""
-    hangul, latin = [], []
-    for line in (HERE / "abuse_words.txt").read_text(encoding="utf-8").splitlines():
-        if line.startswith("#"):
-            continue
-        for word in line.split():
-            (latin if word.isascii() else hangul).append(word)
+    lines = (HERE / "abuse_words.txt").read_text(encoding="utf-8").splitlines()
+    words = [word for line in lines if not line.startswith("#") for word in line.split()]
+    hangul = [word for word in words if not word.isascii()]
     spaced = [r"[^가-힣ㄱ-ㅎ]{1,3}".join(word) for word in hangul if len(word) in (2, 3)]
     isolated = "(?<![가-힣])(?:" + "|".join(spaced) + ")(?![가-힣])"
-    return re.compile("|".join([*map(re.escape, hangul), isolated])), frozenset(latin)
+    return re.compile("|".join([*map(re.escape, hangul), isolated])), frozenset(words)
 
 
 HANGUL_ABUSE, LATIN_ABUSE = read_abuse()
@@ -165,10 +161,6 @@ def clean_book(text: str) -> Iterator[str | None]:
 
 
 KEPT_SECTIONS = re.compile(r"이유|무죄부분|판시사항|판결요지|결정요지|쟁점")
-ROLES, NO_NAMES = (
-    "|".join(line.split()).replace("_", " ")
-    for line in (HERE / "judgment_words.txt").read_text(encoding="utf-8").splitlines()[1:]
-)
 NAMED_ROLE = re.compile(
     rf"(?<![가-힣])(?:{ROLES})(?:인|들|의)?\s*[:(]?\s*[{SURNAMES}][가-힣]{{1,2}}"
     r"(?=[은는이가을를의과와도에,.()·\s’]|$)"
@@ -186,6 +178,10 @@ PERSONAL = re.compile(
 SENSITIVE = re.compile(
     "강간|간음|추행|음란|성교|성매매|유사성행위|성기|성관계|성폭|성적 |살해|자살|시체|사체|"
     "이승만|박정희|전두환|노태우|김영삼|김대중|노무현|이명박|박근혜|문재인|윤석열|이재명|김일성|김정일"
+)
+FULL_NAME = re.compile(
+    rf"(?<![가-힣])[{SURNAMES}][{GIVEN}]{{2}}"
+    "(?=(?:은|는|이|가|의|에|에게서?|을|를|과|와|도|만|측|으?로부터|이?가|이는|씨)?(?![가-힣]))"
 )
 NOT_NAMES = re.compile(rf"(?<![가-힣])(?:{ROLES})\s*(?:{NO_NAMES})")
 
@@ -256,9 +252,7 @@ NAME_CONTEXT = re.compile(
 ENDINGS = frozenset("의은는이가을를과와도한된인에로나게서고지며면다요네데야들만랑라니던할함적")
 COMMON_WORDS = frozenset((HERE / "not_names.txt").read_text(encoding="utf-8").split())
 TITLED_NAME = re.compile(
-    r"(?<![가-힣])[가-힣]{2,4} ?(?:배우|감독|씨|님|작가|옹)(?:님|의|이|은|는|도|\s|$)"
-)
-TITLE_THEN_NAME = re.compile(
+    r"(?<![가-힣])[가-힣]{2,4} ?(?:배우|감독|씨|님|작가|옹)(?:님|의|이|은|는|도|\s|$)|"
     rf"(?:배우|감독|주연|가수|작가|아역) ?[{SURNAMES}][가-힣]{{2}}(?![가-힣]{{2}})"
 )
 
@@ -288,9 +282,7 @@ def clean_review(row: dict, names: frozenset[str]) -> str | None:
         return None
     if len(re.findall("[가-힣]", text)) < 0.5 * len(text) or is_abusive(text):
         return None
-    if SENSITIVE.search(text) or re.search("http|www|@", text):
-        return None
-    if TITLED_NAME.search(text) or TITLE_THEN_NAME.search(text):
+    if SENSITIVE.search(text) or TITLED_NAME.search(text) or re.search("http|www|@", text):
         return None
     windows = (text[i : i + 3] for i in range(len(text) - 2))
     return None if any(window in names for window in windows) else text
@@ -312,12 +304,24 @@ def choose_books(rows: list[dict], byte_budget: int) -> list[dict]:
     return chosen
 
 
+def rare_names(rows: list[dict]) -> frozenset[str]:
+    """Words built like a full name that at most three judgments use: mostly names."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        lines = "\n".join(filter(None, clean_judgment(row["text"])))
+        counts.update(set(FULL_NAME.findall(lines)))
+    return frozenset(name for name, n in counts.items() if n <= 3)
+
+
 def document_passages(source: str, rows: list[dict]) -> Iterator[tuple[str, bool]]:
     """(passage, held out) of one source of long documents; training documents come first."""
     keyed = [(is_held_out(row["text"]), row) for row in rows]
     seen_paragraphs: set[int] = set()
+    names = rare_names(rows) if source == "ko_judgments" else frozenset()
     for held_out, row in sorted(keyed, key=lambda pair: pair[0]):
         paragraphs = without_repeats(CLEANERS[source](row["text"]), seen_paragraphs)
+        paragraphs = (None if text and names.intersection(FULL_NAME.findall(text)) else text
+                      for text in paragraphs)
         for passage in to_passages(paragraphs, PASSAGE_LIMIT[source], JOINTS[source]):
             if len(passage) >= 80 and not any(marker in passage for marker in MARKERS):
                 yield passage, held_out
@@ -344,14 +348,12 @@ def build_sources(folder: Path, book_bytes: int) -> tuple[dict, dict, list, list
         else:
             books = source == "en_gutenberg"
             found = document_passages(source, choose_books(rows, book_bytes) if books else rows)
-        for side in sides:
-            side[source] = []
         for passage, held_out, *rating in found:
             key = stable_hash(passage)
             if key in seen:
                 continue
             seen.add(key)
-            sides[held_out][source].append(passage)
+            sides[held_out].setdefault(source, []).append(passage)
             if rating:
                 rated[held_out].append((passage, rating[0]))
     return *sides, *rated
@@ -375,10 +377,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Builds the corpus of the built-in model.")
     parser.add_argument("source", type=Path, help="folder with the four .jsonl.xz sources")
     parser.add_argument("output", type=Path, help="folder for train.jsonl.xz and heldout.jsonl.xz")
-    parser.add_argument("--instructions", type=int, default=150_000, metavar="N",
-                        help="instruction-shaped training examples (default: %(default)s)")
-    parser.add_argument("--book-megabytes", type=int, default=66, metavar="MB",
-                        help="English books to take, whole (default: %(default)s)")
+    parser.add_argument("--instructions", type=int, default=150_000, help="generated examples")
+    parser.add_argument("--book-megabytes", type=int, default=66, help="English books to take")
     parser.add_argument("--seed", type=int, default=7, help="seed of the generated examples")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Rows into batches: a deterministic order that depends on the seed and the epoch alone.
 
 Step k always takes the same rows, so resuming is looking up k, not replaying. A batch is laid out flat (documents end
-to end in one row, no padding) or padded; both carry, for each learned token, the position that predicts it, so only
-those logits are ever computed.
+to end in one row, no padding) or padded; both carry, for each learned token, the place that predicts it, so only those
+logits are ever computed.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from whet.data.rows import Rows
 class Batch:
     """One forward pass. ids, positions: int64 [B, T] (flat: B = 1).
 
-    bounds: document boundaries of a flat row, else None. columns: positions whose logits are needed, int64 [C], shared
-    by all rows; picks: (row, index into columns) of each target, both int64 [N]; targets: int64 [N].
+    bounds: document boundaries of a flat row, else None. targets: learned token ids, int64 [N], predicted at
+    (rows, places), both int64 [N]. sources: indices of the rows of data in it; tokens: real ones.
     """
 
     ids: np.ndarray
     positions: np.ndarray
     bounds: tuple[int, ...] | None
-    columns: np.ndarray
-    picks: tuple[np.ndarray, np.ndarray]
+    rows: np.ndarray
+    places: np.ndarray
     targets: np.ndarray
-    rows: tuple[int, ...]
+    sources: tuple[int, ...]
     tokens: int
 
     def sha256(self) -> str:
         """Of what the model is shown and asked."""
         digest = hashlib.sha256()
-        for array in (self.ids, self.positions, self.targets, *self.picks):
+        for array in (self.ids, self.positions, self.targets, self.rows, self.places):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
@@ -90,8 +90,9 @@ def _flat(pieces: list[tuple[np.ndarray, np.ndarray]], rows: tuple[int, ...]) ->
     positions = np.concatenate([np.arange(len(piece[0]), dtype=np.int64) for piece in pieces])
     bounds = tuple(np.cumsum([0, *(len(piece[0]) for piece in pieces)]).tolist())
     targets = np.flatnonzero(learned)
-    picks = (np.zeros(len(targets), np.int64), np.arange(len(targets), dtype=np.int64))
-    return Batch(ids[None], positions[None], bounds, targets - 1, picks, ids[targets], rows, len(ids))
+    return Batch(
+        ids[None], positions[None], bounds, np.zeros(len(targets), np.int64), targets - 1, ids[targets], rows, len(ids)
+    )
 
 
 def _padded(pieces: list[tuple[np.ndarray, np.ndarray]], rows: tuple[int, ...]) -> Batch:
@@ -102,7 +103,6 @@ def _padded(pieces: list[tuple[np.ndarray, np.ndarray]], rows: tuple[int, ...]) 
         ids[index, : len(row_ids)] = row_ids
         learned[index, : len(row_ids)] = row_learned
     row_index, place = np.nonzero(learned)
-    columns, inverse = np.unique(place - 1, return_inverse=True)
     positions = np.broadcast_to(np.arange(longest, dtype=np.int64), ids.shape).copy()
     tokens = sum(len(piece[0]) for piece in pieces)
-    return Batch(ids, positions, None, columns, (row_index, inverse), ids[row_index, place], rows, tokens)
+    return Batch(ids, positions, None, row_index, place - 1, ids[row_index, place], rows, tokens)

@@ -114,7 +114,7 @@ def _examples(
     sample = list(islice(records, SAMPLE))
     if not sample:
         raise UserError("the data holds no rows", file=paths[0], fix="give a file with at least one row")
-    kind = Format(data.format, "as the recipe says") if data.format else recognise(sample, data.columns)
+    kind = recognise(sample, data.columns, data.format)
     dropped = Dropped()
     stream: Iterable = chain(sample, records)
     found = list(islice(standardise(iter(stream), kind, data.columns, empty=data.empty, dropped=dropped), limit))

@@ -322,7 +322,7 @@ def _parse(text: str, start: int, file: str, row: int | None) -> tuple[object, i
     except json.JSONDecodeError as error:
         raise _syntax_error(text, start, error, file, row) from error
     except ValueError as error:
-        raise UserError(f"not usable JSON: {error}", "write long numbers as strings", file, row) from error
+        raise UserError("a number too long for JSON readers", "write it as a string", file, row) from error
 
 
 def _check_leaves(root: object) -> None:

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "whet"
+FUSED_TYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,13 @@ def attend(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [B, Hq, T, D], key and value [B, Hkv, T, D]; returns [B, T, Hq, D] as transformers expects it."""
+    if query.dtype != value.dtype:  # under autocast, rotary positions leave query and key in fp32
+        query, key = query.to(value.dtype), key.to(value.dtype)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if documents is not None and query.is_cuda and softcap is None and attention_mask is None:
+    fused = query.is_cuda and query.dtype in FUSED_TYPES and softcap is None and attention_mask is None
+    if documents is not None and fused:
         return _varlen(query, key, value, documents, scaling, sliding_window), None
     parts = [(0, query.shape[2])] if documents is None else list(zip(documents.bounds, documents.bounds[1:]))
     pieces = []

@@ -7,7 +7,6 @@ ignores `documents` fails at once, and is then trained padded instead of contami
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +27,16 @@ class Isolation:
         return self.moved == 0.0 and self.alone <= 0.05 * max(self.scale, 1e-6)
 
 
-def check_isolation(model: torch.nn.Module, vocabulary: int, length: int = 12) -> Isolation:
+def check_isolation(
+    model: torch.nn.Module, vocabulary: int, *, autocast: torch.dtype | None = None, length: int = 12
+) -> Isolation:
     """Run the check on `model` as it will be trained. Costs three forward passes of 2 * `length` tokens."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     first, other, second = torch.randint(0, vocabulary, (3, length), generator=generator).to(device)
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         one = _flat_logits(model, [first, second])[length:]
         two = _flat_logits(model, [other, second])[length:]
         alone = model(input_ids=second[None]).logits[0].float()
@@ -63,11 +64,6 @@ def flat_inputs(documents: list[torch.Tensor]) -> dict[str, object]:
             max(len(document) for document in documents),
         ),
     }
-
-
-def takes_logits_to_keep(model: torch.nn.Module) -> bool:
-    """Whether the model's forward computes only the logits it is asked for."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _flat_logits(model: torch.nn.Module, documents: list[torch.Tensor]) -> torch.Tensor:

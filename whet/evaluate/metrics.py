@@ -60,8 +60,8 @@ class Scores:
 def normalise(text: str) -> str:
     """`text` in Unicode NFC, each line stripped and its runs of whitespace made one space, outer blank lines removed.
 
-    Nothing else: case, punctuation, inner line breaks and compatibility forms (full-width letters) still count. Only
-    differences that nobody can see on a screen are removed.
+    Nothing else: case, punctuation, inner line breaks and compatibility forms (full-width letters) still count.
+    Indentation does not, so that wrongly indented code can still be an exact match.
     """
     lines = unicodedata.normalize("NFC", text).splitlines()
     return "\n".join(" ".join(line.split()) for line in lines).strip()

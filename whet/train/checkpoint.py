@@ -118,23 +118,32 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _flattened(optimiser: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Optimiser state as tensors by 'parameter.name', and what is no tensor."""
+    """Optimiser state as tensors by 'parameter/name', and what is no tensor."""
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
-    for index, entries in optimiser.state_dict()["state"].items():
+
+    def walk(prefix: str, entries: dict[str, Any]) -> None:
         for name, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.contiguous()
+            if isinstance(value, dict):  # bitsandbytes groups the tensors of a quantised moment
+                walk(f"{prefix}/{name}", value)
+            elif isinstance(value, torch.Tensor):
+                tensors[f"{prefix}/{name}"] = value.contiguous()
             else:
-                values[f"{index}.{name}"] = value
+                values[f"{prefix}/{name}"] = value
+
+    for index, entries in optimiser.state_dict()["state"].items():
+        walk(str(index), entries)
     return tensors, values
 
 
 def _unflatten(optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **values}.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        index, *groups, name = key.split("/")
+        place = state.setdefault(int(index), {})
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 

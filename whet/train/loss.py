@@ -1,19 +1,41 @@
 """The loss: a sum over learned tokens, divided once by how many there are in the whole optimiser step.
 
 Dividing each micro-batch by its own count weighs a token by the company it keeps, and the result depends on how the
-batch was cut (transformers #34191). Summing never does. Only the logits that predict a learned token are computed.
+batch was cut (transformers #34191). Summing never does. Only tokens that are learned get logits.
 """
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from whet.data.batches import Batch
 from whet.engine.attention import Documents
+from whet.engine.head import Head, plain_loss
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How the model is called: on which device, in which arithmetic, with which head (None: its own logits)."""
+
+    device: torch.device
+    compute: torch.dtype
+    autocast: bool
+    head: Head | None
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Sum of -log p(target) over the batch's targets, a float32 scalar."""
+        context = torch.autocast(self.device.type, self.compute) if self.autocast else contextlib.nullcontext()
+        rows, places, targets = (_tensor(array, self.device) for array in (batch.rows, batch.places, batch.targets))
+        with context:
+            inputs = model_inputs(batch, self.device)
+            if self.head is not None:
+                return self.head.loss(inputs, rows, places, targets)
+            return plain_loss(model(**inputs).logits[rows, places], targets)
 
 
 def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
@@ -28,19 +50,6 @@ def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
         cu = torch.tensor(batch.bounds, dtype=torch.int32).to(device, non_blocking=True)
         inputs["documents"] = Documents(batch.bounds, cu, longest)
     return inputs
-
-
-def summed_loss(model: torch.nn.Module, batch: Batch, device: torch.device, *, keeps: bool) -> torch.Tensor:
-    """Sum of -log p(target) over the batch's targets, a float32 scalar. keeps: the model computes chosen logits only."""
-    inputs = model_inputs(batch, device)
-    columns = _tensor(batch.columns, device)
-    if keeps:
-        logits = model(**inputs, logits_to_keep=columns).logits
-    else:
-        logits = model(**inputs).logits[:, columns]
-    rows, places = (_tensor(pick, device) for pick in batch.picks)
-    chosen = logits[0] if logits.shape[0] == 1 and len(places) == logits.shape[1] else logits[rows, places]
-    return cross_entropy(chosen.float(), _tensor(batch.targets, device), reduction="sum")
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -28,7 +28,8 @@ from whet.train.optim import build_optimiser
 from whet.train.record import Recorder
 from whet.train.schedule import learning_rate
 from whet.train.setup import Ready, batches_of, build_model, get_ready, show_ledger
-from whet.train.step import Forward, NotFinite, Stepped, held_out_loss, train_step
+from whet.train.loss import Forward
+from whet.train.step import NotFinite, Stepped, held_out_loss, train_step
 
 MAX_EVAL_TOKENS = 500_000
 
@@ -96,8 +97,8 @@ class Loop:
             while self.state.step < self.total:
                 began = time.perf_counter()
                 stepped, rate = self._step()
-                looked = self._evaluate()
                 self._log(stepped, rate, time.perf_counter() - began, bar)
+                looked = self._evaluate()
                 ending = self.state.step == self.total or self.interrupted or self._enough()
                 if looked or ending or self.state.step % (self.settings.save_steps or self.total) == 0:
                     self._save()

@@ -22,13 +22,14 @@ from whet.data.ledger import Ledger
 from whet.data.prepare import Prepared, prepare
 from whet.data.template import use_template
 from whet.engine.device import Placement, device_name, place
-from whet.engine.isolation import check_isolation, takes_logits_to_keep
+from whet.engine.head import find_head
+from whet.engine.isolation import check_isolation
 from whet.engine.linear import count_parameters
 from whet.engine.load import load_config, load_model, load_tokenizer, longest_input
 from whet.recipe import Parsed, Recipe, to_yaml
 from whet.runs import Run
 from whet.train.optim import check_optimiser
-from whet.train.step import Forward
+from whet.train.loss import Forward
 
 DECAY_RATIO = 0.2
 
@@ -84,7 +85,8 @@ def build_model(ready: Ready) -> tuple[torch.nn.Module, Ready, Forward]:
     if recipe.train.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     ready = _isolated(ready, model, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
-    forward = Forward(placement.device, placement.compute, placement.autocast, takes_logits_to_keep(network))
+    autocast = placement.compute if placement.autocast else None
+    forward = Forward(placement.device, placement.compute, placement.autocast, find_head(network, autocast=autocast))
     trainable, total = count_parameters(model)
     say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
     return model.train(), ready, forward
@@ -174,7 +176,8 @@ def _isolated(ready: Ready, model: torch.nn.Module, vocabulary: int) -> Ready:
             "packed rows are laid out without padding", field="data.padding_free", found="false with packing",
             expected="auto", fix="data.packing=false, or remove data.padding_free",
         )  # fmt: skip
-    found = check_isolation(model, vocabulary)
+    autocast = ready.placement.compute if ready.placement.autocast else None
+    found = check_isolation(model, vocabulary, autocast=autocast)
     if found.holds:
         return ready
     origins = ready.run.read("origins.json") or {}

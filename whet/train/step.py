@@ -6,14 +6,13 @@ that is not finite stops here, before it enters the weights.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from whet.data.batches import Batch
-from whet.train.loss import summed_loss
+from whet.train.loss import Forward
 
 
 class NotFinite(Exception):
@@ -32,22 +31,6 @@ class Stepped:
     grad_norm: float
     tokens: int
     targets: int
-
-
-@dataclass(frozen=True)
-class Forward:
-    """How the model is called: on which device, in which arithmetic, with which logits."""
-
-    device: torch.device
-    compute: torch.dtype
-    autocast: bool
-    keeps: bool
-
-    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Summed loss of a batch, a float32 scalar."""
-        context = torch.autocast(self.device.type, self.compute) if self.autocast else contextlib.nullcontext()
-        with context:
-            return summed_loss(model, batch, self.device, keeps=self.keeps)
 
 
 def train_step(
@@ -70,7 +53,7 @@ def train_step(
     limit = max_grad_norm if max_grad_norm > 0 else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
     loss_value, norm_value = torch.stack([total, norm.float()]).tolist()
-    rows = [row for batch in batches for row in batch.rows]
+    rows = [row for batch in batches for row in batch.sources]
     for name, value in (("loss", loss_value), ("gradient norm", norm_value)):
         if value != value or value in (float("inf"), float("-inf")):
             optimiser.zero_grad(set_to_none=True)

@@ -1,0 +1,123 @@
+"""The output head and the cross-entropy in one: no tensor of rows x vocabulary ever exists.
+
+Logits are made for a few rows at a time; their loss is added up and their gradient taken at once, while they are in
+the cache, as in Liger's and Apple's cut cross-entropy (arXiv:2410.10989, arXiv:2411.09009). The result is exact: chunks
+change neither the sum nor, beyond rounding, the gradient. It needs the hidden states that the model's own head would
+get, so `find_head` proves on the model at hand that head(decoder(x)) is what the model computes, and a model with
+anything in between keeps its own logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+CHUNK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 27, "mps": 1 << 25}
+
+
+@dataclass(frozen=True)
+class Head:
+    """decoder: gives hidden states [B, T, H]; output: the head's linear layer; softcap: cap tanh(logits / cap)."""
+
+    decoder: nn.Module
+    output: nn.Linear
+    softcap: float | None
+
+    def loss(self, inputs: dict[str, Any], rows: torch.Tensor, places: torch.Tensor, targets: torch.Tensor):
+        """Summed -log p(target) of the tokens predicted at (rows, places), a float32 scalar."""
+        hidden = self.decoder(**inputs).last_hidden_state
+        chosen = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + places)
+        if torch.is_autocast_enabled(chosen.device.type):
+            chosen = chosen.to(torch.get_autocast_dtype(chosen.device.type))
+        return HeadLoss.apply(chosen, self.output.weight, self.output.bias, targets, self.softcap)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of -log softmax(h W^T + b)[target]: h [N, H], W [V, H], b [V] or None, targets [N]; float32 scalar."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
+        softcap: float | None,
+    ):  # fmt: skip
+        rows = max(1, CHUNK_LOGITS.get(hidden.device.type, 1 << 19) // weight.shape[0])
+        matrix = weight.to(hidden.dtype)
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], rows):
+            part = hidden[start : start + rows]
+            loss, grad = _chunk(nn.functional.linear(part, matrix, bias), targets[start : start + rows], softcap)
+            total += loss
+            grad_logits = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, matrix, out=grad_hidden[start : start + rows])
+            if grad_weight is not None:
+                grad_weight += grad_logits.t() @ part
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.types = (weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor):
+        scale = grad_outputs[0]
+        hidden, weight, bias = ctx.saved_tensors
+        return (
+            None if hidden is None else hidden * scale.to(hidden.dtype),
+            None if weight is None else (weight * scale).to(ctx.types[0]),
+            None if bias is None else (bias * scale).to(ctx.types[1]),
+            None,
+            None,
+        )
+
+
+def _chunk(raw: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(summed loss, gradient of the raw logits [C, V] in float32) of a few rows."""
+    logits = raw.float()
+    if softcap is not None:
+        squashed = torch.tanh(logits / softcap)
+        logits = squashed * softcap
+    index = targets[:, None]
+    chosen = logits.gather(1, index)
+    peak = logits.amax(1, keepdim=True)
+    grad = logits.sub_(peak).exp_() if softcap is None else (logits - peak).exp_()
+    mass = grad.sum(1, keepdim=True)
+    loss = (mass.log() + peak - chosen).sum()
+    grad.div_(mass)
+    grad.scatter_add_(1, index, torch.full_like(chosen, -1.0))
+    if softcap is not None:
+        grad.mul_(1 - squashed * squashed)
+    return loss, grad
+
+
+def plain_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The twin of `HeadLoss` on logits [N, V] that exist: for models with a head of their own, and for tests."""
+    return cross_entropy(logits.float(), targets, reduction="sum")
+
+
+@torch.inference_mode()
+def find_head(network: nn.Module, *, autocast: torch.dtype | None = None) -> Head | None:
+    """The parts that `HeadLoss` needs, or None when head(decoder(x)) is not what `network` computes."""
+    output = network.get_output_embeddings()  # type: ignore[operator]
+    decoder = network.get_decoder() if hasattr(network, "get_decoder") else None  # type: ignore[operator]
+    if not isinstance(output, nn.Linear) or decoder is None or decoder is network:
+        return None
+    softcap = getattr(network.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[union-attr,operator]
+    device = output.weight.device
+    ids = torch.arange(8, device=device)[None]
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        logits = network(input_ids=ids, use_cache=False).logits.float()
+        ours = output(decoder(input_ids=ids, use_cache=False).last_hidden_state).float()
+    if softcap is not None:
+        ours = torch.tanh(ours / softcap) * softcap
+    if not torch.allclose(ours, logits, rtol=1e-2, atol=1e-3 * float(logits.abs().max())):
+        return None
+    return Head(decoder, output, softcap)
