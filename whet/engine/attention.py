@@ -31,6 +31,11 @@ class Documents:
     cu: torch.Tensor
     longest: int
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each document."""
+        return [end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False)]
+
 
 def attend(
     module: nn.Module,
@@ -54,20 +59,35 @@ def attend(
     fused = query.is_cuda and query.dtype in FUSED_TYPES and softcap is None and attention_mask is None
     if documents is not None and fused:
         return _varlen(query, key, value, documents, scaling, sliding_window), None
-    parts = [(0, query.shape[2])] if documents is None else list(zip(documents.bounds, documents.bounds[1:]))
-    pieces = []
-    for start, end in parts:
-        q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
-        if softcap is not None:
-            pieces.append(_softcapped(q, k, v, scaling, softcap, sliding_window, attention_mask))
-            continue
-        mask = attention_mask
-        if mask is None and sliding_window is not None and end - start > sliding_window:
-            mask = _band(end - start, sliding_window, q.device)
-        causal = mask is None
-        pieces.append(scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=scaling))
+    given = query.dtype
+    if query.device.type == "cpu" and given == torch.bfloat16:  # its backward pass takes twice as long in bf16
+        query, key, value = query.float(), key.float(), value.float()
+    lengths = [query.shape[2]] if documents is None else documents.lengths
+    pieces = [
+        _one(q, k, v, attention_mask, scaling, dropout, sliding_window, softcap)
+        for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    ]
     output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2).to(given), None
+
+
+def _one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Causal attention of one document, or of padded rows: [B, H, T, D] in and out."""
+    if softcap is not None:
+        return _softcapped(query, key, value, scaling, softcap, sliding_window, mask)
+    length = query.shape[2]
+    if mask is None and sliding_window is not None and length > sliding_window:
+        mask = _band(length, sliding_window, query.device)
+    return scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None, scale=scaling)
 
 
 def _varlen(

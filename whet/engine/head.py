@@ -51,11 +51,16 @@ class HeadLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # Both buffers are used again for every chunk: fresh memory costs a CPU more than the arithmetic on it.
+        raw = hidden.new_empty(min(rows, hidden.shape[0]), weight.shape[0])
+        wide = torch.empty_like(raw, dtype=torch.float32)
         for start in range(0, hidden.shape[0], rows):
             part = hidden[start : start + rows]
-            loss, grad = _chunk(nn.functional.linear(part, matrix, bias), targets[start : start + rows], softcap)
-            total += loss
-            grad_logits = grad.to(hidden.dtype)
+            logits, grad = raw[: part.shape[0]], wide[: part.shape[0]]
+            torch.mm(part, matrix.t(), out=logits)
+            grad.copy_(logits if bias is None else logits + bias)
+            total += _chunk(grad, targets[start : start + rows], softcap)
+            grad_logits = grad if hidden.dtype == torch.float32 else logits.copy_(grad)
             if grad_hidden is not None:
                 torch.mm(grad_logits, matrix, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
@@ -79,23 +84,23 @@ class HeadLoss(torch.autograd.Function):
         )
 
 
-def _chunk(raw: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(summed loss, gradient of the raw logits [C, V] in float32) of a few rows."""
-    logits = raw.float()
+def _chunk(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Summed loss of a few rows; `logits` [C, V], float32 and raw, are replaced by their gradient."""
+    squashed = None
     if softcap is not None:
         squashed = torch.tanh(logits / softcap)
-        logits = squashed * softcap
+        torch.mul(squashed, softcap, out=logits)
     index = targets[:, None]
     chosen = logits.gather(1, index)
     peak = logits.amax(1, keepdim=True)
-    grad = logits.sub_(peak).exp_() if softcap is None else (logits - peak).exp_()
-    mass = grad.sum(1, keepdim=True)
+    logits.sub_(peak).exp_()
+    mass = logits.sum(1, keepdim=True)
     loss = (mass.log() + peak - chosen).sum()
-    grad.div_(mass)
-    grad.scatter_add_(1, index, torch.full_like(chosen, -1.0))
-    if softcap is not None:
-        grad.mul_(1 - squashed * squashed)
-    return loss, grad
+    logits.div_(mass)
+    logits.scatter_add_(1, index, torch.full_like(chosen, -1.0))
+    if squashed is not None:
+        logits.mul_(1 - squashed * squashed)
+    return loss
 
 
 def plain_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
