@@ -51,7 +51,7 @@ class Lora:
         from torch import nn
 
         from whet.engine.linear import FrozenLinear
-        from whet.methods.lora_layer import LoraLinear
+        from whet.engine.lora_layer import LoraLinear
 
         lora_alpha = self.lora_alpha if self.lora_alpha is not None else 2 * self.r
         settings = peft.LoraConfig(

@@ -1,0 +1,144 @@
+"""whet in Python: the same verbs as on the command line.
+
+    import whet
+    run = whet.train("tickets.yaml", **{"train.learning_rate": 1e-4})
+    print(whet.evaluate(run.path)["tuned"]["metrics"])
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from whet.recipe import Parsed, parse
+from whet.runs import Run, open_run
+
+PACKAGE = Path(__file__).parent
+
+
+def _parsed(recipe: str | Path | None, overrides: dict[str, Any]) -> Parsed:
+    return parse(recipe, [f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in overrides.items()])
+
+
+def train(recipe: str | Path | None = None, /, **overrides: Any) -> Run:
+    """Train what a recipe file says (None: the defaults). overrides: dotted path to value.
+
+    The same call continues an unfinished run and leaves a finished one alone. Raises UserError for bad input.
+    """
+    return train_parsed(_parsed(recipe, overrides))
+
+
+def train_parsed(parsed: Parsed) -> Run:
+    """Train a parsed recipe and write its report."""
+    from whet.report.charts import write_loss_plot
+    from whet.report.page import write_page
+    from whet.train.run import train as run_training
+
+    run = run_training(parsed)
+    write_loss_plot(run.path)
+    write_page(run.path)
+    return run
+
+
+def evaluate(run: str | Path, *, max_rows: int | None = None) -> dict[str, Any]:
+    """Score base and tuned model of a run on its held-out rows; updates its report."""
+    from whet.evaluate.run import evaluate as run_evaluation
+    from whet.report.page import write_page
+
+    opened = open_run(run)
+    result = run_evaluation(opened, max_rows=max_rows)
+    write_page(opened.path)
+    return result
+
+
+def merge(run: str | Path, out: str | Path) -> dict[str, Any]:
+    """Fold a run's adapter into a plain model in `out`; returns the certificate of agreement."""
+    from whet.report.page import write_page
+    from whet.ship.merge import merge as run_merge
+
+    opened = open_run(run)
+    certificate = run_merge(opened, Path(out))
+    write_page(opened.path)
+    return certificate
+
+
+def plan(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:
+    """Parameters and memory of a recipe, from the model's config alone."""
+    from whet.train.plan import plan as make_plan
+
+    return make_plan(_parsed(recipe, overrides).recipe)
+
+
+def check(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:
+    """The ledger of a recipe's data: what exactly would be learned."""
+    from whet.data.check import report
+
+    return report(prepared(_parsed(recipe, overrides)))
+
+
+def prepared(parsed: Parsed):
+    """The rows of a recipe, read and tokenised as training would."""
+    from whet.data.prepare import prepare
+    from whet.data.template import use_template
+    from whet.engine.load import load_config, load_tokenizer, longest_input
+
+    recipe = parsed.recipe
+    tokenizer = load_tokenizer(recipe.model)
+    use_template(tokenizer, recipe.model.chat_template)
+    return prepare(recipe.data, tokenizer, longest_input(load_config(recipe.model)))
+
+
+def chat(target: str, message: str, *, system: str | None = None, max_new_tokens: int = 256) -> str:
+    """One answer of a run, a model directory, a hub name or a built-in model."""
+    from whet.data.standardise import Message
+    from whet.ship.chat import open_chat
+
+    messages = [Message("system", system)] if system else []
+    return open_chat(target, max_new_tokens=max_new_tokens).reply([*messages, Message("user", message)])
+
+
+def methods() -> list[dict[str, Any]]:
+    """The capability matrix."""
+    from whet.methods.all import capability_rows
+
+    return capability_rows()
+
+
+def doctor() -> dict[str, Any]:
+    """What is installed, what is missing and what that costs, and a short numerical self-test."""
+    from whet.engine.doctor import examine
+
+    return examine()
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that `init` prints, by name."""
+    installed = PACKAGE / "builtin" / "recipes"
+    folder = installed if installed.is_dir() else PACKAGE.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def init(name: str) -> str:
+    """The text of a commented recipe: lora, qlora or full."""
+    from whet.base.errors import UserError, nearest
+
+    found = recipes()
+    if name not in found:
+        raise UserError(
+            "there is no such recipe to start from", found=name, expected=", ".join(found),
+            fix=f"whet init {nearest(name, found) or 'lora'}",
+        )  # fmt: skip
+    return found[name].read_text(encoding="utf-8")
+
+
+def quickstart(**overrides: Any) -> dict[str, Any]:
+    """Everything on the built-in model and data: train, evaluate, merge, report. overrides: dotted path to value."""
+    return quickstart_with([f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in overrides.items()])
+
+
+def quickstart_with(overrides: list[str]) -> dict[str, Any]:
+    """The same with overrides as on the command line."""
+    from whet.first_run import run_quickstart
+
+    return run_quickstart(recipes()["quickstart"], overrides)

@@ -1,0 +1,301 @@
+"""The command line: verbs only. Each one parses its words, calls `whet.api` and prints the answer.
+
+People read stderr; with `--json` the answer is one object on stdout. Bad input ends with exit code 2 and one clear
+error, Ctrl-C with 130. Nothing heavy is imported before a verb needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from whet.base.errors import UserError, nearest
+
+DESCRIPTION = "Fine-tune a language model on your own data, fast, and prove that it worked."
+EPILOG = """\
+start here:
+  whet quickstart                            everything on a built-in model and data, offline
+  whet init lora > tickets.yaml              a commented recipe
+  whet data check tickets.yaml --show 3      what exactly is learned
+  whet train tickets.yaml train.learning_rate=1e-4
+"""
+OVERRIDES = "settings as section.key=value, laid over the recipe"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb and exit: 0 done, 1 our mistake, 2 bad input, 130 interrupted."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one verb; returns the exit code."""
+    words = _parser().parse_args(_normalised(list(arguments)))
+    if words.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        answer = words.call(words)
+    except UserError as error:
+        return _refused(error, words.json)
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted\n")
+        return 130
+    except BrokenPipeError:
+        return 0
+    if words.json and answer is not None:
+        sys.stdout.write(json.dumps(answer, ensure_ascii=False, indent=1, default=str) + "\n")
+    return 0
+
+
+def _refused(error: UserError, as_json: bool) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    if as_json:
+        sys.stdout.write(json.dumps({"error": error.as_dict()}, ensure_ascii=False, indent=1) + "\n")
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="whet", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"whet {_version()}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    _verb(verbs, "quickstart", "everything on the built-in model and data", _quickstart, "whet quickstart --json",
+          overrides=True)  # fmt: skip
+    init = _verb(verbs, "init", "print a commented recipe", _init, "whet init qlora > tickets.yaml")
+    init.add_argument("name", help="lora, qlora or full")
+    data = _verb(verbs, "data", "look at data before training", _data,
+                 "whet data check tickets.yaml --show 3\n  whet data check rows.jsonl data.columns.prompt=question "
+                 "data.columns.completion=answer")  # fmt: skip
+    data.add_argument("what", choices=["check"], help="check: what is in the data and what exactly is learned")
+    data.add_argument("target", help="a recipe (.yaml) or a data file, directory or glob")
+    data.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
+    data.add_argument("--show", type=int, default=0, metavar="N", help="print N rows, learned text in colour")
+    _verb(verbs, "plan", "parameters and memory before anything is loaded", _plan,
+          "whet plan tickets.yaml\n  whet plan config.json method.r=8", target="a recipe, or a model's config.json",
+          overrides=True)  # fmt: skip
+    _verb(verbs, "train", "train a recipe; the same command continues it", _train,
+          "whet train tickets.yaml train.learning_rate=1e-4", target="a recipe (.yaml)", overrides=True)  # fmt: skip
+    evaluation = _verb(verbs, "eval", "base against tuned on the held-out rows", _eval, "whet eval runs/tickets",
+                       target="a run directory")  # fmt: skip
+    evaluation.add_argument("--max-rows", type=_positive, metavar="N", help="score only the first N held-out rows")
+    chat = _verb(verbs, "chat", "talk to a run or a model", _chat, 'whet chat runs/tickets --message "Hello"',
+                 target="a run directory, a model directory or a model name")  # fmt: skip
+    chat.add_argument("--message", help="say this once instead of reading lines")
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (256)")
+    merge = _verb(verbs, "merge", "plain weights, with a certificate of agreement", _merge,
+                  "whet merge runs/tickets out/", target="a run directory")  # fmt: skip
+    merge.add_argument("out", help="a new directory for the merged model")
+    _verb(verbs, "methods", "what can be trained, and how", _methods, "whet methods")
+    _verb(verbs, "doctor", "what is installed, what is missing, does the arithmetic hold", _doctor, "whet doctor")
+    _verb(verbs, "schema", "the JSON schema of a recipe", _schema, "whet schema --json > recipe.schema.json")
+    return parser
+
+
+def _verb(
+    verbs: Any, name: str, what: str, call: Callable[[argparse.Namespace], Any], example: str, *,
+    target: str | None = None, overrides: bool = False,
+) -> argparse.ArgumentParser:  # fmt: skip
+    parser = verbs.add_parser(
+        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    if target:
+        parser.add_argument("target", help=target)
+    if overrides:
+        parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
+    parser.add_argument("--json", action="store_true", help="print the answer as one JSON object on stdout")
+    parser.add_argument("--offline", action="store_true", help="never use the network, also not for a hub name")
+    parser.set_defaults(call=call)
+    return parser
+
+
+def _normalised(arguments: list[str]) -> list[str]:
+    """A misspelt verb gets the nearest one named; argparse's own list of choices is longer than it helps."""
+    verbs = ("quickstart", "init", "data", "plan", "train", "eval", "chat", "merge", "methods", "doctor", "schema")
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
+        near = nearest(arguments[0], verbs)
+        sys.stderr.write(f"error: there is no verb {arguments[0]}\n  expected: {', '.join(verbs)}\n")
+        sys.stderr.write(f"  fix:      whet {near or '--help'}\n")
+        sys.exit(2)
+    return arguments
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _version() -> str:
+    from whet import __version__
+
+    return __version__
+
+
+def _prepare_libraries() -> None:
+    import transformers  # noqa: F401
+
+    from whet.base.console import quiet_libraries
+
+    quiet_libraries()
+
+
+def _quickstart(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+
+    _prepare_libraries()
+    return api.quickstart_with(words.overrides)
+
+
+def _init(words: argparse.Namespace) -> dict[str, Any] | None:
+    from whet import api
+
+    text = api.init(words.name)
+    if not words.json:
+        sys.stdout.write(text)
+    return {"name": words.name, "recipe": text}
+
+
+def _is_recipe(target: str) -> bool:
+    return Path(target).suffix in (".yaml", ".yml")
+
+
+def _data(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+    from whet.data.check import report, show
+    from whet.data.show import show_rows
+    from whet.recipe import parse
+
+    _prepare_libraries()
+    source = words.target if _is_recipe(words.target) else None
+    extra = [] if source else [f"data.dataset={json.dumps(words.target)}", "data.val_size=0"]
+    found = api.prepared(parse(source, [*extra, *words.overrides]))
+    if not words.json:
+        show(found)
+    if words.show:
+        show_rows(found, words.show)
+    found.ledger.gate()
+    return report(found)
+
+
+def _plan(words: argparse.Namespace) -> dict[str, Any]:
+    from whet.recipe import parse
+    from whet.train.plan import plan, show
+
+    _prepare_libraries()
+    source = words.target if _is_recipe(words.target) else None
+    extra = [] if source else [f"model.path={json.dumps(words.target)}"]
+    found = plan(parse(source, [*extra, *words.overrides]).recipe)
+    if not words.json:
+        show(found)
+    return found
+
+
+def _train(words: argparse.Namespace) -> dict[str, Any] | None:
+    from whet import api
+    from whet.recipe import parse
+
+    parsed = parse(words.target, words.overrides)
+    _prepare_libraries()
+    from whet.train.run import Stopped
+
+    try:
+        run = api.train_parsed(parsed)
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        raise KeyboardInterrupt from stopped
+    return {"run_dir": str(run.path), **(run.finished or {})}
+
+
+def _eval(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+    from whet.runs import open_run
+
+    open_run(words.target)
+    _prepare_libraries()
+    result = api.evaluate(words.target, max_rows=words.max_rows)
+    from whet.evaluate.run import show
+
+    if not words.json:
+        show(result)
+    return result
+
+
+def _chat(words: argparse.Namespace) -> dict[str, Any]:
+    _prepare_libraries()
+    from whet.ship.chat import open_chat, talk
+
+    chat = open_chat(words.target, max_new_tokens=words.max_new_tokens)
+    return {"messages": talk(chat, words.message, words.system, quiet=words.json)}
+
+
+def _merge(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+    from whet.base.console import say
+    from whet.runs import open_run
+
+    open_run(words.target)
+    _prepare_libraries()
+    certificate = api.merge(words.target, words.out)
+    say(f"{certificate['chosen']}: agrees on {certificate['agreement']:.1%} of {certificate['prompts']} answers, "
+        f"mean KL {certificate['kl']:.2g} -> {words.out}")  # fmt: skip
+    return certificate
+
+
+def _methods(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+
+    rows = api.methods()
+    if not words.json:
+        from rich.table import Table
+
+        from whet.base.console import console
+
+        table = Table()
+        for name in rows[0]:
+            table.add_column(name.replace("_", " "))
+        for row in rows:
+            table.add_row(*(_cell(value) for value in row.values()))
+        console(stdout=True).print(table)
+    return {"methods": rows}
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _doctor(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+    from whet.base.console import bytes_text, say
+
+    _prepare_libraries()
+    found = api.doctor()
+    if not words.json:
+        memory = f", {bytes_text(found['memory_bytes'])}" if found["memory_bytes"] else ""
+        say(f"{found['device']}: {found['device_name']}{memory}, computes in {found['compute']}")
+        for name, version in found["packages"].items():
+            say(f"  {'ok' if version else 'MISSING':8} {name} {version or ''}", style=None if version else "red")
+        for name, facts in found["optional"].items():
+            there = facts["version"]
+            text = f"  {'ok' if there else 'absent':8} {name} {there or ''}"
+            say(text if there else f"{text}: {facts['without']} (pip install '{facts['extra']}')", style=None if there else "yellow")
+        for check in found["self_test"]:
+            say(f"  {'ok' if check['ok'] else 'WRONG':8} {check['check']}: {check['error']:.3g} (limit {check['limit']:g})",
+                style=None if check["ok"] else "red")  # fmt: skip
+    return found
+
+
+def _schema(words: argparse.Namespace) -> dict[str, Any] | None:
+    from whet.recipe import json_schema
+
+    words.json = True
+    return json_schema()

@@ -1,0 +1,92 @@
+"""Memory before anything is loaded: arithmetic on the real modules, made without memory on the meta device.
+
+Parameters are counted, not guessed. Activations are an estimate from the shapes of a decoder layer (hidden states,
+attention, feed-forward, as in Korthikanti et al., 2022, arXiv:2205.05198); the full planner is a later step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from whet.engine.linear import BLOCK, NESTED_BLOCK, linear_names
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+OPTIMISER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0.1, "sgd": 4}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the plan depends on beyond the model. tokens: in one forward pass; vocabulary rows in one chunk of logits."""
+
+    storage: str
+    compute: str
+    double_quant: bool
+    optimiser: str
+    tokens: int
+    checkpointing: bool
+    chunk_logits: int
+
+
+def plan_memory(model: nn.Module, sizes: Sizes) -> dict[str, Any]:
+    """trainable_params, all_params, memory by class in bytes, and their sum. `model` has its method attached."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    compute = DTYPE_BYTES[sizes.compute]
+    frozen = _frozen_bytes(model, sizes)
+    memory = {
+        "frozen weights": frozen,
+        "trained weights": trainable * 4,
+        "gradients": trainable * 4,
+        "optimiser": int(trainable * OPTIMISER_BYTES[sizes.optimiser]),
+        "activations": _activation_bytes(model, sizes, compute),
+        "logits": sizes.chunk_logits * (4 + compute),
+    }
+    return {
+        "trainable_params": trainable,
+        "all_params": total,
+        "memory": memory,
+        "peak_bytes": sum(memory.values()),
+    }
+
+
+def nf4_bytes(weights: int, double_quant: bool) -> int:
+    """Bytes of `weights` quantised to nf4: half a byte each and the scales of their blocks."""
+    blocks = -(-weights // BLOCK)
+    scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if double_quant else 4 * blocks
+    return weights // 2 + scales
+
+
+def _frozen_bytes(model: nn.Module, sizes: Sizes) -> int:
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    if sizes.storage != "nf4":
+        return sum(p.numel() for p in frozen) * DTYPE_BYTES[sizes.storage]
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    linears = {f"{name}.weight" for name in linear_names(network) if not name.endswith(("lora_A", "lora_B"))}
+    packed = plain = 0
+    for name, parameter in network.named_parameters():  # type: ignore[union-attr]
+        if parameter.requires_grad:
+            continue
+        if name in linears and parameter.numel() % BLOCK == 0:
+            packed += nf4_bytes(parameter.numel(), sizes.double_quant)
+        else:
+            plain += parameter.numel() * DTYPE_BYTES[sizes.compute]
+    return packed + plain
+
+
+def _activation_bytes(model: nn.Module, sizes: Sizes, compute: int) -> int:
+    """What the backward pass needs of every layer, or of one layer and the inputs of all with recomputation."""
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    heads = getattr(config, "num_attention_heads", 1)
+    head = getattr(config, "head_dim", None) or hidden // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    attention = head * (2 * heads + 2 * groups)
+    # Inputs of norms, projections and residuals (6 hidden), queries to output, gate, up, product and their input.
+    per_token = (6 * hidden + attention + 4 * inner) * compute + 4 * hidden
+    if sizes.checkpointing:
+        return sizes.tokens * (per_token + layers * hidden * compute)
+    return sizes.tokens * per_token * layers

@@ -1,0 +1,86 @@
+"""A conversation in the terminal with a run or a model, streamed as it is written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from whet import runs
+from whet.base.errors import UserError
+from whet.data.goldens import FILE as CONTRACT
+from whet.data.goldens import check_contract
+from whet.data.standardise import Message
+from whet.data.template import use_template
+from whet.data.tokenise import Tokeniser
+from whet.engine.config import Base, Model
+from whet.engine.generate import stream
+from whet.engine.load import load_model, load_tokenizer
+from whet.engine.open import answering, open_trained
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A model that answers, with the tokeniser it was trained with."""
+
+    network: Any
+    tokeniser: Tokeniser
+    max_new_tokens: int = 256
+
+    def reply(self, messages: list[Message], streamer: Any = None) -> str:
+        """The greedy answer to a conversation; pieces go to `streamer` as they come."""
+        prompt = self.tokeniser.prompt(messages)
+        ids = stream(
+            self.network, prompt, stop_ids=self.tokeniser.stop_ids(), max_new_tokens=self.max_new_tokens, streamer=streamer
+        )
+        return self.tokeniser.tokenizer.decode(ids, skip_special_tokens=False)  # type: ignore[return-value]
+
+
+def open_chat(target: str, *, max_new_tokens: int = 256) -> Chat:
+    """A chat with a run directory, a model directory, a hub name or a built-in model. Raises UserError."""
+    if (Path(target) / "recipe.yaml").is_file():
+        run = runs.open_run(target)
+        recipe = run.recipe
+        tokenizer = load_tokenizer(recipe.model)
+        use_template(tokenizer, recipe.model.chat_template)
+        tokeniser = Tokeniser(tokenizer, chat=True)
+        check_contract(tokeniser, run.trained / CONTRACT)
+        opened = open_trained(recipe.model, recipe.base, run.trained, adapter=recipe.method.name != "full")
+        return Chat(opened.network, tokeniser, max_new_tokens)
+    model = Model(path=target)
+    tokeniser = Tokeniser(load_tokenizer(model), chat=True)
+    return Chat(load_model(model, answering(Base())), tokeniser, max_new_tokens)
+
+
+def talk(chat: Chat, first: str | None, system: str | None, *, quiet: bool) -> list[dict[str, str]]:
+    """Answer `first`, or read lines until they end, streaming to stdout unless `quiet`; returns the conversation."""
+    from transformers import TextStreamer
+
+    messages = [Message("system", system)] if system else []
+    options = {"skip_prompt": True, "skip_special_tokens": True}
+    streamer = None if quiet else TextStreamer(chat.tokeniser.tokenizer, **options)  # type: ignore[arg-type]
+    for text in [first] if first is not None else _lines():
+        messages.append(Message("user", text))
+        messages.append(Message("assistant", chat.reply(messages, streamer)))
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _lines() -> Iterator[str]:
+    """Lines typed by a person, or piped in; empty ones are passed over."""
+    person = sys.stdin.isatty()
+    if person:
+        sys.stderr.write("Type a message; an empty line or Ctrl-D ends the conversation.\n")
+    while True:
+        if person:
+            sys.stderr.write("\n> ")
+            sys.stderr.flush()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise UserError("the message is not UTF-8", fix="set the terminal to UTF-8") from error
+        if not line or (person and not line.strip()):
+            return
+        if line.strip():
+            yield line.rstrip("\n")

@@ -1,0 +1,227 @@
+"""Fold the adapter into plain weights, and prove that the result answers as the trained model does.
+
+What the adapter was trained on (the dequantised base) and the 16-bit base are both tried, in the type of the
+checkpoint first and in fp32 when that loses answers; each is written, read back by plain transformers, and compared
+with the live adapter on held-out prompts: KL divergence of the next-token distributions, top-1 agreement, and whole
+greedy answers. The first candidate that agrees everywhere is kept, else the closest; too far away is refused. The
+certificate lies beside the weights.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from whet.base.console import say
+from whet.base.errors import UserError
+from whet.base.files import whole_directory, write_json
+from whet.data.goldens import FILE as CONTRACT
+from whet.data.goldens import check_contract, write_contract
+from whet.data.prepare import Prepared, prepare
+from whet.data.template import use_template
+from whet.engine.config import Model
+from whet.engine.device import DTYPES, Placement
+from whet.engine.generate import answer
+from whet.engine.linear import FrozenLinear, dense_weight
+from whet.engine.load import load_config, load_model, load_tokenizer, longest_input
+from whet.engine.open import Opened, open_trained
+from whet.runs import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAX_PROMPTS = 200
+MEAN_KL_LIMIT = 0.05
+CERTIFICATE = "whet_merge.json"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near a merged model is to the live adapter. KL in nats per position; agreements are shares."""
+
+    name: str
+    dtype: str
+    mean_kl: float
+    max_kl: float
+    top1_agreement: float
+    greedy_agreement: float
+
+    @property
+    def perfect(self) -> bool:
+        return self.greedy_agreement == 1.0 and self.mean_kl <= MEAN_KL_LIMIT
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the live adapter says: greedy answers, and log-probabilities [T, V] along each prompt with its answer."""
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    stop_ids: list[int]
+    max_new_tokens: int
+
+
+def merge(run: Run, out: Path) -> dict[str, Any]:
+    """Write a plain transformers model to `out` and the certificate to results/merge.json; returns the certificate.
+
+    Raises UserError when the method cannot be merged, `out` is in the way, or no candidate is near enough.
+    """
+    recipe = run.recipe
+    if not recipe.method.capability.mergeable:
+        raise UserError(
+            f"a {recipe.method.name} run has no adapter to merge", file=str(run.path), field="method.name",
+            expected="lora", fix=f"{run.model} is a plain model already",
+        )  # fmt: skip
+    if out.exists() and any(out.iterdir()) and not (out / CERTIFICATE).is_file():
+        raise UserError("the output directory is not empty", file=str(out), fix="give a new directory")
+    tokenizer = load_tokenizer(recipe.model)
+    use_template(tokenizer, recipe.model.chat_template)
+    prepared = prepare(recipe.data, tokenizer, longest_input(load_config(recipe.model)))
+    check_contract(prepared.tokeniser, run.adapter / CONTRACT)
+    live = open_trained(recipe.model, recipe.base, run.adapter, adapter=True)
+    reference = _reference(live.network, prepared)
+    tried: list[Agreement] = []
+    best: tuple[Agreement, Path] | None = None
+    with tempfile.TemporaryDirectory() as scratch:
+        for base_kind, dtype in _candidates(recipe.base.storage or "", live.network):
+            place = Path(scratch) / f"{base_kind}-{dtype}"
+            _write_candidate(run, live, base_kind, dtype, place, reference.stop_ids)
+            found = _compare(base_kind, dtype, place, live, reference)
+            tried.append(found)
+            say(f"merged on {base_kind} base in {dtype}: mean KL {found.mean_kl:.2g}, top-1 {found.top1_agreement:.2%}, "
+                f"greedy answers {found.greedy_agreement:.2%}")  # fmt: skip
+            if best is None or (-found.greedy_agreement, found.mean_kl) < (-best[0].greedy_agreement, best[0].mean_kl):
+                best = (found, place)
+            if found.perfect:
+                break
+        assert best is not None
+        certificate = _certificate(best[0], tried, reference, out)
+        if best[0].mean_kl > MEAN_KL_LIMIT:
+            run.write("results/merge.json", certificate | {"path": None})
+            raise UserError(
+                "no merged model is near enough to the adapter, so none was written", file=str(run.path),
+                found=f"mean KL {best[0].mean_kl:.3g}", expected=f"at most {MEAN_KL_LIMIT}",
+                fix="serve the adapter itself; results/merge.json holds the figures",
+            )  # fmt: skip
+        with whole_directory(out) as directory:
+            for file in best[1].iterdir():
+                file.rename(directory / file.name) if _same_disk(file, directory) else _copy(file, directory)
+            tokenizer.save_pretrained(str(directory))
+            if prepared.tokeniser.template is not None:
+                write_contract(prepared.tokeniser, directory / CONTRACT)
+            write_json(directory / CERTIFICATE, certificate)
+    run.write("results/merge.json", certificate)
+    return certificate
+
+
+def _candidates(storage: str, network: PreTrainedModel) -> list[tuple[str, str]]:
+    """(base, dtype) in the order in which they are tried: what was trained on first, small types first."""
+    bases = ["dequantised", "16-bit"] if storage == "nf4" else ["trained"]
+    return [(base, dtype) for dtype in ("bf16", "fp32") for base in bases]
+
+
+def _write_candidate(
+    run: Run, live: Opened, base_kind: str, dtype: str, place: Path, stop_ids: list[int]
+) -> None:
+    """base + update, summed in fp32, as a plain model in `dtype`."""
+    target = Placement(torch.device("cpu"), "fp32", torch.float32, False, {})
+    plain = load_model(run.recipe.model, target)
+    with torch.no_grad():
+        for name, layer in _adapted(live):
+            linear = plain.get_submodule(name)
+            source = layer.base_layer if base_kind == "dequantised" else linear
+            weight = dense_weight(source, torch.float32).to("cpu")
+            update = layer.get_delta_weight("default").float().to("cpu")
+            linear.weight.copy_(weight + update)  # type: ignore[union-attr,operator]
+        if base_kind == "dequantised":
+            _copy_untouched(live.network, plain)
+    plain.to(DTYPES[dtype])  # type: ignore[arg-type]
+    plain.set_attn_implementation("sdpa")
+    plain.generation_config.eos_token_id = stop_ids  # type: ignore[union-attr]
+    plain.save_pretrained(str(place), safe_serialization=True)
+
+
+def _adapted(live: Opened) -> list[tuple[str, Any]]:
+    """Name in the plain model, and PEFT's layer, of every adapted linear."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    return [(name, module) for name, module in live.network.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _copy_untouched(source: PreTrainedModel, plain: PreTrainedModel) -> None:
+    """Quantised layers that carry no adapter, dequantised."""
+    for name, module in source.named_modules():
+        if isinstance(module, FrozenLinear) and not name.endswith("base_layer"):
+            plain.get_submodule(name).weight.copy_(module.dense(torch.float32).to("cpu"))  # type: ignore[union-attr,operator]
+
+
+def _reference(network: PreTrainedModel, prepared: Prepared) -> Reference:
+    examples = (prepared.held_out or prepared.train_examples)[:MAX_PROMPTS]
+    if prepared.tokeniser.template is None:
+        prompts = [prepared.train.row(index)[0][:64].tolist() for index in range(min(len(prepared.train), MAX_PROMPTS))]
+        longest = 32
+    else:
+        tokeniser = prepared.tokeniser
+        prompts = [tokeniser.prompt((example.messages or ())[:-1]) for example in examples]
+        answers = [(example.messages or ())[-1].content for example in examples]
+        longest = min(128, max(len(e.ids) for e in tokeniser.backend.encode_batch_fast(answers)) + 8)
+    stop_ids = prepared.tokeniser.stop_ids()
+    answers_ids = answer(network, prompts, stop_ids=stop_ids, max_new_tokens=longest, batch_size=32)
+    return Reference(prompts, answers_ids, stop_ids, longest)
+
+
+def _compare(base_kind: str, dtype: str, place: Path, live: Opened, reference: Reference) -> Agreement:
+    """Read the candidate back from the disk as a stranger would, in the arithmetic of the live model."""
+    compute = live.placement.compute
+    storage = "fp32" if compute == torch.float32 else "bf16"
+    network = load_model(Model(path=str(place)), Placement(live.placement.device, storage, compute, False, {}))
+    answers = answer(
+        network, reference.prompts, stop_ids=reference.stop_ids, max_new_tokens=reference.max_new_tokens, batch_size=32
+    )
+    same = sum(a == b for a, b in zip(answers, reference.answers, strict=True))
+    divergences, agreed = [], []
+    for prompt, reply in zip(reference.prompts, reference.answers, strict=True):
+        first, second = (_log_probabilities(model, prompt, reply) for model in (live.network, network))
+        divergences.append((first.exp() * (first - second)).sum(-1).clamp_min(0))
+        agreed.append((first.argmax(-1) == second.argmax(-1)).float())
+    kl, top1 = torch.cat(divergences), torch.cat(agreed)
+    return Agreement(
+        base_kind, dtype, float(kl.mean()), float(kl.max()), float(top1.mean()), same / max(1, len(answers))
+    )
+
+
+@torch.inference_mode()
+def _log_probabilities(network: PreTrainedModel, prompt: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
+    """[len(reply) + 1, V] float32: the distribution of each token of the reply and of the one after it."""
+    device = network.get_input_embeddings().weight.device  # type: ignore[union-attr]
+    ids = torch.tensor([[*prompt, *reply]], device=device)
+    return torch.log_softmax(network(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float(), -1)
+
+
+def _certificate(best: Agreement, tried: list[Agreement], reference: Reference, out: Path) -> dict[str, Any]:
+    return {
+        "chosen": f"{best.name} base, {best.dtype}",
+        "agreement": best.greedy_agreement,
+        "top1_agreement": best.top1_agreement,
+        "kl": best.mean_kl,
+        "max_kl": best.max_kl,
+        "prompts": len(reference.prompts),
+        "positions": sum(len(reply) + 1 for reply in reference.answers),
+        "candidates": [asdict(candidate) for candidate in tried],
+        "path": str(out),
+    }
+
+
+def _same_disk(file: Path, directory: Path) -> bool:
+    return file.stat().st_dev == directory.stat().st_dev
+
+
+def _copy(file: Path, directory: Path) -> None:
+    import shutil
+
+    shutil.copy2(file, directory / file.name)

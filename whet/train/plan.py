@@ -1,0 +1,70 @@
+"""`whet plan`: what a recipe will need, before any weight is loaded; a model's config.json is enough."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from whet.engine.device import place
+from whet.engine.head import CHUNK_LOGITS
+from whet.engine.load import empty_model, longest_input
+from whet.engine.plan import Sizes, plan_memory
+from whet.recipe import Recipe
+
+USUAL_LENGTH = 2048
+
+
+def plan(recipe: Recipe, *, tokens: int | None = None) -> dict[str, Any]:
+    """trainable_params, all_params, memory by class (bytes), peak_bytes, and the assumptions they rest on.
+
+    tokens: of the largest forward pass, when the data are known; else rows times data.max_length (auto: 2,048).
+    """
+    placement = place(recipe.base, recipe.method.capability.storages)
+    model = empty_model(recipe.model, "fp32")
+    readable = longest_input(model.config)
+    length = recipe.data.max_length or min(readable or USUAL_LENGTH, USUAL_LENGTH)
+    with torch.device("meta"):
+        attached = recipe.method.attach(model)
+    sizes = Sizes(
+        storage=placement.storage,
+        compute="fp32" if placement.compute == torch.float32 else "bf16",
+        double_quant=placement.double_quant,
+        optimiser=recipe.train.optim,
+        tokens=tokens or recipe.train.per_device_train_batch_size * length,
+        checkpointing=recipe.train.gradient_checkpointing,
+        chunk_logits=CHUNK_LOGITS[placement.device.type],
+    )
+    found = plan_memory(attached, sizes)
+    assumed = {
+        "device": placement.device.type,
+        "storage": sizes.storage,
+        "compute": sizes.compute,
+        "tokens_per_forward": sizes.tokens,
+        "optimiser": sizes.optimiser,
+        "gradient_checkpointing": sizes.checkpointing,
+    }
+    return {"model": recipe.model.path, "method": recipe.method.name, **found, "assumed": assumed}
+
+
+def show(found: dict[str, Any]) -> None:
+    """The plan for people."""
+    from rich.table import Table
+
+    from whet.base.console import bytes_text, console, say
+
+    trainable, total = found["trainable_params"], found["all_params"]
+    say(f"{found['model']}: {trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    for name, count in found["memory"].items():
+        table.add_row(name, bytes_text(count))
+    table.add_row("together", bytes_text(found["peak_bytes"]), style="bold")
+    console().print(table)
+    assumed = found["assumed"]
+    say(
+        f"an estimate for {assumed['tokens_per_forward']:,} tokens in a forward pass, {assumed['storage']} weights and "
+        f"{assumed['compute']} arithmetic on {assumed['device']}; what torch itself needs comes on top",
+        style="dim",
+    )
