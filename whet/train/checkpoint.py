@@ -121,13 +121,17 @@ def _flattened(optimiser: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor
     """Optimiser state as tensors by 'parameter/name', and what is no tensor."""
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
+    seen: set[int] = set()
 
     def walk(prefix: str, entries: dict[str, Any]) -> None:
         for name, value in entries.items():
             if isinstance(value, dict):  # bitsandbytes groups the tensors of a quantised moment
                 walk(f"{prefix}/{name}", value)
             elif isinstance(value, torch.Tensor):
-                tensors[f"{prefix}/{name}"] = value.contiguous()
+                # One table of quantiles serves all 8-bit moments; a file wants each name to have its own.
+                shared = value.data_ptr() in seen
+                seen.add(value.data_ptr())
+                tensors[f"{prefix}/{name}"] = value.clone() if shared else value.contiguous()
             else:
                 values[f"{prefix}/{name}"] = value
 

@@ -1,0 +1,45 @@
+# Two commands are enough: make quickstart, make test. Each works alone on a fresh machine with Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test check format bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+install: $(READY) ## virtual environment with pinned dependencies and whet in editable mode
+
+$(READY): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "whet needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	@echo "setting up $(VENV) (once; a few minutes, most of it PyTorch)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+quickstart: $(READY) ## learn, score, merge and show, on the built-in model and data
+	@$(BIN)/whet quickstart
+
+test: $(READY) ## all CPU tests, under 10 minutes on 2 cores, no network
+	@$(BIN)/python -m pytest
+
+check: $(READY) ## lint, types, import contract, no patching, budgets: under a minute
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/python -m pytest tests/architecture -q
+	@$(BIN)/basedpyright --level error
+
+format: $(READY) ## put the code into its usual form
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(READY) ## speed on this machine against TRL and PEFT
+	@$(BIN)/python bench/cpu.py
+
+clean: ## remove the environment and caches; runs/ stays
+	@rm -rf $(VENV) .pytest_cache .ruff_cache
