@@ -19,7 +19,7 @@ from whet.base.files import whole_directory
 from whet.data.batches import Batches
 from whet.data.goldens import FILE as CONTRACT
 from whet.data.goldens import write_contract
-from whet.engine.memory import peak_bytes, used_bytes
+from whet.engine.memory import keep_freed_memory, peak_bytes, used_bytes
 from whet.recipe import Parsed, fingerprint
 from whet.runs import Run
 from whet.train import checkpoint
@@ -57,6 +57,7 @@ def train(parsed: Parsed) -> Run:
     """Train what the recipe says; returns the run. Raises UserError, NotFinite (as UserError) and Stopped."""
     for note in parsed.notes:
         say(note, style="dim")
+    keep_freed_memory()
     ready = get_ready(parsed)
     if ready.run.finished is not None:
         say(f"{ready.run.path} is finished ({ready.run.finished['steps']} steps): nothing to do")

@@ -32,6 +32,7 @@ from whet.train.optim import check_optimiser
 from whet.train.loss import Forward
 
 DECAY_RATIO = 0.2
+SHAPE_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def batches_of(ready: Ready) -> Batches:
         accumulate=train.gradient_accumulation_steps,
         flat=bool(data.padding_free),
         seed=train.seed,
+        multiple=SHAPE_MULTIPLE if ready.placement.device.type == "cpu" else 1,
     )
 
 
