@@ -7,6 +7,7 @@ refused, never guessed.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from whet.base.errors import UserError
@@ -67,6 +68,8 @@ OPTIMISERS = {
 }  # fmt: skip
 SCHEDULES = {"wsd": "warmup_stable_decay", "constant_with_warmup": "constant"}
 SECTIONS = ("model", "base", "method", "data", "train", "eval", "output_dir")
+# Words that mean something else in another section (model.dropout, eval.seed): no alias may move them from there.
+AT_HOME = ("path", "rank", "alpha", "dropout", "seed", "columns", "max_length")
 
 Rewritten = list[tuple[str, Any, str | None]]
 
@@ -79,6 +82,8 @@ def canonical(path: str, value: Any, file: str | None, line: int | None) -> Rewr
     if (turned := _turned(word, value, file, line)) is not None:
         return [(new, item, f"{word}: read as {new}={_shown(item)}") for new, item in turned]
     target = LOCAL.get(path) or (path if inside and _ours(path) else NAMES.get(word, path))
+    if inside and word in AT_HOME and target.partition(".")[0] != section:
+        target = path
     if target == "method.name" and value == "qlora":
         return [
             ("method.name", "lora", "qlora: read as method.name=lora with base.storage=nf4"),
@@ -91,6 +96,8 @@ def canonical(path: str, value: Any, file: str | None, line: int | None) -> Rewr
         new_value = SCHEDULES.get(value, value)
     if target == "method.target_modules" and value == "all":
         new_value = "all-linear"
+    if target == "method.target_modules" and isinstance(value, str) and re.fullmatch(r"\w+(\s*,\s*\w+)+", value):
+        new_value = [name.strip() for name in value.split(",")]
     changed = target != path or new_value != value
     note = f"{word}={_shown(value)}: read as {target}={_shown(new_value)}" if changed else None
     return [(target, new_value, note)]
@@ -108,7 +115,9 @@ def _turned(word: str, value: Any, file: str | None, line: int | None) -> list[t
         return [("data.loss_on", "all" if value else "assistant")]
     if word in ("assistant_only_loss", "completion_only_loss", "mask_prompt") and isinstance(value, bool):
         return [("data.loss_on", "assistant" if value else "all")]
-    if word == "bf16" and isinstance(value, bool):
+    if word == "lora_target_linear" and isinstance(value, bool):
+        return [("method.target_modules", "all-linear")] if value else []
+    if word == "bf16" and isinstance(value, bool | None):
         return [("base.compute", "bf16" if value else None)]
     if word in ("trust_remote_code", "hf_token", "token", "api_key", "wandb_api_key"):
         raise UserError(
@@ -137,4 +146,4 @@ def _ours(path: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return {True: "true", False: "false", None: "auto"}.get(value, str(value)) if not isinstance(value, list) else str(value)
+    return "auto" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

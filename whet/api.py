@@ -1,8 +1,8 @@
 """whet in Python: the same verbs as on the command line.
 
-    import whet
-    run = whet.train("tickets.yaml", **{"train.learning_rate": 1e-4})
-    print(whet.evaluate(run.path)["tuned"]["metrics"])
+import whet
+run = whet.train("tickets.yaml", **{"train.learning_rate": 1e-4})
+print(whet.evaluate(run.path)["tuned"]["metrics"])
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def prepared(parsed: Parsed):
 
 def chat(target: str, message: str, *, system: str | None = None, max_new_tokens: int = 256) -> str:
     """One answer of a run, a model directory, a hub name or a built-in model."""
-    from whet.data.standardise import Message
+    from whet.data.example import Message
     from whet.ship.chat import open_chat
 
     messages = [Message("system", system)] if system else []

@@ -287,10 +287,12 @@ def _doctor(words: argparse.Namespace) -> dict[str, Any]:
         for name, facts in found["optional"].items():
             there = facts["version"]
             text = f"  {'ok' if there else 'absent':8} {name} {there or ''}"
-            say(text if there else f"{text}: {facts['without']} (pip install '{facts['extra']}')", style=None if there else "yellow")
+            cost = f": {facts['without']} (pip install '{facts['extra']}')"
+            say(text if there else text + cost, style=None if there else "yellow")
         for check in found["self_test"]:
-            say(f"  {'ok' if check['ok'] else 'WRONG':8} {check['check']}: {check['error']:.3g} (limit {check['limit']:g})",
-                style=None if check["ok"] else "red")  # fmt: skip
+            verdict = f"{check['error']:.3g} (limit {check['limit']:g})"
+            word, style = ("ok", None) if check["ok"] else ("WRONG", "red")
+            say(f"  {word:8} {check['check']}: {verdict}", style=style)
     return found
 
 

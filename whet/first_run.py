@@ -17,7 +17,15 @@ from whet.runs import Run
 from whet.ship.merge import merge
 from whet.train.run import train
 
-FROM_TRAINING = ("seconds", "steps", "tokens", "tokens_per_second", "trainable_params", "all_params", "peak_memory_bytes")
+FROM_TRAINING = (
+    "seconds",
+    "steps",
+    "tokens",
+    "tokens_per_second",
+    "trainable_params",
+    "all_params",
+    "peak_memory_bytes",
+)
 
 
 def run_quickstart(recipe: Path, overrides: Sequence[str]) -> dict[str, Any]:

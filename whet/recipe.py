@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ from whet.methods.lora import Lora
 from whet.settings import Eval, Train
 
 SHORTHANDS = {"model": "path", "method": "name", "data": "dataset"}
+SECTIONS = ("model", "base", "method", "data", "train", "eval")
+MOST_VALUES = 10_000
+KINDS = (bool, int, float, str)
 
 
 @config
@@ -62,8 +66,6 @@ def parse(source: str | Path | None, overrides: Sequence[str] = ()) -> Parsed:
     if source is not None:
         file = str(source)
         tree, lines = _read_yaml(_read_text(Path(source)), file)
-    if file is not None and tree.get("output_dir") is None:
-        tree["output_dir"] = f"runs/{Path(file).stem}"
     notes: list[str] = []
     tree = _canonical_tree(tree, notes, file, lines)
     origins = dict.fromkeys(_leaves(tree), "recipe")
@@ -71,13 +73,18 @@ def parse(source: str | Path | None, overrides: Sequence[str] = ()) -> Parsed:
         path, value = _override(override)
         one = _canonical_tree(_nested(path, value), notes, None, {})
         origins |= dict.fromkeys(_leaves(one), "command line")
+        if path in ("columns", "data.columns") and isinstance(tree.get("data"), dict):
+            tree["data"].pop("columns", None)  # a whole mapping replaces the one below; one name is laid over it
         tree = _merged(tree, one)
-    return Parsed(_validated(tree, file, lines), origins, notes)
+    if file is not None and tree.get("output_dir") is None:
+        tree["output_dir"] = f"runs/{Path(file).stem}"
+    overridden = [path for path, origin in origins.items() if origin == "command line"]
+    return Parsed(_validated(tree, file, lines, overridden), origins, notes)
 
 
 def from_tree(tree: Mapping[str, Any]) -> Recipe:
     """A recipe from a plain nested dict, as `to_tree` made it."""
-    return _validated(dict(tree), None, {})
+    return _validated(dict(tree), None, {}, [])
 
 
 def to_tree(recipe: Recipe) -> dict[str, Any]:
@@ -94,8 +101,8 @@ def to_yaml(recipe: Recipe) -> str:
 
 def fingerprint(recipe: Recipe) -> str:
     """sha256 of all that decides the trained weights: not where they are written, not how they are judged."""
-    tree = to_tree(recipe) | {"output_dir": None, "eval": None}
-    tree["data"] = tree["data"] | {"padding_free": None}  # a layout: the same loss either way
+    tree = {name: part for name, part in to_tree(recipe).items() if name not in ("output_dir", "eval")}
+    del tree["data"]["padding_free"]  # a layout: the same loss either way
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -114,7 +121,19 @@ def json_schema() -> dict[str, Any]:
     for name, part in [("Recipe", schema), *schema.get("$defs", {}).items()]:
         for field, doc in field_docs(classes[name]).items():
             if field in part.get("properties", {}):
-                part["properties"][field]["description"] = doc
+                part["properties"][field] = _as_written(name, field, part["properties"][field]) | {"description": doc}
+    return schema
+
+
+def _as_written(owner: str, field: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field with what the file may say instead: `auto` for null, and the short form of a section."""
+    if {"type": "null"} in (choices := schema.get("anyOf", [])):
+        return schema | {"anyOf": [*choices, {"const": "auto"}]}
+    if owner == "Recipe" and field in SECTIONS:
+        short = [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
+        allowed = {"data": short, "model": short[:1], "method": short[:1]}.get(field, [])
+        default = {name: schema.pop(name) for name in ("default", "description") if name in schema}
+        return {"anyOf": [schema, *allowed, {"type": "null"}], **default}
     return schema
 
 
@@ -146,8 +165,15 @@ def _read_yaml(text: str, file: str) -> tuple[dict[str, Any], dict[str, int]]:
     """Plain nested dict and the line of each dotted path."""
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+    lines: dict[str, int] = {}
     try:
         loaded = _yaml().load(text)
+        if isinstance(loaded, Mapping):
+            return _plain(loaded, "", lines, file), lines
+    except RecursionError as error:
+        raise UserError("nested too deeply", file=file, fix="sections and their settings, nothing deeper") from error
+    except ValueError as error:  # a date that does not exist, a number of thousands of digits
+        raise UserError(f"a value cannot be read: {error}", file=file, fix="put it in quotes") from error
     except MarkedYAMLError as error:
         mark = error.problem_mark
         problem = " ".join((error.problem or str(error)).split())
@@ -158,51 +184,53 @@ def _read_yaml(text: str, file: str) -> tuple[dict[str, Any], dict[str, int]]:
             fix="each setting once, `key: value`, sections indented by two spaces",
         ) from error
     except YAMLError as error:
-        raise UserError(f"not valid YAML: {str(error).splitlines()[0]}", file=file, fix="save it as plain text") from error
+        raise UserError(
+            f"not valid YAML: {str(error).splitlines()[0]}", file=file, fix="save it as plain text"
+        ) from error
     if loaded is None:
         return {}, {}
-    if not isinstance(loaded, Mapping):
-        raise UserError(
-            "a recipe is a mapping of sections",
-            file=file,
-            found=type(loaded).__name__,
-            expected="model:, method:, data:, train: ...",
-            fix="whet init lora prints one to start from",
-        )
-    lines: dict[str, int] = {}
-    return _plain(loaded, "", lines, file), lines
-
-
-def _plain(node: Any, path: str, lines: dict[str, int], file: str) -> Any:
-    """ruamel's containers and scalars as plain Python, noting lines; tags such as !!python are refused."""
-    if isinstance(node, Mapping):
-        plain: dict[str, Any] = {}
-        for key, value in node.items():
-            here = f"{path}.{key}" if path else str(key)
-            lines[here] = node.lc.key(key)[0] + 1 if hasattr(node, "lc") else 0
-            plain[str(key)] = _plain(value, here, lines, file)
-        return plain
-    if isinstance(node, list):
-        return [_plain(item, f"{path}.{index}", lines, file) for index, item in enumerate(node)]
-    for kind in (bool, int, float, str):
-        if isinstance(node, kind):
-            return None if node == "auto" else kind(node)
-    if node is None or hasattr(node, "bool_value"):
-        return None
-    if type(node).__name__ == "ScalarBoolean":
-        return bool(node)
     raise UserError(
-        "a setting is text, a number, true, false, a list or a mapping",
+        "a recipe is a mapping of sections",
         file=file,
-        row=lines.get(path),
-        field=path,
-        found=type(node).__name__,
-        fix="remove the tag, or put the value in quotes",
+        found="a list" if isinstance(loaded, list) else f"{loaded!r} ({type(loaded).__name__})",
+        expected="model:, method:, data:, train: ...",
+        fix="whet init lora prints one to start from",
     )
 
 
+def _plain(node: Any, path: str, lines: dict[str, int], file: str | None) -> Any:
+    """ruamel's containers and scalars as plain Python, noting lines; tags such as !!python are refused."""
+    from ruamel.yaml.scalarbool import ScalarBoolean
+
+    tagged = isinstance(node, Mapping | list) and getattr(getattr(node, "tag", None), "value", None)
+    if isinstance(node, Mapping | list) and not tagged:
+        places = getattr(getattr(node, "lc", None), "data", None) or {}
+        plain: dict[Any, Any] = {}
+        for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+            here = f"{path}.{key}" if path else str(key)
+            lines[here] = places[key][0] + 1 if key in places else lines.get(path, 1)  # merged in by `<<`
+            if len(lines) > MOST_VALUES:  # aliases of aliases grow without end
+                raise UserError(
+                    f"the recipe holds over {MOST_VALUES} values", file=file, fix="write them without aliases"
+                )
+            plain[str(key)] = _plain(value, here, lines, file)
+        return plain if isinstance(node, Mapping) else list(plain.values())
+    if node is None:
+        return None
+    kind = bool if isinstance(node, ScalarBoolean) else next((k for k in KINDS if isinstance(node, k)), None)
+    if kind is None or (kind is float and not math.isfinite(node)):
+        raise UserError(
+            "a setting is text, a finite number, true, false, a list or a mapping",
+            file=file,
+            row=lines.get(path),
+            field=path,
+            found=f"the tag {tagged}" if tagged else str(node) if kind else type(node).__name__,
+            fix="write a finite number" if kind else "remove the tag, or put the value in quotes",
+        )
+    return None if node == "auto" else kind(node)
+
+
 def _override(text: str) -> tuple[str, Any]:
-    from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     path, equals, value = text.partition("=")
@@ -211,10 +239,10 @@ def _override(text: str) -> tuple[str, Any]:
             "not an override", found=text, expected="section.key=value", fix="for instance train.learning_rate=1e-4"
         )
     try:
-        loaded = YAML(typ="safe", pure=True).load(value) if value.strip() else None
-    except YAMLError as error:
+        loaded = _yaml().load(value) if value.strip() else None
+        return path.strip(), _plain(loaded, path.strip(), {}, None)
+    except (YAMLError, RecursionError, ValueError) as error:
         raise UserError("the value is not valid YAML", field=path, found=value, fix="put it in quotes") from error
-    return path.strip(), None if loaded == "auto" else loaded
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:
@@ -228,17 +256,23 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
-        if key == "method" and isinstance(old, dict) and value.get("name") not in (None, old.get("name")):
-            old = None
-        nested = isinstance(value, dict) and isinstance(old, dict) and key != "columns"
+        nested = isinstance(value, dict) and isinstance(old, dict)
+        if nested and key == "method" and value.get("name") not in (None, old.get("name") or "lora"):
+            nested = False
         result[key] = _merged(old, value) if nested else value  # type: ignore[arg-type]
     return result
 
 
 def _canonical_tree(tree: dict[str, Any], notes: list[str], file: str | None, lines: dict[str, int]) -> dict[str, Any]:
-    """Peers' names and shorthands rewritten to ours, each noted."""
+    """Peers' names and shorthands rewritten to ours, each noted. An empty section is one left out.
+
+    Raises UserError for a setting that is said twice, once under another name.
+    """
     result: dict[str, Any] = {}
+    said: dict[str, Any] = {}
     for key, value in tree.items():
+        if key in SECTIONS and value is None:
+            continue
         if key in SHORTHANDS and not isinstance(value, dict):
             value = {SHORTHANDS[key]: value}
         if isinstance(value, dict) and key in Recipe.__dataclass_fields__:
@@ -247,11 +281,28 @@ def _canonical_tree(tree: dict[str, Any], notes: list[str], file: str | None, li
         else:
             pairs = [(key, value)]
         for path, item in pairs:
-            for new_path, new_value, note in canonical(path, item, file, lines.get(path)):
+            line = lines.get(path, lines.get(key))
+            for new_path, new_value, note in canonical(path, item, file, line):
+                if said.setdefault(new_path, new_value) != new_value:
+                    raise UserError(
+                        "the same setting twice, with two values", file=file, row=line, field=new_path,
+                        found=f"{path}: {new_value}", expected=f"{said[new_path]}, as said before",
+                        fix="remove one of them",
+                    )  # fmt: skip
                 if note:
                     notes.append(note)
-                result = _merged(result, _nested(new_path, new_value))
+                if line is not None:
+                    lines.setdefault(new_path, line)
+                _put(result, new_path.split("."), new_value)
     return result
+
+
+def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[path[-1]] = value
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
@@ -262,26 +313,34 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _validated(tree: dict[str, Any], file: str | None, lines: dict[str, int]) -> Recipe:
+def _validated(tree: dict[str, Any], file: str | None, lines: dict[str, int], overridden: Sequence[str]) -> Recipe:
     if isinstance(tree.get("method"), dict):
         tree = tree | {"method": {"name": "lora"} | tree["method"]}
     try:
         return TypeAdapter(Recipe).validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        raise _complaint(error.errors()[0], file, lines) from error
+        raise _complaint(error.errors()[0], file, lines, overridden) from error
 
 
-def _complaint(error: Any, file: str | None, lines: dict[str, int]) -> UserError:
-    """pydantic's first error in our shape."""
+def _complaint(error: Any, file: str | None, lines: dict[str, int], overridden: Sequence[str]) -> UserError:
+    """pydantic's first error in our shape; file and row only when the file says what is wrong."""
     parts = [str(p) for p in error["loc"]]
+    method = None
     if parts[:1] == ["method"] and len(parts) > 1 and parts[1] in METHODS:
-        del parts[1]
+        method = parts.pop(1)
     parts = [p for p in parts if not p.startswith(("list[", "str", "function-", "literal[", "constrained"))]
     path = ".".join(parts)
-    where = {"file": file, "row": lines.get(path), "field": path}
+    where: dict[str, Any] = {"file": file, "row": lines.get(path), "field": path}
+    if any(f"{other}.".startswith(f"{path}.") or f"{path}.".startswith(f"{other}.") for other in overridden):
+        where |= {"file": None, "row": None}
     kind = error["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = sorted(_known_paths())
+        known = sorted(_known_paths(method))
+        if method and (owner := next((name for name in METHODS if path in _known_paths(name)), None)):
+            return UserError(
+                f"the method {method} has no such setting", **where, found=path, expected=f"method.name: {owner}",
+                fix=f"remove it, or write method.name: {owner}",
+            )  # fmt: skip
         last = path.rpartition(".")[2]
         near = nearest(path, known) or next((k for k in known if k.endswith("." + last)), None)
         return UserError(
@@ -301,6 +360,9 @@ def _complaint(error: Any, file: str | None, lines: dict[str, int]) -> UserError
             fix=f"write {nearest(str(found), METHODS) or 'lora'}",
         )
     found = error["input"]
+    if kind == "literal_error" and (near := nearest(str(found), error["ctx"]["expected"].split("'")[1::2])):
+        return UserError("there is no such choice", **where, found=str(found), expected=error["ctx"]["expected"],
+                         fix=f"write {near}")  # fmt: skip
     return UserError(
         f"the value does not fit: {error['msg'].lower()}",
         **where,
@@ -310,10 +372,14 @@ def _complaint(error: Any, file: str | None, lines: dict[str, int]) -> UserError
     )
 
 
-def _known_paths() -> list[str]:
-    sections = {"model": [Model], "base": [Base], "method": list(METHODS.values()), "data": [Data]}
+def _known_paths(method: str | None = None) -> list[str]:
+    """Dotted paths of all settings, or those with this method."""
+    methods = [METHODS[method]] if method else list(METHODS.values())
+    sections = {"model": [Model], "base": [Base], "method": methods, "data": [Data]}
     sections |= {"train": [Train], "eval": [Eval]}
-    dotted = [f"{section}.{name}" for section, classes in sections.items() for cls in classes for name in field_docs(cls)]
+    dotted = [
+        f"{section}.{name}" for section, classes in sections.items() for cls in classes for name in field_docs(cls)
+    ]
     return [*dict.fromkeys(dotted), *field_docs(Recipe)]
 
 

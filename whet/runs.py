@@ -1,12 +1,12 @@
 """A run directory: where training, evaluation and shipping meet.
 
-    recipe.yaml        the resolved recipe, without a single auto
-    origins.json       where each setting came from, and why whet decided what it decided
-    environment.json   versions and hardware
-    data.json          the ledger of rows and tokens          plan.json   predicted memory
-    metrics.jsonl      what training computed: a function of recipe, data and machine, byte for byte
-    timing.jsonl       how long it took: never twice the same, so it stands apart
-    checkpoints/step-N/   adapter/ (or model/)   finished.json   results/*.json   report.html
+recipe.yaml        the resolved recipe, without a single auto
+origins.json       where each setting came from, and why whet decided what it decided
+environment.json   versions and hardware
+data.json          the ledger of rows and tokens          plan.json   predicted memory
+metrics.jsonl      what training computed: a function of recipe, data and machine, byte for byte
+timing.jsonl       how long it took: never twice the same, so it stands apart
+checkpoints/step-N/   adapter/ (or model/)   finished.json   results/*.json   report.html
 """
 
 from __future__ import annotations

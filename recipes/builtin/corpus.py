@@ -132,9 +132,7 @@ def is_english_prose(paragraph: str) -> bool:
         return False
     if sum(character.isdigit() for character in paragraph) > 0.08 * len(paragraph):
         return False
-    if sum(character.isalpha() and not character.isascii() for character in paragraph) > (
-        0.02 * len(paragraph)
-    ):
+    if sum(character.isalpha() and not character.isascii() for character in paragraph) > (0.02 * len(paragraph)):
         return False
     common = sum(word in ENGLISH_WORDS for word in words)
     return len(words) < 12 or common >= 0.25 * len(words)
@@ -288,8 +286,7 @@ def clean_review(row: dict, names: frozenset[str]) -> str | None:
     return None if any(window in names for window in windows) else text
 
 
-CLEANERS = {"en_gutenberg": clean_book, "ko_judgments": clean_judgment,
-            "ko_technical": clean_technical}
+CLEANERS = {"en_gutenberg": clean_book, "ko_judgments": clean_judgment, "ko_technical": clean_technical}
 JOINTS = {"en_gutenberg": "\n\n", "ko_judgments": "\n", "ko_technical": "\n"}
 
 
@@ -320,8 +317,7 @@ def document_passages(source: str, rows: list[dict]) -> Iterator[tuple[str, bool
     names = rare_names(rows) if source == "ko_judgments" else frozenset()
     for held_out, row in sorted(keyed, key=lambda pair: pair[0]):
         paragraphs = without_repeats(CLEANERS[source](row["text"]), seen_paragraphs)
-        paragraphs = (None if text and names.intersection(FULL_NAME.findall(text)) else text
-                      for text in paragraphs)
+        paragraphs = (None if text and names.intersection(FULL_NAME.findall(text)) else text for text in paragraphs)
         for passage in to_passages(paragraphs, PASSAGE_LIMIT[source], JOINTS[source]):
             if len(passage) >= 80 and not any(marker in passage for marker in MARKERS):
                 yield passage, held_out
@@ -382,15 +378,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7, help="seed of the generated examples")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    train, heldout, train_reviews, heldout_reviews = build_sources(
-        options.source, options.book_megabytes * 1_000_000
-    )
+    train, heldout, train_reviews, heldout_reviews = build_sources(options.source, options.book_megabytes * 1_000_000)
     examples = instructions.generate(options.instructions, options.seed, train_reviews, train)
     train["instructions"] = list(dict.fromkeys(examples))
     known = set(train["instructions"])
-    examples = instructions.generate(
-        options.instructions // 100, options.seed + 1, heldout_reviews, heldout
-    )
+    examples = instructions.generate(options.instructions // 100, options.seed + 1, heldout_reviews, heldout)
     heldout["instructions"] = [text for text in dict.fromkeys(examples) if text not in known]
     write_records(options.output / "train.jsonl.xz", train)
     write_records(options.output / "heldout.jsonl.xz", heldout)

@@ -121,8 +121,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the tokenizer of the built-in model.")
     parser.add_argument("corpus", type=Path, help="folder with the train.jsonl.xz of corpus.py")
     parser.add_argument("output", type=Path, help="folder for the tokenizer files")
-    parser.add_argument("--sample-megabytes", type=int, default=40, metavar="MB",
-                        help="text to train on (default: %(default)s)")
+    parser.add_argument(
+        "--sample-megabytes", type=int, default=40, metavar="MB", help="text to train on (default: %(default)s)"
+    )
     options = parser.parse_args()
     texts = sample_texts(options.corpus / "train.jsonl.xz", options.sample_megabytes * 1_000_000)
     tokenizer = train_tokenizer(texts)

@@ -21,7 +21,7 @@ def setting(default: Any, doc: str) -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc})
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(setting, dataclasses.field))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 def config(cls: type[T]) -> type[T]:
     """Class decorator: frozen, keyword-only, and an unknown key is an error when a recipe is parsed."""
     cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]

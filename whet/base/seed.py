@@ -11,7 +11,7 @@ import torch
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy and torch (all devices)."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
@@ -21,7 +21,7 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     if torch.cuda.is_available():
         tensors |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]  # noqa: NPY002
+    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
     tensors["numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.int64).copy())
     return tensors, {
         "python": [version, list(numbers), gauss],
@@ -39,4 +39,4 @@ def restore_random_state(tensors: dict[str, torch.Tensor], values: dict[str, obj
     random.setstate((version, tuple(numbers), gauss))
     name, position, has_gauss, cached = values["numpy"]  # type: ignore[misc]
     keys = tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state((name, keys, position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state((name, keys, position, has_gauss, cached))

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from whet.base.config import config, setting
-
-FormatName = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "text"]
+from whet.data.standardise import FormatName
 
 
 @config

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from whet.base.errors import UserError
-from whet.data.standardise import Message
+from whet.data.example import Message
 from whet.data.template import contract
 from whet.data.tokenise import Tokeniser
 

@@ -15,13 +15,14 @@ import numpy as np
 
 from whet.base.errors import UserError
 from whet.data.config import Data
+from whet.data.example import Example
 from whet.data.ledger import Ledger
 from whet.data.length import fit
 from whet.data.pack import best_fit
 from whet.data.read import data_files, read_files, sha256
 from whet.data.rows import Rows
 from whet.data.split import held_out
-from whet.data.standardise import Dropped, Example, Format, recognise, standardise
+from whet.data.standardise import Dropped, Format, recognise, standardise
 from whet.data.tokenise import Tokeniser, Tokens
 
 if TYPE_CHECKING:
@@ -106,9 +107,7 @@ def _builtin_file(name: str) -> str:
     return str(installed if installed.exists() else checkout)
 
 
-def _examples(
-    dataset: str | list[str], data: Data, ledger: Ledger, limit: int | None
-) -> tuple[list[Example], Format]:
+def _examples(dataset: str | list[str], data: Data, ledger: Ledger, limit: int | None) -> tuple[list[Example], Format]:
     paths = dataset_paths(dataset)
     records = read_files(paths)
     sample = list(islice(records, SAMPLE))
@@ -184,9 +183,7 @@ def _locate(example: Example, tokeniser: Tokeniser, loss_on: str) -> None:
         raise
 
 
-def _max_length(
-    data: Data, tokens: list[Tokens], readable: int | None, decided: dict[str, tuple[object, str]]
-) -> int:
+def _max_length(data: Data, tokens: list[Tokens], readable: int | None, decided: dict[str, tuple[object, str]]) -> int:
     if data.max_length is not None:
         if readable is not None and data.max_length > readable:
             raise UserError(

@@ -3,8 +3,7 @@
 The format is recognised once, from the first rows, and every row must then keep to it: a row that only resembles the
 others is an error with its place, never a guess. Fields nobody knows are ignored, but a field that would change what
 is learned (tools, reasoning, weights, preferences) is refused until whet can honour it.
-
-What is given up: a file that mixes formats has to be split.
+A file that mixes formats has to be split.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from hashlib import sha256
 from typing import Literal
 
 from whet.base.errors import UserError, nearest
+from whet.data.example import Example, Message, Role
 from whet.data.read import TURN_FIELDS, Record, kind_of
 
-Role = Literal["system", "user", "assistant"]
 FormatName = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "text"]
 
 # What each format needs, and what it takes besides. Turns may stand in any of TURN_FIELDS.
@@ -43,27 +42,6 @@ _OPENAI = ("role", "content", _ROLES)
 _SHAREGPT: tuple[str, str, dict[str, Role]] = ("from", "value", {**_ROLES, "human": "user", "gpt": "assistant"})
 _ABSENT = object()
 _TOOL_ROLES = frozenset(("tool", "function", "function_call", "tool_call", "observation", "tool_response", "ipython"))
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    role: Role
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One thing to learn from: either `messages` (optional system, then turns by turns, the last one the assistant's)
-    or raw `text`, never both.
-
-    id: 16 hex digits of the sha256 of the content alone, so that equal content has an equal id wherever it stands.
-    """
-
-    id: str
-    messages: tuple[Message, ...] | None
-    text: str | None
-    file: str
-    row: int
 
 
 @dataclass(frozen=True, slots=True)

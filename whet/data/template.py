@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whet.base.errors import UserError, nearest
-from whet.data.standardise import Message
+from whet.data.example import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

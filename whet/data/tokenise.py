@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from whet.base.errors import UserError
-from whet.data.standardise import Message
+from whet.data.example import Message
 from whet.data.template import Rendered, Template, Turn
 
 if TYPE_CHECKING:
@@ -85,12 +85,13 @@ class Tokeniser:
 
     def stop_ids(self) -> list[int]:
         """Ids after which generation ends: the end token, and the one that the template closes an answer with."""
-        found = {self.tokenizer.eos_token_id}
+        eos = self.tokenizer.eos_token_id
+        found: set[int] = {eos} if isinstance(eos, int) else set()
         if self.template is not None:
             row = self.conversations([[Message("user", "a"), Message("assistant", "b")]], "assistant")[0]
             if row.closed:
                 found.add(int(row.ids[np.flatnonzero(row.learned)[-1]]))
-        return sorted(token for token in found if token is not None)
+        return sorted(found)
 
     def _by_pieces(self, row: Rendered, learned: set[int], loss_on: str, spelled: bool) -> Tokens:
         """The row cut at the edges of its turns, every piece tokenised by itself."""

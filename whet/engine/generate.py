@@ -76,7 +76,7 @@ def _greedy(
 def _generate(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int, **more: Any
 ) -> list[list[int]]:
-    device = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+    device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), longest), int(stop_ids[0]), dtype=torch.long)
     mask = torch.zeros_like(ids)

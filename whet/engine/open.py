@@ -48,7 +48,7 @@ def answering(base: Base) -> Placement:
 
 
 def open_trained(model: Model, base: Base, trained: Path, *, adapter: bool) -> Opened:
-    """The base model with the adapter in `trained`, or the model in `trained`. Raises UserError when it is not there."""
+    """The base model with the adapter in `trained`, or the model in `trained`. UserError when it is not there."""
     if not trained.is_dir():
         raise UserError(
             "this run has not been trained yet", file=str(trained), expected="what whet train writes at the end",

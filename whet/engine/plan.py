@@ -19,7 +19,7 @@ OPTIMISER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafacto
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the plan depends on beyond the model. tokens: in one forward pass; vocabulary rows in one chunk of logits."""
+    """What the plan depends on beyond the model. tokens: in one forward pass; chunk_logits: logits alive at once."""
 
     storage: str
     compute: str

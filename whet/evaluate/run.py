@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from whet.base.console import Progress, say
 from whet.base.errors import UserError
 from whet.base.files import write_text
+from whet.data.example import Example
 from whet.data.goldens import FILE as CONTRACT
 from whet.data.goldens import check_contract
 from whet.data.prepare import Prepared, prepare
-from whet.data.standardise import Example
 from whet.data.template import use_template
 from whet.data.tokenise import Tokeniser
 from whet.engine.generate import answer
@@ -43,8 +43,8 @@ def evaluate(run: Run, *, max_rows: int | None = None) -> dict[str, Any]:
     examples = _held_out(prepared, max_rows or recipe.eval.max_rows or USUAL_ROWS)
     tokeniser = prepared.tokeniser
     check_contract(tokeniser, run.trained / CONTRACT)
-    prompts = [tokeniser.prompt((example.messages or ())[:-1]) for example in examples]
-    references = [(example.messages or ())[-1].content for example in examples]
+    prompts = [tokeniser.prompt(example.question) for example in examples]
+    references = [example.answer for example in examples]
     limit = recipe.eval.max_new_tokens or _longest_answer(tokeniser, references)
     opened = open_trained(recipe.model, recipe.base, run.trained, adapter=recipe.method.name != "full")
     options = {"stop_ids": tokeniser.stop_ids(), "max_new_tokens": limit}
@@ -53,7 +53,7 @@ def evaluate(run: Run, *, max_rows: int | None = None) -> dict[str, Any]:
         base = _base_answers(opened, prompts, tokeniser, recipe, bar, options)
     scores = {name: score(texts, references, recipe.eval.metrics) for name, texts in (("base", base), ("tuned", tuned))}
     result = _result(scores, len(examples), limit)
-    _write_predictions(run.results / "predictions.jsonl", examples, references, base, tuned)
+    _write_predictions(run.results, examples, references, base, tuned)
     run.write("results/evaluation.json", result)
     return result
 
@@ -89,7 +89,11 @@ def _answers(
     title: str, options: dict[str, Any],
 ) -> list[str]:  # fmt: skip
     ids = answer(
-        network, prompts, batch_size=recipe.eval.per_device_eval_batch_size, done=lambda n: bar.advance(title, n), **options
+        network,
+        prompts,
+        batch_size=recipe.eval.per_device_eval_batch_size,
+        done=lambda n: bar.advance(title, n),
+        **options,
     )
     return tokeniser.tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -107,35 +111,30 @@ def _base_answers(
 
 def _result(scores: dict[str, Scores], rows: int, limit: int) -> dict[str, Any]:
     base, tuned = scores["base"], scores["tuned"]
+    shared = [name for name in tuned.rows if name in base.rows]
     return {
         "rows": rows,
         "decoding": f"greedy, at most {limit} new tokens",
         "base": {"metrics": base.metrics},
         "tuned": {"metrics": tuned.metrics},
-        "difference": {name: asdict(paired(base.rows[name], tuned.rows[name])) for name in tuned.rows if name in base.rows},
+        "difference": {name: asdict(paired(base.rows[name], tuned.rows[name])) for name in shared},
         "skipped": tuned.skipped,
     }
 
 
 def _write_predictions(
-    path: Path, examples: list[Example], references: list[str], base: list[str], tuned: list[str]
+    results: Path, examples: list[Example], references: list[str], base: list[str], tuned: list[str]
 ) -> None:
-    right = exact_match(tuned, references)
-    lines = [
-        json.dumps(
-            {
-                "id": example.id,
-                "prompt": "\n\n".join(message.content for message in (example.messages or ())[:-1]),
-                "reference": reference,
-                "base": base_text,
-                "tuned": tuned_text,
-                "exact": bool(flag),
-            },
-            ensure_ascii=False,
-        )
-        for example, reference, base_text, tuned_text, flag in zip(examples, references, base, tuned, right, strict=True)
-    ]
-    write_text(path, "\n".join(lines) + "\n")
+    """predictions.jsonl: every answer beside its reference; mismatches.jsonl: those that are not exact."""
+    lines, wrong = [], []
+    flags = exact_match(tuned, references)
+    for example, reference, before, after, flag in zip(examples, references, base, tuned, flags, strict=True):
+        prompt = "\n\n".join(message.content for message in example.question)
+        row = {"id": example.id, "prompt": prompt, "reference": reference, "base": before, "tuned": after}
+        lines.append(json.dumps(row | {"exact": bool(flag)}, ensure_ascii=False) + "\n")
+        wrong += [] if flag else [lines[-1]]
+    write_text(results / "predictions.jsonl", "".join(lines))
+    write_text(results / "mismatches.jsonl", "".join(wrong))
 
 
 def show(result: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from whet import runs
 from whet.base.errors import UserError
+from whet.data.example import Message
 from whet.data.goldens import FILE as CONTRACT
 from whet.data.goldens import check_contract
-from whet.data.standardise import Message
 from whet.data.template import use_template
 from whet.data.tokenise import Tokeniser
 from whet.engine.config import Base, Model
@@ -33,7 +33,11 @@ class Chat:
         """The greedy answer to a conversation; pieces go to `streamer` as they come."""
         prompt = self.tokeniser.prompt(messages)
         ids = stream(
-            self.network, prompt, stop_ids=self.tokeniser.stop_ids(), max_new_tokens=self.max_new_tokens, streamer=streamer
+            self.network,
+            prompt,
+            stop_ids=self.tokeniser.stop_ids(),
+            max_new_tokens=self.max_new_tokens,
+            streamer=streamer,
         )
         return self.tokeniser.tokenizer.decode(ids, skip_special_tokens=False)  # type: ignore[return-value]
 

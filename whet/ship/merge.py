@@ -93,8 +93,8 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
             _write_candidate(run, live, base_kind, dtype, place, reference.stop_ids)
             found = _compare(base_kind, dtype, place, live, reference)
             tried.append(found)
-            say(f"merged on {base_kind} base in {dtype}: mean KL {found.mean_kl:.2g}, top-1 {found.top1_agreement:.2%}, "
-                f"greedy answers {found.greedy_agreement:.2%}")  # fmt: skip
+            say(f"merged on {base_kind} base in {dtype}: mean KL {found.mean_kl:.2g}, "
+                f"top-1 {found.top1_agreement:.2%}, greedy answers {found.greedy_agreement:.2%}")  # fmt: skip
             if best is None or (-found.greedy_agreement, found.mean_kl) < (-best[0].greedy_agreement, best[0].mean_kl):
                 best = (found, place)
             if found.perfect:
@@ -125,9 +125,7 @@ def _candidates(storage: str, network: PreTrainedModel) -> list[tuple[str, str]]
     return [(base, dtype) for dtype in ("bf16", "fp32") for base in bases]
 
 
-def _write_candidate(
-    run: Run, live: Opened, base_kind: str, dtype: str, place: Path, stop_ids: list[int]
-) -> None:
+def _write_candidate(run: Run, live: Opened, base_kind: str, dtype: str, place: Path, stop_ids: list[int]) -> None:
     """base + update, summed in fp32, as a plain model in `dtype`."""
     target = Placement(torch.device("cpu"), "fp32", torch.float32, False, {})
     plain = load_model(run.recipe.model, target)
@@ -167,8 +165,8 @@ def _reference(network: PreTrainedModel, prepared: Prepared) -> Reference:
         longest = 32
     else:
         tokeniser = prepared.tokeniser
-        prompts = [tokeniser.prompt((example.messages or ())[:-1]) for example in examples]
-        answers = [(example.messages or ())[-1].content for example in examples]
+        prompts = [tokeniser.prompt(example.question) for example in examples]
+        answers = [example.answer for example in examples]
         longest = min(128, max(len(e.ids) for e in tokeniser.backend.encode_batch_fast(answers)) + 8)
     stop_ids = prepared.tokeniser.stop_ids()
     answers_ids = answer(network, prompts, stop_ids=stop_ids, max_new_tokens=longest, batch_size=32)
@@ -198,7 +196,7 @@ def _compare(base_kind: str, dtype: str, place: Path, live: Opened, reference: R
 @torch.inference_mode()
 def _log_probabilities(network: PreTrainedModel, prompt: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
     """[len(reply) + 1, V] float32: the distribution of each token of the reply and of the one after it."""
-    device = network.get_input_embeddings().weight.device  # type: ignore[union-attr]
+    device = next(network.parameters()).device
     ids = torch.tensor([[*prompt, *reply]], device=device)
     return torch.log_softmax(network(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float(), -1)
 

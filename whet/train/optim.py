@@ -36,7 +36,7 @@ def check_optimiser(train: Train, device: torch.device) -> None:
 
 
 def build_optimiser(train: Train, parameters: Iterable[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    """The optimiser over the trainable parameters; weight decay on matrices only (a bias or a norm has no use for it)."""
+    """The optimiser over the trainable parameters; weight decay on matrices only, not on biases or norms."""
     trainable = [p for p in parameters if p.requires_grad]
     matrices, vectors = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
     groups = [

@@ -24,11 +24,11 @@ from whet.recipe import Parsed, fingerprint
 from whet.runs import Run
 from whet.train import checkpoint
 from whet.train.checkpoint import Identity
+from whet.train.loss import Forward
 from whet.train.optim import build_optimiser
 from whet.train.record import Recorder
 from whet.train.schedule import learning_rate
 from whet.train.setup import Ready, batches_of, build_model, get_ready, show_ledger
-from whet.train.loss import Forward
 from whet.train.step import NotFinite, Stepped, held_out_loss, train_step
 
 MAX_EVAL_TOKENS = 500_000

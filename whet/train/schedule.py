@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 
 
-def learning_rate(
-    step: int, total: int, *, peak: float, shape: str, warmup_ratio: float, decay_ratio: float
-) -> float:
+def learning_rate(step: int, total: int, *, peak: float, shape: str, warmup_ratio: float, decay_ratio: float) -> float:
     """Rate of optimiser step `step` (from 0) out of `total`.
 
     Warm-up rises linearly over ceil(warmup_ratio * total) steps and reaches the peak with its last one. `linear` and

@@ -28,8 +28,8 @@ from whet.engine.linear import count_parameters
 from whet.engine.load import load_config, load_model, load_tokenizer, longest_input
 from whet.recipe import Parsed, Recipe, to_yaml
 from whet.runs import Run
-from whet.train.optim import check_optimiser
 from whet.train.loss import Forward
+from whet.train.optim import check_optimiser
 
 DECAY_RATIO = 0.2
 SHAPE_MULTIPLE = 32

@@ -1,0 +1,44 @@
+"""What all tests share: a random tiny model and a small data set, made once, and quiet libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from whet.base.console import quiet_libraries
+from whet.recipe import Parsed
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    import transformers  # noqa: F401
+
+    quiet_libraries()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama in fp32 with the built-in tokenizer."""
+    return tiny.save_model(tiny.llama(), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 alpaca rows of very unequal length, some Korean."""
+    return tiny.write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", tiny.rows())
+
+
+@pytest.fixture
+def recipe(model_dir: Path, data_file: Path, tmp_path: Path) -> Callable[..., Parsed]:
+    """Makes a recipe on the tiny model: `recipe(train__max_steps=3)`; out= names the directory under tmp_path."""
+
+    def make(out: str = "run", **changes: object) -> Parsed:
+        return tiny.recipe(model_dir, data_file, tmp_path / out, **changes)
+
+    return make
