@@ -32,7 +32,7 @@ def write_contract(tokeniser: Tokeniser, path: Path) -> None:
     for texts in _TEXTS:
         messages = _messages(texts)
         try:
-            goldens.append((messages, tokeniser.conversations([messages], "assistant")[0].ids.tolist()))
+            goldens.append((messages, *_ids(tokeniser, messages)))
         except UserError:
             continue  # a template without system messages, for instance
     path.write_text(contract(tokeniser.tokenizer, goldens) + "\n", encoding="utf-8")
@@ -45,16 +45,23 @@ def check_contract(tokeniser: Tokeniser, path: Path) -> int:
     goldens = json.loads(path.read_text(encoding="utf-8"))["golden"]
     for index, golden in enumerate(goldens):
         messages = [Message(m["role"], m["content"]) for m in golden["messages"]]
-        ids = tokeniser.conversations([messages], "assistant")[0].ids.tolist()
-        if ids != golden["ids"]:
-            place = next((i for i, (a, b) in enumerate(zip(ids, golden["ids"], strict=False)) if a != b), -1)
+        ids, prompt = _ids(tokeniser, messages)
+        old_prompt = golden.get("prompt", prompt)
+        if ids != golden["ids"] or prompt != old_prompt:
+            old, new = (golden["ids"], ids) if ids != golden["ids"] else (old_prompt, prompt)
+            place = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
             raise UserError(
                 "the tokenizer or chat template is not the one that the adapter was trained with",
-                file=str(path), field=f"golden.{index}", found=f"another token at place {place}",
+                file=str(path), field=f"golden.{index}", found=f"another token at place {place + 1}",
                 expected="the token ids stored with the adapter",
                 fix="use the tokenizer files that lie beside the adapter",
             )  # fmt: skip
     return len(goldens)
+
+
+def _ids(tokeniser: Tokeniser, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation, and of the prompt of its last answer, which the template may write otherwise."""
+    return tokeniser.conversations([messages], "assistant")[0].ids.tolist(), tokeniser.prompt(messages[:-1])
 
 
 def _messages(texts: Sequence[str]) -> list[Message]:

@@ -70,6 +70,11 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, readable: int | None
     if data.eval_dataset is not None:
         evaluation, _ = _examples(data.eval_dataset, data, ledger, None)
     else:
+        if data.val_size >= 1 and not data.val_size.is_integer():
+            raise UserError(
+                "from 1 on, val_size is a number of rows", field="data.val_size", found=str(data.val_size),
+                expected="a share below 1, or a whole number", fix=f"data.val_size={round(data.val_size)}",
+            )  # fmt: skip
         sides = held_out([example.id for example in examples], data.val_size)
         evaluation = [example for example, out in zip(examples, sides, strict=True) if out]
         examples = [example for example, out in zip(examples, sides, strict=True) if not out]
@@ -218,7 +223,9 @@ def _fitting(
         ledger.rows_over_length += 1
         if policy == "split":
             for start in range(0, len(row.ids), limit):
-                if len(row.ids) - start >= 2:
+                if len(row.ids) - start == 1:  # nothing predicts it, and it predicts nothing
+                    ledger.tokens_lost += 1
+                else:
                     yield source, row.ids[start : start + limit], row.learned[start : start + limit]
             continue
         if policy == "error":

@@ -103,6 +103,8 @@ def kind_of(value: object) -> str:
 
 def data_files(path: str) -> list[Path]:
     """The files that one path of a recipe stands for, sorted by name whatever the locale or the file system's order."""
+    if not path.strip():
+        raise UserError("the name of a data file is empty", "name a file, directory or glob", field="data.dataset")
     place = Path(path).expanduser()
     try:
         if place.is_file():

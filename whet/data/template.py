@@ -132,8 +132,7 @@ class Template:
 
     def _find_literals(self, roles: tuple[str, ...]) -> tuple[str, ...] | None:
         """What the template writes before, between and after the contents, or None when contents are repeated."""
-        marks = [f"qzx{index}xzq" for index in range(len(roles))]
-        text = self._render([[{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]], False)[0]
+        text, marks = self._marked(roles)
         literals = []
         for mark in marks:
             if text.count(mark) != 1:
@@ -141,6 +140,11 @@ class Template:
             literal, _, text = text.partition(mark)
             literals.append(literal)
         return (*literals, text)
+
+    def _marked(self, roles: tuple[str, ...]) -> tuple[str, list[str]]:
+        """A conversation whose contents are marks, rendered."""
+        marks = [f"qzx{index}xzq" for index in range(len(roles))]
+        return self._render([[{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]], False)[0], marks
 
     def _walk(self, text: str, messages: Sequence[Message], literals: tuple[str, ...]) -> tuple[Turn, ...] | None:
         """Turns found by following the literals through `text`, or None when the text does not follow them."""
@@ -176,7 +180,12 @@ class Template:
                 continue
             head = self.text(messages[:index], prompt=True)
             whole = self.text(messages[: index + 1])
-            if not (whole.startswith(head) and text.startswith(whole.rstrip())):
+            marked, marks = self._marked(tuple(message.role for message in messages[: index + 1]))
+            tail = marked.rpartition(marks[-1])[2]
+            end = len(whole) - len(tail)
+            stop = end + self._closing(tail)
+            exact = whole.startswith(head) and whole.endswith(tail) and text.startswith(whole[:stop])
+            if not exact or end <= len(head):
                 raise UserError(
                     "the chat template rewrites an earlier turn when the conversation goes on, so what is learned "
                     "could not be said exactly",
@@ -185,18 +194,18 @@ class Template:
                     expected="a template that keeps earlier turns as they were",
                     fix="split the conversation so that each row ends with one answer",
                 )
-            body = whole[len(head) :]
-            last = max((body.rfind(token) + len(token) for token in self.specials if token in body), default=len(body))
-            turns.append(Turn("assistant", len(head), len(head) + last, len(head) + last))
+            turns.append(Turn("assistant", len(head), end, stop))
         return tuple(turns)
 
 
-def contract(tokenizer: PreTrainedTokenizerFast, goldens: Sequence[tuple[Sequence[Message], list[int]]]) -> str:
+def contract(
+    tokenizer: PreTrainedTokenizerFast, goldens: Sequence[tuple[Sequence[Message], list[int], list[int]]]
+) -> str:
     """JSON saved beside an adapter: the template and conversations with their exact token ids (DESIGN section 4)."""
     record: dict[str, Any] = {
         "chat_template": tokenizer.chat_template,
         "eos_token": tokenizer.eos_token,
-        "golden": [{"messages": _plain(messages), "ids": ids} for messages, ids in goldens],
+        "golden": [{"messages": _plain(messages), "ids": ids, "prompt": prompt} for messages, ids, prompt in goldens],
     }
     return json.dumps(record, ensure_ascii=False, indent=1)
 

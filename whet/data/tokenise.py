@@ -1,9 +1,10 @@
 """Text becomes token ids with a mark on each that is learned: one path for training, evaluation, chat and serving.
 
-A conversation is tokenised as a whole, and spans are carried over through the tokenizer's offsets. Two cases are
-tokenised piece by piece instead: a token that would reach across the edge of an answer (the model starts its answer at
-a token boundary when it generates, so it must when it learns), and content that spells a special token, which has to
-become plain subwords and not a turn marker.
+A conversation is tokenised as a whole, and spans are carried over through the tokenizer's offsets. In two cases the
+text is cut first: at the edges of an answer when a token would reach across them (the model starts its answer at a
+token boundary when it generates, so it must when it learns), and around content that spells a special token, which has
+to become plain subwords and not a turn marker. All else stays in one piece, so that a prompt has the ids it had when
+the model learned to answer it.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Tokeniser:
         for messages, row, encoding in zip(rows, rendered, encodings, strict=True):
             learned = _learned_turns(row.turns, loss_on)
             spelled = any(self._special.search(message.content) for message in messages)
+            if spelled:
+                _check_places(row, messages)
             tokens = None if spelled else _by_offsets(row, learned, encoding, loss_on)
             result.append(tokens or self._by_pieces(row, learned, loss_on, spelled))
         return result
@@ -72,7 +75,9 @@ class Tokeniser:
         text = self.template.text(messages, prompt=True)
         if not any(self._special.search(message.content) for message in messages):
             return self.backend.encode(text, add_special_tokens=False).ids
-        whole = self.template.render([[*messages, Message("assistant", "")]])[0]
+        answered = [*messages, Message("assistant", "")]
+        whole = self.template.render([answered])[0]
+        _check_places(whole, answered)
         head = [turn for turn in whole.turns if turn.start <= len(text)]
         return self._pieces(Rendered(text, tuple(head)), set())[0]
 
@@ -94,7 +99,7 @@ class Tokeniser:
         return sorted(found)
 
     def _by_pieces(self, row: Rendered, learned: set[int], loss_on: str, spelled: bool) -> Tokens:
-        """The row cut at the edges of its turns, every piece tokenised by itself."""
+        """The row cut at the edges of its answers and of contents that spell a special token."""
         ids, marks, prompts = self._pieces(row, learned)
         if spelled and self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) != row.text:
             raise UserError(
@@ -110,26 +115,46 @@ class Tokeniser:
 
     def _pieces(self, row: Rendered, learned: set[int]) -> tuple[list[int], list[bool], list[tuple[int, int]]]:
         ids: list[int] = []
-        marks: list[bool] = []
-        prompts: list[tuple[int, int]] = []
+        edges: list[tuple[int, int]] = []
 
-        def add(start: int, end: int, mark: bool, content: bool) -> None:
-            backend = self.plain if content and self._special.search(row.text, start, end) else self.backend
-            piece = backend.encode(row.text[start:end], add_special_tokens=False).ids
-            if content and not mark:
-                prompts.append((len(ids), len(ids) + len(piece)))
-            ids.extend(piece)
-            marks.extend([mark] * len(piece))
+        def add(start: int, end: int, backend: Any) -> None:
+            if start < end:
+                piece = backend.encode(row.text[start:end], add_special_tokens=False)
+                ids.extend(piece.ids)
+                edges.extend((start + first, start + last) for first, last in piece.offsets)
 
         position = 0
         for index, turn in enumerate(row.turns):
-            mark = index in learned
-            add(position, turn.start, False, False)
-            add(turn.start, turn.end, mark, True)
-            add(turn.end, turn.stop, mark, False)
-            position = turn.stop
-        add(position, len(row.text), False, False)
+            spelled = self._special.search(row.text, turn.start, turn.end)
+            if spelled or index in learned:
+                add(position, turn.start, self.backend)
+                add(turn.start, turn.end, self.plain if spelled else self.backend)
+                position = turn.end
+        add(position, len(row.text), self.backend)
+        marks = [False] * len(ids)
+        prompts = []
+        for index, turn in enumerate(row.turns):
+            if index in learned:
+                inside = [place for place, edge in enumerate(edges) if turn.start <= edge[0] < turn.stop]
+                for place in inside:
+                    marks[place] = True
+                continue
+            inside = [p for p, (first, last) in enumerate(edges) if turn.start <= first and last <= turn.end]
+            prompts += [(inside[0], inside[-1] + 1)] if inside else []
         return ids, marks, prompts
+
+
+def _check_places(row: Rendered, messages: Sequence[Message]) -> None:
+    """Refuse text whose special tokens cannot be told from the template's, because not every content was placed."""
+    if len(row.turns) != len(messages):
+        raise UserError(
+            "a message spells one of the model's special tokens, and the chat template rewrites the conversation, so "
+            "the two could not be told apart",
+            field="messages",
+            found=f"{len(row.turns)} of {len(messages)} contents found in the text",
+            expected="contents that are rendered as they are",
+            fix="remove the marker from the data",
+        )
 
 
 def _learned_turns(turns: Sequence[Turn], loss_on: str) -> set[int]:
@@ -149,16 +174,17 @@ def _by_offsets(row: Rendered, learned: set[int], encoding: Any, loss_on: str) -
         mark = index in learned
         edges = (turn.start, turn.stop if mark else turn.end)
         first, last = (_token_at(encoding, edge, len(row.text), count) for edge in edges)
-        if mark:
-            clean = all(
-                t == count or encoding.token_to_chars(t)[0] == e for t, e in zip((first, last), edges, strict=True)
-            )
-            if not clean:
-                return None
-            marks[first:last] = True
-            closed = closed and turn.stop > turn.end
-        else:
-            prompts.append((first, last))
+        starts = [encoding.token_to_chars(t)[0] if t < count else edges[1] for t in (first, last)]
+        if not mark:
+            first += starts[0] < edges[0]  # that token is partly the template's
+            prompts += [(first, last)] if first < last else []
+            continue
+        if turn.end <= starts[1] < edges[1]:  # the closing token takes the white space behind it along
+            last, starts[1] = last + 1, edges[1]
+        if starts != list(edges):
+            return None
+        marks[first:last] = True
+        closed = closed and turn.stop > turn.end
     return Tokens(np.array(encoding.ids, dtype=np.int32), marks, prompts, closed)
 
 

@@ -1,0 +1,306 @@
+"""However a batch is cut, laid out or recomputed, the loss and every gradient of an optimiser step stay the same.
+
+The reference shares no code with whet: plain transformers and plain PEFT in float64, one document at a time, sum of
+the negative log-likelihoods over the number of targets. Each claim has a planted fault that must break it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from whet.data.batches import Batch, Batches
+from whet.engine.attention import ATTENTION
+from whet.engine.isolation import check_isolation, flat_inputs
+from whet.recipe import Parsed
+from whet.train import loss as loss_module
+from whet.train.loss import Forward
+from whet.train.setup import Ready, batches_of, build_model, get_ready
+from whet.train.step import train_step
+
+Gradients = dict[str, torch.Tensor]
+TOLERANCE = 1e-5
+
+
+class Capture(torch.optim.SGD):
+    """An optimiser that keeps the gradients instead of using them."""
+
+    seen: list[torch.Tensor]
+
+    def step(self, closure: Any = None) -> None:
+        self.seen = [p.grad.double().clone() for group in self.param_groups for p in group["params"]]
+
+
+@dataclasses.dataclass
+class Made:
+    """A recipe made ready, its model with a non-zero adapter."""
+
+    ready: Ready
+    model: torch.nn.Module
+    forward: Forward
+    batches: Batches
+
+    def measure(self, batches: Sequence[Batch], forward: Any = None) -> tuple[float, Gradients]:
+        """Loss and gradients of one optimiser step over the micro-batches."""
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        capture = Capture(named.values(), lr=0.1)
+        done = train_step(self.model, capture, batches, forward or self.forward, max_grad_norm=0.0, step=1)
+        return done.loss, dict(zip(named, capture.seen, strict=True))
+
+
+def make(parsed: Parsed) -> Made:
+    model, ready, forward = build_model(get_ready(parsed))
+    tiny.randomise_adapter(model)
+    return Made(ready, model, forward, batches_of(ready))
+
+
+def reference(model_dir: Path, made: Made, rows: Sequence[int], attention: str = "eager") -> tuple[float, Gradients]:
+    """Loss and gradients in float64, document by document, by plain transformers and plain PEFT."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float64, attn_implementation=attention)
+    method, given = made.ready.recipe.method, made.model.peft_config["default"]
+    plain = peft.get_peft_model(
+        base, peft.LoraConfig(r=method.r, lora_alpha=method.lora_alpha, target_modules=given.target_modules)
+    ).double()
+    ours = dict(made.model.named_parameters())
+    named = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(ours[name])
+    total, targets = torch.zeros((), dtype=torch.float64), 0
+    for row in rows:
+        ids, learned = made.ready.prepared.train.row(row)
+        labels = torch.tensor(np.where(learned, ids, -100), dtype=torch.long)
+        logits = plain(input_ids=torch.tensor(ids, dtype=torch.long)[None]).logits[0]
+        total = total + torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum")
+        targets += int((labels[1:] != -100).sum())
+    (total / targets).backward()
+    return total.item() / targets, {name: p.grad for name, p in named.items()}
+
+
+def distance(one: tuple[float, Gradients], other: tuple[float, Gradients]) -> float:
+    """Largest difference of the loss, or of a gradient relative to the largest entry of that gradient."""
+    assert one[1].keys() == other[1].keys()
+    assert all(float(gradient.abs().max()) > 0 for gradient in other[1].values())
+    apart = [float((one[1][name] - g).abs().max() / g.abs().max()) for name, g in other[1].items()]
+    return max(abs(one[0] - other[0]) / other[0], *apart)
+
+
+def all_rows(batches: Sequence[Batch]) -> list[int]:
+    return sorted(row for batch in batches for row in batch.sources)
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "8x1": {"train__per_device_train_batch_size": 8},
+    "4x2": {"train__per_device_train_batch_size": 4, "train__gradient_accumulation_steps": 2},
+    "2x4": {"train__per_device_train_batch_size": 2, "train__gradient_accumulation_steps": 4},
+    "1x8": {"train__per_device_train_batch_size": 1, "train__gradient_accumulation_steps": 8},
+    "8x1 padded": {"train__per_device_train_batch_size": 8, "data__padding_free": False},
+    "2x4 padded": {"train__per_device_train_batch_size": 2, "train__gradient_accumulation_steps": 4,
+                   "data__padding_free": False},
+    "packed": {"data__packing": True, "data__max_length": 180, "train__per_device_train_batch_size": 8},
+    "packed one by one": {"data__packing": True, "data__max_length": 180, "train__per_device_train_batch_size": 1,
+                          "train__gradient_accumulation_steps": 8},
+    "recomputed": {"train__gradient_checkpointing": True, "train__per_device_train_batch_size": 4,
+                   "train__gradient_accumulation_steps": 2},
+    "recomputed padded": {"train__gradient_checkpointing": True, "data__padding_free": False,
+                          "train__per_device_train_batch_size": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_does_not_depend_on_how_its_rows_are_laid_out(
+    layout: str, model_dir: Path, recipe: Callable[..., Parsed]
+) -> None:
+    made = make(recipe(data__max_rows=8, **LAYOUTS[layout]))
+    batches = made.batches.step(0)
+    assert all_rows(batches) == list(range(8))
+    assert made.batches.flat == ("padded" not in layout)
+    assert distance(made.measure(batches), reference(model_dir, made, range(8))) < TOLERANCE
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_ragged_last_window_weighs_its_tokens_like_any_other(
+    flat: bool, model_dir: Path, recipe: Callable[..., Parsed]
+) -> None:
+    made = make(recipe(data__max_rows=13, data__padding_free=flat, train__per_device_train_batch_size=3,
+                       train__gradient_accumulation_steps=3))  # fmt: skip
+    first, last = made.batches.step(0), made.batches.step(1)
+    assert [len(batch.sources) for batch in last] == [3, 1]
+    assert sorted(all_rows(first) + all_rows(last)) == list(range(13))
+    assert distance(made.measure(last), reference(model_dir, made, all_rows(last))) < TOLERANCE
+
+
+def test_fused_head_and_plain_logits_agree(model_dir: Path, recipe: Callable[..., Parsed]) -> None:
+    made = make(recipe(data__max_rows=8))
+    assert made.forward.head is not None
+    batches = made.batches.step(0)
+    plain = made.measure(batches, dataclasses.replace(made.forward, head=None))
+    assert distance(made.measure(batches), plain) < TOLERANCE
+    assert distance(plain, reference(model_dir, made, range(8))) < TOLERANCE
+
+
+def test_the_reference_is_what_transformers_calls_the_loss(model_dir: Path, recipe: Callable[..., Parsed]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    made = make(recipe(data__max_rows=8))
+    for name, parameter in made.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    plain = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float64)
+    ids, learned = made.ready.prepared.train.row(1)
+    labels = torch.tensor(np.where(learned, ids, -100), dtype=torch.long)[None]
+    theirs = float(plain(input_ids=torch.tensor(ids, dtype=torch.long)[None], labels=labels).loss)
+    alone = [made.batches.batch([1])]
+    assert abs(made.measure(alone)[0] - theirs) < TOLERANCE * theirs
+
+
+class MeanOfMeans:
+    """Divides each micro-batch by its own targets: the fault of transformers #34191."""
+
+    def __init__(self, forward: Forward, batches: Sequence[Batch]) -> None:
+        self.forward, self.count = forward, len(batches)
+        self.targets, self.device = sum(len(batch.targets) for batch in batches), forward.device
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return self.forward.loss(model, batch) / len(batch.targets) / self.count * self.targets
+
+
+def replaced(batches: Sequence[Batch], **changes: Callable[[Batch], Any]) -> list[Batch]:
+    return [dataclasses.replace(batch, **{name: make(batch) for name, make in changes.items()}) for batch in batches]
+
+
+def with_filler(batch: Batch) -> Batch:
+    """The filler document learns one token."""
+    assert batch.bounds is not None
+    assert batch.tokens + 2 <= batch.ids.shape[1], "no filler to plant the fault in"
+    extended = {
+        "rows": np.append(batch.rows, 0),
+        "places": np.append(batch.places, batch.ids.shape[1] - 2),
+        "targets": np.append(batch.targets, 0),
+    }
+    return dataclasses.replace(batch, **extended)
+
+
+def test_mean_of_micro_batch_means_is_caught(model_dir: Path, recipe: Callable[..., Parsed]) -> None:
+    made = make(recipe(data__max_rows=8, **LAYOUTS["2x4"]))
+    batches = made.batches.step(0)
+    fault = made.measure(batches, MeanOfMeans(made.forward, batches))
+    assert distance(fault, reference(model_dir, made, range(8))) > 1000 * TOLERANCE
+
+
+def test_a_dropped_target_is_caught(model_dir: Path, recipe: Callable[..., Parsed]) -> None:
+    made = make(recipe(data__max_rows=8, **LAYOUTS["4x2"]))
+    first, second = made.batches.step(0)
+    short = replaced([first], rows=lambda b: b.rows[1:], places=lambda b: b.places[1:], targets=lambda b: b.targets[1:])
+    assert distance(made.measure([*short, second]), reference(model_dir, made, range(8))) > 100 * TOLERANCE
+
+
+def test_a_supervised_filler_document_is_caught(model_dir: Path, recipe: Callable[..., Parsed]) -> None:
+    made = make(recipe(data__max_rows=8, **LAYOUTS["8x1"]))
+    fault = [with_filler(batch) for batch in made.batches.step(0)]
+    assert distance(made.measure(fault), reference(model_dir, made, range(8))) > 100 * TOLERANCE
+
+
+def test_attention_across_documents_is_caught(
+    model_dir: Path, recipe: Callable[..., Parsed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(recipe(data__max_rows=8, **LAYOUTS["packed"]))
+    right = loss_module.model_inputs
+    monkeypatch.setattr(loss_module, "model_inputs", lambda batch, device: right(batch, device) | {"documents": None})
+    fault = made.measure(made.batches.step(0))
+    assert distance(fault, reference(model_dir, made, range(8))) > 1000 * TOLERANCE
+
+
+def test_positions_that_do_not_restart_are_caught(tmp_path: Path, data_file: Path) -> None:
+    """With rotary positions a shift of a whole document changes nothing; GPT-2's learned ones tell."""
+    config = MODELS["gpt2"]()
+    directory = tiny.save_model(config, tmp_path)
+    made = make(tiny.recipe(directory, data_file, tmp_path / "run", data__max_rows=8, **LAYOUTS["8x1"]))
+    batches, expected = made.batches.step(0), reference(directory, made, range(8))
+    assert distance(made.measure(batches), expected) < TOLERANCE
+    going_on = replaced(batches, positions=lambda batch: np.arange(batch.ids.shape[1])[None])
+    assert distance(made.measure(going_on), expected) > 1000 * TOLERANCE
+
+
+def _named(name: str, **sizes: Any) -> Callable[[], Any]:
+    import transformers
+
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": tiny.VOCABULARY, "eos_token_id": 2, "pad_token_id": 0,
+             "bos_token_id": None, "initializer_range": 0.1, "max_position_embeddings": 512}  # fmt: skip
+    return lambda: getattr(transformers, name)(**(shape | sizes))
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": _named("LlamaConfig"),
+    "qwen3": _named("Qwen3Config", head_dim=16),
+    "gemma2": _named("Gemma2Config", head_dim=16, sliding_window=6, attn_logit_softcapping=2.0,
+                     final_logit_softcapping=3.0, query_pre_attn_scalar=16),
+    "mistral": _named("MistralConfig", head_dim=16, sliding_window=5),
+    "phi3": _named("Phi3Config"),
+    "gpt2": lambda: _gpt2(),
+}  # fmt: skip
+
+
+def _gpt2() -> Any:
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, vocab_size=tiny.VOCABULARY, n_positions=1024, bos_token_id=0, eos_token_id=2,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, initializer_range=0.1,
+    )  # fmt: skip
+
+
+def _models(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The same random model with whet's attention, and in float64 with transformers' own eager one."""
+    from transformers import AutoModelForCausalLM
+
+    config = MODELS[name]()
+    torch.manual_seed(0)
+    ours = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION).eval()
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
+    plain.load_state_dict({key: value.double() for key, value in ours.state_dict().items()})
+    return ours, plain
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_document_in_a_flat_row_is_as_if_alone(name: str) -> None:
+    ours, plain = _models(name)
+    generator = torch.Generator().manual_seed(3)
+    documents = [torch.randint(0, tiny.VOCABULARY, (length,), generator=generator) for length in (17, 1, 40, 5, 23)]
+    with torch.inference_mode():
+        flat = ours(**flat_inputs(documents), use_cache=False).logits[0].double()
+        alone = torch.cat([plain(input_ids=document[None]).logits[0] for document in documents])
+        together = ours(**(flat_inputs(documents) | {"documents": None}), use_cache=False).logits[0].double()
+    scale = float(alone.abs().max())
+    assert float((flat - alone).abs().max()) < TOLERANCE * scale
+    assert float((together - alone).abs().max()) > 100 * TOLERANCE * scale
+    assert check_isolation(ours, tiny.VOCABULARY).holds
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_on_the_right_changes_no_real_token(name: str) -> None:
+    ours, plain = _models(name)
+    document = torch.randint(0, tiny.VOCABULARY, (19,), generator=torch.Generator().manual_seed(4))
+    padded = torch.zeros(2, 30, dtype=torch.long)
+    padded[0, :19] = document
+    with torch.inference_mode():
+        logits = ours(input_ids=padded, use_cache=False).logits[0, :19].double()
+        alone = plain(input_ids=document[None]).logits[0]
+    assert float((logits - alone).abs().max()) < TOLERANCE * float(alone.abs().max())
+
+
+def test_the_isolation_check_sees_a_model_that_ignores_documents() -> None:
+    ours, _ = _models("llama")
+    ours.set_attn_implementation("sdpa")
+    assert not check_isolation(ours, tiny.VOCABULARY).holds
