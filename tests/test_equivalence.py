@@ -159,7 +159,7 @@ def test_the_reference_is_what_transformers_calls_the_loss(model_dir: Path, reci
     plain = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float64)
     ids, learned = made.ready.prepared.train.row(1)
     labels = torch.tensor(np.where(learned, ids, -100), dtype=torch.long)[None]
-    theirs = float(plain(input_ids=torch.tensor(ids, dtype=torch.long)[None], labels=labels).loss)
+    theirs = plain(input_ids=torch.tensor(ids, dtype=torch.long)[None], labels=labels).loss.item()
     alone = [made.batches.batch([1])]
     assert abs(made.measure(alone)[0] - theirs) < TOLERANCE * theirs
 
@@ -265,10 +265,10 @@ def _models(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The same random model with whet's attention, and in float64 with transformers' own eager one."""
     from transformers import AutoModelForCausalLM
 
-    config = MODELS[name]()
-    torch.manual_seed(0)
-    ours = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION).eval()
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
+    torch.manual_seed(0)  # a configuration each: a model notes its attention there
+    make_model = AutoModelForCausalLM.from_config
+    ours = make_model(MODELS[name](), dtype=torch.float32, attn_implementation=ATTENTION).eval()
+    plain = make_model(MODELS[name](), dtype=torch.float64, attn_implementation="eager").eval()
     plain.load_state_dict({key: value.double() for key, value in ours.state_dict().items()})
     return ours, plain
 

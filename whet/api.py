@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whet.recipe import Parsed, parse
 from whet.runs import Run, open_run
+
+if TYPE_CHECKING:
+    from whet.data.prepare import Prepared
 
 PACKAGE = Path(__file__).parent
 
@@ -77,7 +80,7 @@ def check(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, An
     return report(prepared(_parsed(recipe, overrides)))
 
 
-def prepared(parsed: Parsed):
+def prepared(parsed: Parsed) -> Prepared:
     """The rows of a recipe, read and tokenised as training would."""
     from whet.data.prepare import prepare
     from whet.data.template import use_template

@@ -46,6 +46,14 @@ def run(arguments: Sequence[str]) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except Exception as error:  # the one place that may catch everything
+        if words.traceback:
+            raise
+        problem = f"{type(error).__name__}: {error}"
+        sys.stderr.write(
+            f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where\n"
+        )
+        return 1
     if words.json and answer is not None:
         sys.stdout.write(json.dumps(answer, ensure_ascii=False, indent=1, default=str) + "\n")
     return 0
@@ -111,6 +119,7 @@ def _verb(
         parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     parser.add_argument("--json", action="store_true", help="print the answer as one JSON object on stdout")
     parser.add_argument("--offline", action="store_true", help="never use the network, also not for a hub name")
+    parser.add_argument("--traceback", action="store_true", help="show where a failure of whet itself happened")
     parser.set_defaults(call=call)
     return parser
 

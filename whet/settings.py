@@ -50,6 +50,7 @@ class Train:
     early_stopping_patience: Count | None = setting(
         None, "Stop after so many evaluations without a lower held-out loss; auto = never."
     )
+    report_to: list[Literal["tensorboard"]] = setting([], "Also log to TensorBoard, in the run's tensorboard/ folder.")
     seed: Annotated[int, Ge(0)] = setting(0, "Seed of the initial weights, the order of the rows and dropout.")
 
 

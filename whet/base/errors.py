@@ -61,8 +61,12 @@ class UserError(Exception):
 
 
 def shorten(text: object, limit: int = 120) -> str:
-    """`text` on one line and at most `limit` characters long, with an ellipsis where it was cut."""
-    line = " ".join(str(text).split())
+    """`text` on one line and at most `limit` characters long, with an ellipsis where it was cut.
+
+    What a terminal would act on instead of showing (escape sequences, direction marks) is written out.
+    """
+    line = " ".join(str(text)[: 20 * limit].split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

@@ -73,12 +73,6 @@ class Batches:
         """The batch of these units."""
         return self._batch(units)
 
-    def longest(self) -> Batch:
-        """The batch that needs most memory: the longest units together."""
-        lengths = [sum(int(self.rows.lengths[row]) for row in unit) for unit in self.units]
-        order = sorted(range(len(lengths)), key=lambda unit: -lengths[unit])
-        return self._batch(order[: self.size])
-
     def _batch(self, units: list[int]) -> Batch:
         rows = tuple(row for unit in units for row in self.units[unit])
         pieces = [self.rows.row(row) for row in rows]

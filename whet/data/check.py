@@ -32,8 +32,6 @@ def warnings(prepared: Prepared) -> list[str]:
     duplicates = len(prepared.train_examples) - len({example.id for example in prepared.train_examples})
     if duplicates:
         found.append(f"{duplicates:,} rows repeat another one exactly")
-    if not ledger.rows_eval:
-        found.append("no rows are held out, so nothing can be scored")
     return found
 
 

@@ -86,7 +86,7 @@ class Loop:
         assert self.settings.learning_rate is not None
         self.optimiser = build_optimiser(self.settings, model.parameters(), self.settings.learning_rate)
         self.identity = Identity(fingerprint(ready.recipe), ready.prepared.ledger.sha256)
-        self.recorder = Recorder(self.run.metrics, self.run.timing)
+        self.recorder = Recorder(self.run.metrics, self.run.timing, self.settings.report_to)
         self.state = State()
         self.interrupted = False
 

@@ -16,6 +16,7 @@ import torch
 from whet import runs
 from whet.base.console import say
 from whet.base.errors import UserError
+from whet.base.files import write_text
 from whet.base.seed import seed_everything
 from whet.data.batches import Batches
 from whet.data.ledger import Ledger
@@ -30,6 +31,7 @@ from whet.recipe import Parsed, Recipe, to_yaml
 from whet.runs import Run
 from whet.train.loss import Forward
 from whet.train.optim import check_optimiser
+from whet.train.plan import plan
 
 DECAY_RATIO = 0.2
 SHAPE_MULTIPLE = 32
@@ -59,7 +61,11 @@ def get_ready(parsed: Parsed) -> Ready:
     prepared = prepare(recipe.data, tokenizer, longest_input(load_config(recipe.model)))
     prepared.ledger.gate()
     decided = _decided(recipe, prepared, placement)
-    facts = {"environment.json": environment(placement), "data.json": prepared.ledger.as_dict()}
+    facts = {
+        "environment.json": environment(placement),
+        "data.json": prepared.ledger.as_dict(),
+        "plan.json": plan(recipe, tokens=_most_tokens(recipe, prepared)),
+    }
     run, existed = runs.start(parsed, decided, facts)
     return Ready(run, existed, prepared, placement)
 
@@ -130,6 +136,14 @@ def show_ledger(ledger: Ledger) -> None:
             say(f"  {count:,} {text}", style="yellow")
 
 
+def _most_tokens(recipe: Recipe, prepared: Prepared) -> int:
+    """Tokens of the largest forward pass there can be: the longest rows together, or full packed rows."""
+    size = recipe.train.per_device_train_batch_size
+    if prepared.bins is not None:
+        return size * prepared.max_length
+    return int(sum(sorted(prepared.train.lengths.tolist(), reverse=True)[:size]))
+
+
 def _decided(recipe: Recipe, prepared: Prepared, placement: Placement) -> dict[str, tuple[object, str]]:
     """Every auto setting with the value it gets and why."""
     train, method, decided = recipe.train, recipe.method, dict(prepared.decided)
@@ -190,7 +204,7 @@ def _isolated(ready: Ready, model: torch.nn.Module, vocabulary: int) -> Ready:
         )  # fmt: skip
     say("the model's attention cannot keep documents apart in one row: training padded instead", style="yellow")
     recipe = runs.resolve(ready.recipe, {"data.padding_free": False})
-    (ready.run.path / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    write_text(ready.run.path / "recipe.yaml", to_yaml(recipe))
     why = "the model did not pass the isolation check"
     origins["data.padding_free"] = {"value": False, "origin": "decided", "reason": why}
     ready.run.write("origins.json", origins)
