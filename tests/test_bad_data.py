@@ -11,6 +11,7 @@ import pytest
 from bad_data import BAD_DATA, GOOD, BadFile
 
 from whet.base.errors import UserError
+from whet.cli import run
 from whet.data.read import read_files, sha256
 from whet.data.standardise import Example, recognise, standardise
 
@@ -32,10 +33,36 @@ def test_a_bad_file_is_refused_with_its_place_and_a_fix(bad: BadFile, tmp_path: 
     assert error.row == bad.row
     assert error.fix
     for words in bad.mentions:
-        assert words in message
+        assert words in message.replace(str(path), ""), "the name of the file says nothing"
     assert len(message) < 1200, "one screen"
     assert message.isprintable() or message.replace("\n", "").isprintable()
     message.encode()
+
+
+@pytest.mark.parametrize("bad", BAD_DATA, ids=lambda bad: bad.name)
+def test_data_check_refuses_it_with_exit_code_2(
+    bad: BadFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / (bad.name + bad.suffix)
+    path.write_bytes(bad.content)
+    monkeypatch.chdir(tmp_path)
+    assert run(["data", "check", str(path)]) == 2
+    out, message = capfd.readouterr()
+    head = message.splitlines()[0]
+    assert head.startswith(f"error: {path}" + (f", row {bad.row}" if bad.row else ""))
+    assert "\n  fix:      " in message
+    assert "Traceback" not in message
+    assert out == ""
+    assert all(words in message.replace(str(path), "") for words in bad.mentions)
+    assert list(tmp_path.iterdir()) == [path], "nothing is written"
+
+
+def test_data_check_accepts_the_filler_of_the_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "good.jsonl"
+    path.write_bytes(GOOD * 3)
+    assert run(["data", "check", str(path), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["rows_train"] == 3
+    assert run(["data", "check", str(path), "data.columns.prompt=question"]) == 2, "a setting reaches the reader"
 
 
 PLANTED = [
@@ -64,7 +91,7 @@ def test_without_its_check_the_bad_file_would_not_be_refused_so(
     try:
         read_all(path)
     except UserError as error:
-        message = str(error)
+        message = str(error).replace(str(path), "")
     assert not all(words in message for words in bad.mentions)
 
 

@@ -139,7 +139,11 @@ def _as_written(owner: str, field: str, schema: dict[str, Any]) -> dict[str, Any
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else None
+        near = (
+            nearest(path.name, [p.name for p in path.parent.glob("*.y*ml") if p.is_file()])
+            if path.parent.is_dir()
+            else None
+        )
         raise UserError(
             "there is no such recipe",
             file=str(path),
@@ -335,14 +339,14 @@ def _complaint(error: Any, file: str | None, lines: dict[str, int], overridden: 
         where |= {"file": None, "row": None}
     kind = error["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = sorted(_known_paths(method))
+        names = {known.rpartition(".")[2]: known for known in sorted(_known_paths(method), reverse=True)}
         if method and (owner := next((name for name in METHODS if path in _known_paths(name)), None)):
             return UserError(
                 f"the method {method} has no such setting", **where, found=path, expected=f"method.name: {owner}",
                 fix=f"remove it, or write method.name: {owner}",
             )  # fmt: skip
         last = path.rpartition(".")[2]
-        near = nearest(path, known) or next((k for k in known if k.endswith("." + last)), None)
+        near = names.get(nearest(last, names) or "")
         return UserError(
             "there is no such setting",
             **where,

@@ -92,10 +92,10 @@ def start(parsed: Parsed, decided: Mapping[str, tuple[object, str]], facts: Mapp
     """
     recipe = resolve(parsed.recipe, {path: value for path, (value, _) in decided.items()})
     run = Run(Path(recipe.output_dir or "runs/run"), recipe)
-    if (run.path / "recipe.yaml").is_file():
+    existed = (run.path / "recipe.yaml").is_file()
+    if existed:
         _check_same(run)
-        return run, True
-    if run.path.is_dir() and any(run.path.iterdir()):
+    elif run.path.is_dir() and not all(p.name.startswith(".recipe.yaml.") for p in run.path.iterdir()):
         raise UserError(
             "the output directory is not empty and holds no run of whet", file=str(run.path), field="output_dir",
             expected="a new or empty directory", fix=f"output_dir={run.path}-2",
@@ -105,11 +105,12 @@ def start(parsed: Parsed, decided: Mapping[str, tuple[object, str]], facts: Mapp
             "output_dir is a file", file=str(run.path), field="output_dir", expected="a directory",
             fix=f"output_dir={run.path}-run",
         )  # fmt: skip
-    for name, value in facts.items():
-        run.write(name, value)
-    run.write("origins.json", _origins(recipe, parsed.origins, decided))
-    write_text(run.path / "recipe.yaml", to_yaml(recipe))
-    return run, False
+    if not existed:  # first of all: it makes the directory ours, so a start that is killed here can be repeated
+        write_text(run.path / "recipe.yaml", to_yaml(recipe))
+    for name, value in {**facts, "origins.json": _origins(recipe, parsed.origins, decided)}.items():
+        if not (run.path / name).is_file():
+            run.write(name, value)
+    return run, existed
 
 
 def open_run(path: str | Path) -> Run:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 NAMED = {path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
+# What Python raises inside a template that adds text to a number, divides by zero, calls itself or loops for ever.
+TEMPLATE_MISTAKES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
@@ -114,7 +116,7 @@ class Template:
             return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
                 conversations, tokenize=False, add_generation_prompt=prompt
             )
-        except TemplateError as error:
+        except (TemplateError, *TEMPLATE_MISTAKES) as error:
             if len(conversations) > 1:
                 return [self._render([conversation], prompt)[0] for conversation in conversations]
             raise UserError(

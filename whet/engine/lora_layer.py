@@ -55,6 +55,8 @@ class LoraLinear(PeftLinear):
         name = self._plain_adapter()
         if name is None or args or any(value is not None for value in kwargs.values()):
             return super().forward(x, *args, **kwargs)
+        if torch.is_autocast_enabled(x.device.type):  # in-place products are not cast for us
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return LoraFunction.apply(
             x, self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         )  # type: ignore[return-value]

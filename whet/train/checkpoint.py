@@ -98,18 +98,22 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
             tensor.copy_(saved[name])
 
 
-def prune(directory: Path, keep: int, protected: Sequence[int]) -> None:
-    """Remove all but the newest `keep` checkpoints and the protected steps; call it after a save, never before."""
-    found = sorted(directory.glob("step-*"), key=_step_of, reverse=True)
+def prune(directory: Path, saved: int, keep: int, protected: Sequence[int]) -> None:
+    """Remove all but the newest `keep` checkpoints and the protected steps; call it after step `saved` was saved.
+
+    A later step is one that could not be resumed from: it neither counts nor goes.
+    """
+    found = [path for path in sorted(directory.glob("step-*"), key=_step_of, reverse=True) if _step_of(path) <= saved]
     for path in found[keep:]:
         if _step_of(path) not in protected:
             remove_tree(path)
 
 
 def sweep(directory: Path) -> None:
-    """Remove what a killed save left behind: it never got its name, so nobody can miss it."""
-    for path in directory.glob(".step-*"):
-        remove_tree(path)
+    """Remove what a killed write left behind: it never got its name, so nobody can miss it."""
+    for path in directory.glob(".*"):
+        if path.suffix in (".tmp", ".old"):
+            remove_tree(path) if path.is_dir() else path.unlink()
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:

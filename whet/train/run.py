@@ -95,7 +95,7 @@ class Loop:
         self._resume()
         stop = "completed"
         with Progress("training", self.total, self.state.step) as bar, _CtrlC(self):
-            while self.state.step < self.total:
+            while self.state.step < self.total and not self._enough():
                 began = time.perf_counter()
                 stepped, rate = self._step()
                 self._log(stepped, rate, time.perf_counter() - began, bar)
@@ -173,14 +173,15 @@ class Loop:
         values = dict(vars(self.state))
         checkpoint.save(self.run.checkpoints, self.state.step, self.model, self.optimiser, values, self.identity)
         best = [self.state.best_step] if self.state.best_step is not None else []
-        checkpoint.prune(self.run.checkpoints, self.settings.save_total_limit, best)
+        checkpoint.prune(self.run.checkpoints, self.state.step, self.settings.save_total_limit, best)
 
     def _next_batch(self) -> str:
         return self.batches.step(self.state.step)[0].sha256() if self.state.step < self.total else ""
 
     def _resume(self) -> None:
         self.run.checkpoints.mkdir(parents=True, exist_ok=True)
-        checkpoint.sweep(self.run.checkpoints)
+        for place in (self.run.path, self.run.checkpoints):
+            checkpoint.sweep(place)
         path, complaints = checkpoint.latest(self.run.checkpoints, self.identity)
         for complaint in complaints:
             say(complaint, style="yellow")

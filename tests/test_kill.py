@@ -1,0 +1,174 @@
+"""kill -9 at any moment, then the same command: the run ends with the same bytes as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from fork_server import PHASES
+
+from whet.train.checkpoint import MANIFEST
+
+ROOT = Path(__file__).parents[1]
+KILLS = 20
+STEPS = 24
+
+
+class Server:
+    """The fork server, and what is asked of it."""
+
+    def __init__(self, place: Path) -> None:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.place = place
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("fork_server.py"))], env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def run(
+        self, settings: list[str], *, after: float | None = None, die_at: int | None = None, until: str = "trained"
+    ) -> tuple[int, str]:
+        """(exit status, what the child was doing last); it is killed `after` seconds unless it has ended by then."""
+        assert self.process.stdin is not None
+        order = {"settings": settings, "until": until, "die_at": die_at, "phase": str(self.place / "phase")}
+        (self.place / "phase").write_bytes(b"\0")
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        pid = int(self._line())
+        if after is not None:
+            time.sleep(after)
+            os.kill(pid, signal.SIGKILL)
+        self.process.stdin.write("reap\n")
+        self.process.stdin.flush()
+        status = int(self._line())
+        return status, PHASES[(self.place / "phase").read_bytes()[0]]
+
+    def log(self) -> str:
+        return (self.place / "phase.log").read_text(encoding="utf-8")[-2000:]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    started = Server(tmp_path_factory.mktemp("server"))
+    yield started
+    assert started.process.stdin is not None
+    started.process.stdin.close()
+    started.process.wait(30)
+
+
+def final_bytes(run: Path) -> dict[str, bytes]:
+    """Adapter, last checkpoint and metrics: everything that must not depend on kills."""
+    last = max((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+    kept = {f"{last.name}/{name}": last / name for name in ("model.safetensors", "optimizer.safetensors")}
+    kept[f"{last.name}/random"] = last / "random.safetensors"
+    kept["adapter"], kept["metrics"] = run / "adapter" / "adapter_model.safetensors", run / "metrics.jsonl"
+    return {name: path.read_bytes() for name, path in kept.items()}
+
+
+def leftovers(run: Path) -> list[str]:
+    return sorted(path.name for path in run.rglob(".*"))
+
+
+def written(model: Path, data: Path, out: Path, **changes: Any) -> list[str]:
+    usual = {"train.max_steps": STEPS, "train.save_steps": 2, "train.eval_steps": 4, "data.val_size": 4,
+             "train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 2,
+             "method.lora_dropout": 0.1}  # fmt: skip
+    return tiny.words(tiny.settings(model, data, out, **(usual | changes)))
+
+
+@pytest.mark.parametrize("storage", ["fp32", "nf4"])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(
+    storage: str, server: Server, model_dir: Path, data_file: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    began = time.perf_counter()
+    assert server.run(written(model_dir, data_file, whole, base__storage=storage))[0] == 0, server.log()
+    duration = time.perf_counter() - began
+    expected = final_bytes(whole)
+    chance = random.Random(f"kills in {storage}")
+    landed: Counter[str] = Counter()
+    in_progress = runs = 0
+    while sum(landed.values()) < KILLS:
+        run = tmp_path / f"run{runs}"
+        status = -signal.SIGKILL
+        while status != 0:
+            after = chance.uniform(0.1, 1.0) * duration if sum(landed.values()) < KILLS else None
+            status, phase = server.run(written(model_dir, data_file, run, base__storage=storage), after=after)
+            assert status in (0, -signal.SIGKILL), server.log()
+            if status != 0:
+                landed[phase] += 1
+                in_progress += (run / "metrics.jsonl").is_file() and not (run / "finished.json").is_file()
+        found = final_bytes(run)
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if found[name] != expected[name]] == []
+        assert not leftovers(run / "checkpoints")
+        runs += 1
+    print(f"{storage}: {dict(landed)}, {runs} runs, {duration:.1f} s each")
+    assert in_progress >= KILLS / 2, landed
+
+
+def test_killed_before_any_file_operation_of_starting_it_still_starts(
+    server: Server, model_dir: Path, data_file: Path, tmp_path: Path
+) -> None:
+    refused, operation = [], 0
+    status = -signal.SIGKILL
+    while status != 0:
+        operation += 1
+        settings = written(model_dir, data_file, tmp_path / f"run{operation}")
+        status, _ = server.run(settings, die_at=operation, until="ready")
+        assert status in (0, -signal.SIGKILL), server.log()
+        if server.run(settings, until="ready")[0] != 0:
+            refused.append(operation)
+    assert operation > 5
+    assert refused == [], server.log()
+
+
+def test_killed_before_any_file_operation_of_saving_and_finishing_it_ends_the_same(
+    server: Server, model_dir: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """Every third operation; with one step, most of them belong to the checkpoint and to the end."""
+    short = {"train.max_steps": 1, "train.eval_steps": 1}
+    assert server.run(written(model_dir, data_file, tmp_path / "whole", **short))[0] == 0, server.log()
+    expected = final_bytes(tmp_path / "whole")
+    landed: Counter[str] = Counter()
+    operation, status = 12, -signal.SIGKILL
+    while status != 0:
+        run = tmp_path / f"run{operation}"
+        settings = written(model_dir, data_file, run, **short)
+        status, phase = server.run(settings, die_at=operation)
+        if status != 0:
+            assert status == -signal.SIGKILL, server.log()
+            landed[phase] += 1
+            assert server.run(settings)[0] == 0, (operation, server.log())
+        assert final_bytes(run) == expected, operation
+        assert not leftovers(run), (operation, leftovers(run))
+        operation += 3
+    print(dict(landed))
+    assert landed["save"] >= 3
+    assert landed["finish"] >= 3
+
+
+def test_whatever_is_there_after_a_kill_is_whole_or_says_that_it_is_not(
+    server: Server, model_dir: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """A directory called step-N always has its manifest; half a save never gets that name."""
+    settings = written(model_dir, data_file, tmp_path / "run")
+    server.run(settings, die_at=60)
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        assert (path / MANIFEST).is_file()
