@@ -236,7 +236,10 @@ def call(python: str, worker: str, job: dict[str, Any]) -> dict[str, Any]:
     if done.returncode:
         return {"failed": "\n".join(done.stderr.strip().splitlines()[-12:])}
     seconds = round(time.perf_counter() - began, 1)
-    return json.loads(place.with_suffix(".out").read_text()) | {"load_before": round(load, 2), "process_seconds": seconds}
+    return json.loads(place.with_suffix(".out").read_text()) | {
+        "load_before": round(load, 2),
+        "process_seconds": seconds,
+    }
 
 
 def figures(found: dict[str, Any], warmup: int) -> dict[str, Any]:
@@ -272,7 +275,9 @@ def whet_rows(seed: int, steps: int) -> tuple[list[Any], list[Any]]:
     return train, [row(ready.evaluation, index) for index in range(len(ready.evaluation))]
 
 
-def measure(options: argparse.Namespace, systems: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(
+    options: argparse.Namespace, systems: dict[str, Any], folder: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what each system measured with each seed, held-out nll of each row by "system seed")."""
     found: dict[str, list[Any]] = {name: [] for name in systems}
     adapters, held_out = {"base": ""}, []
@@ -392,10 +397,14 @@ def show(result: dict[str, Any]) -> None:
             f" {statistics.mean(system['held_out_nll']):9.4f}"
         )
     loss = result["held_out_nll"]
-    say(f"whet / {result['opponent']}: {result['ratio']} times the tokens per second (by seed {result['ratio_by_seed']})")
+    say(
+        f"whet / {result['opponent']}: {result['ratio']} times the tokens per second (by seed {result['ratio_by_seed']})"
+    )
     low, high = loss["interval_95"]
     verdict = "not worse" if loss["not_worse"] else "NOT shown to be as good"
-    say(f"held-out loss {loss['whet']} against {loss['opponent']}: {low:+.4f} .. {high:+.4f} (base {loss['base']}): {verdict}")
+    say(
+        f"held-out loss {loss['whet']} against {loss['opponent']}: {low:+.4f} .. {high:+.4f} (base {loss['base']}): {verdict}"
+    )
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ CASES = {
     "five_turns": chat(*(f"{'ua'[n % 2]}:turn {n}" for n in range(10))),
     "spaces": chat("u:  two  ", "a:  three  "),
     "newlines": chat("u:\n\nq\n\n", "a:\n\na\n\n"),
+    "newlines_around_the_question": chat("u:\n\nq\n\n", "a:a"),
     "newline_before": chat("u:q\n", "a:\na"),
     "newlines_between": chat("u:q\n", "a:a\n", "u:\nq", "a:\na"),
     "tabs": chat("u:\tx", "a:\ty\t"),

@@ -23,7 +23,6 @@ def note_phases(path: str) -> Any:
     """Wrap the parts of the loop so that each says when it begins; returns a function that notes a phase."""
     from whet.train.run import Loop
 
-    Path(path).write_bytes(b"\0")
     with Path(path).open("r+b") as file:
         byte = mmap.mmap(file.fileno(), 1)
 
@@ -88,7 +87,6 @@ def serve() -> None:
     import peft  # noqa: F401
     import safetensors.torch  # noqa: F401
     import torch  # noqa: F401
-    import transformers.models.llama.modeling_llama
 
     import whet.train.run  # noqa: F401
 

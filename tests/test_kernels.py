@@ -38,9 +38,7 @@ def near(ours: torch.Tensor | None, exact: torch.Tensor | None, tolerance: float
 
 @pytest.mark.parametrize("rows", [1, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 3 * CHUNK_ROWS + 5])
 @pytest.mark.parametrize(("bias", "softcap"), [(False, None), (True, None), (False, 2.5), (True, 2.5)])
-def test_head_and_loss_in_chunks(
-    rows: int, bias: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_head_and_loss_in_chunks(rows: int, bias: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(head_module.CHUNK_LOGITS, "cpu", CHUNK_ROWS * VOCABULARY)
     inputs = [draw(rows, 16, seed=1), draw(VOCABULARY, 16, seed=2), draw(VOCABULARY, seed=3) if bias else None]
     targets = torch.randint(0, VOCABULARY, (rows,), generator=torch.Generator().manual_seed(4))

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import tiny
 from fork_server import PHASES
+from tiny import final_bytes
 
 from whet.train.checkpoint import MANIFEST
 
@@ -41,23 +42,48 @@ class Server:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def run(
-        self, settings: list[str], *, after: float | None = None, die_at: int | None = None, until: str = "trained"
-    ) -> tuple[int, str]:
-        """(exit status, what the child was doing last); it is killed `after` seconds unless it has ended by then."""
+    def _say(self, line: str) -> None:
         assert self.process.stdin is not None
-        order = {"settings": settings, "until": until, "die_at": die_at, "phase": str(self.place / "phase")}
-        (self.place / "phase").write_bytes(b"\0")
-        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
-        pid = int(self._line())
+
+    def phase(self) -> str:
+        """What the child is doing, or was doing last."""
+        return PHASES[(self.place / "phase").read_bytes()[0]]
+
+    def _start(self, settings: list[str], until: str, die_at: int | None) -> int:
+        (self.place / "phase").write_bytes(b"\0")
+        order = {"settings": settings, "until": until, "die_at": die_at, "phase": str(self.place / "phase")}
+        self._say(json.dumps(order))
+        return int(self._line())
+
+    def _wait_for_steps(self, pid: int) -> None:
+        while self.phase() == "start" and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.002)
+
+    def run(
+        self, settings: list[str], *, after: float | None = None, once_stepping: bool = False,
+        die_at: int | None = None, until: str = "trained",
+    ) -> tuple[int, str]:  # fmt: skip
+        """(exit status, last phase); killed `after` seconds, from the start or from the first step on."""
+        pid = self._start(settings, until, die_at)
         if after is not None:
+            if once_stepping:
+                self._wait_for_steps(pid)
             time.sleep(after)
             os.kill(pid, signal.SIGKILL)
-        self.process.stdin.write("reap\n")
-        self.process.stdin.flush()
-        status = int(self._line())
-        return status, PHASES[(self.place / "phase").read_bytes()[0]]
+        self._say("reap")
+        return int(self._line()), self.phase()
+
+    def measure(self, settings: list[str]) -> tuple[float, float]:
+        """Seconds to the first step, and from there to the end, of a run that nobody disturbs."""
+        began = time.perf_counter()
+        pid = self._start(settings, "trained", None)
+        self._wait_for_steps(pid)
+        starting = time.perf_counter() - began
+        self._say("reap")
+        assert int(self._line()) == 0, self.log()
+        return starting, time.perf_counter() - began - starting
 
     def log(self) -> str:
         return (self.place / "phase.log").read_text(encoding="utf-8")[-2000:]
@@ -72,21 +98,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     started.process.wait(30)
 
 
-def final_bytes(run: Path) -> dict[str, bytes]:
-    """Adapter, last checkpoint and metrics: everything that must not depend on kills."""
-    last = max((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
-    kept = {f"{last.name}/{name}": last / name for name in ("model.safetensors", "optimizer.safetensors")}
-    kept[f"{last.name}/random"] = last / "random.safetensors"
-    kept["adapter"], kept["metrics"] = run / "adapter" / "adapter_model.safetensors", run / "metrics.jsonl"
-    return {name: path.read_bytes() for name, path in kept.items()}
-
-
 def leftovers(run: Path) -> list[str]:
     return sorted(path.name for path in run.rglob(".*"))
 
 
 def written(model: Path, data: Path, out: Path, **changes: Any) -> list[str]:
-    usual = {"train.max_steps": STEPS, "train.save_steps": 2, "train.eval_steps": 4, "data.val_size": 4,
+    usual = {"train.max_steps": STEPS, "train.save_steps": 2, "train.eval_steps": 4, "data.val_size": 10,
              "train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 2,
              "method.lora_dropout": 0.1}  # fmt: skip
     return tiny.words(tiny.settings(model, data, out, **(usual | changes)))
@@ -97,9 +114,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     storage: str, server: Server, model_dir: Path, data_file: Path, tmp_path: Path
 ) -> None:
     whole = tmp_path / "whole"
-    began = time.perf_counter()
-    assert server.run(written(model_dir, data_file, whole, base__storage=storage))[0] == 0, server.log()
-    duration = time.perf_counter() - began
+    starting, stepping = server.measure(written(model_dir, data_file, whole, base__storage=storage))
     expected = final_bytes(whole)
     chance = random.Random(f"kills in {storage}")
     landed: Counter[str] = Counter()
@@ -108,8 +123,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
         run = tmp_path / f"run{runs}"
         status = -signal.SIGKILL
         while status != 0:
-            after = chance.uniform(0.1, 1.0) * duration if sum(landed.values()) < KILLS else None
-            status, phase = server.run(written(model_dir, data_file, run, base__storage=storage), after=after)
+            early = chance.random() < 0.15
+            after = chance.uniform(0.0, starting) if early else chance.uniform(0.0, 0.4 * stepping)
+            settings = written(model_dir, data_file, run, base__storage=storage)
+            if sum(landed.values()) < KILLS:
+                status, phase = server.run(settings, after=after, once_stepping=not early)
+            else:
+                status, phase = server.run(settings)
             assert status in (0, -signal.SIGKILL), server.log()
             if status != 0:
                 landed[phase] += 1
@@ -119,7 +139,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
         assert [name for name in expected if found[name] != expected[name]] == []
         assert not leftovers(run / "checkpoints")
         runs += 1
-    print(f"{storage}: {dict(landed)}, {runs} runs, {duration:.1f} s each")
+    print(f"{storage}: {dict(landed)}, {runs} runs, {starting:.2f} s to start, {stepping:.2f} s to train")
     assert in_progress >= KILLS / 2, landed
 
 

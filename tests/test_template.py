@@ -20,7 +20,6 @@ import pytest
 from chats import CASES, Chat, chat
 
 from whet.base.errors import UserError
-from whet.data.example import Message
 from whet.data.template import use_template
 from whet.data.tokenise import Tokeniser, Tokens
 
@@ -201,6 +200,8 @@ def special_problems(setup: Setup, messages: Chat, ids: list[int]) -> list[str]:
         wrong.append("a special token stands in a content, or one of the template's is missing")
     if tok.bos_token_id is not None and ids.count(tok.bos_token_id) > 1:
         wrong.append("more than one begin token")
+    if setup.template == "spaced":  # the space before an answer is cut from it: it stands in the prompt
+        return wrong
     contents = [message.content for message in messages]
     harmless_contents = not any(re.search(r"<\|?\w+\|?>", text) or text != text.strip() for text in contents)
     if (
@@ -217,8 +218,7 @@ def test_exactly_the_answers_are_learned(setup: Setup) -> None:
         try:
             found = problems(setup, messages, made(tokeniser, messages))
         except UserError as error:
-            refused.append(name)
-            assert error.fix
+            refused.append(name if error.fix else f"{name}, without a fix")
             continue
         if found:
             wrong[name] = found
@@ -229,8 +229,8 @@ def test_exactly_the_answers_are_learned(setup: Setup) -> None:
 
 @pytest.mark.xfail(
     strict=True,
-    reason="Qwen3 writes an empty thinking block between its own prompt and the last answer; whet neither learns it nor "
-    "gives it as part of the prompt, so the tuned model answers after text it was never trained on",
+    reason="Qwen3 writes an empty thinking block between its own prompt and the last answer; whet neither learns it "
+    "nor puts it into the prompt, so the tuned model is asked for answers in another place than it learned them",
 )
 def test_nothing_stands_between_the_prompt_and_the_answer_with_qwen3() -> None:
     setup = next(setup for setup in SETUPS if setup.template == "qwen3")
@@ -299,7 +299,9 @@ def test_content_that_becomes_a_special_token_is_noticed() -> None:
     setup = Setup("tiny", "own", "<|im_end|>")
     for name in ("marker_in_question", "marker_in_answer", "other_special"):
         found = naive(made(setup.tokeniser(), CASES[name]), tokenizer("tiny"))
-        assert any("special token" in problem for problem in problems(setup, CASES[name], found))
+        assert any(
+            "special token" in problem for problem in special_problems(setup, CASES[name], found.tokens.ids.tolist())
+        )
 
 
 def test_every_token_of_an_answer_comes_from_one_row_of_text() -> None:
@@ -335,6 +337,6 @@ def test_the_spans_of_prompts_hold_their_contents_and_nothing_of_the_template() 
             row = tokeniser.conversations([messages], "assistant")[0]
             for start, stop in row.prompts:
                 assert start < stop
-                piece = tokenizer("tiny").decode(row.ids[start:stop])
+                piece = tokenizer("tiny").decode(row.ids[start:stop]).strip(" \ufffd")  # half a character
                 assert any(piece in message.content for message in messages)
                 assert not row.learned[start:stop].any()

@@ -15,8 +15,42 @@ BUILTIN = Path(__file__).parents[1] / "whet" / "builtin" / "tiny"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 VOCABULARY = 16384
 
-ENGLISH = "the quick brown fox jumps over the lazy dog and then writes a short reply to each customer".split()
-KOREAN = "고객님 문의 주셔서 감사합니다 주문하신 상품은 내일 오전에 도착할 예정입니다 다시 한번 확인해 드리겠습니다".split()
+ENGLISH = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "the",
+    "lazy",
+    "dog",
+    "and",
+    "then",
+    "writes",
+    "a",
+    "short",
+    "reply",
+    "to",
+    "each",
+    "customer",
+]
+KOREAN = [
+    "고객님",
+    "문의",
+    "주셔서",
+    "감사합니다",
+    "주문하신",
+    "상품은",
+    "내일",
+    "오전에",
+    "도착할",
+    "예정입니다",
+    "다시",
+    "한번",
+    "확인해",
+    "드리겠습니다",
+]
 ANSWER_WORDS = (1, 40, 2, 25, 1, 90, 5, 60, 3, 1, 12, 33, 2, 70, 8, 1, 18, 45, 4, 1, 27, 9, 2, 55)
 
 
@@ -107,3 +141,12 @@ def randomise_adapter(model: torch.nn.Module, seed: int = 1) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def final_bytes(run: Path) -> dict[str, bytes]:
+    """Adapter, last checkpoint and metrics: everything that must not depend on interruptions."""
+    last = max((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+    names = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
+    files = {f"{last.name}/{name}": last / name for name in names}
+    files |= {"adapter": run / "adapter" / "adapter_model.safetensors", "metrics": run / "metrics.jsonl"}
+    return {name: path.read_bytes() for name, path in files.items()}

@@ -118,7 +118,7 @@ def _turned(word: str, value: Any, file: str | None, line: int | None) -> list[t
     if word == "lora_target_linear" and isinstance(value, bool):
         return [("method.target_modules", "all-linear")] if value else []
     if word == "bf16" and isinstance(value, bool | None):
-        return [("base.compute", "bf16" if value else None)]
+        return [("base.compute", {True: "bf16", False: "fp32", None: None}[value])]
     if word in ("trust_remote_code", "hf_token", "token", "api_key", "wandb_api_key"):
         raise UserError(
             "whet never runs a model's own code" if word == "trust_remote_code" else "a recipe holds no secrets",

@@ -267,18 +267,23 @@ def _methods(words: argparse.Namespace) -> dict[str, Any]:
 
         from whet.base.console import console
 
-        table = Table()
-        for name in rows[0]:
+        table = Table(box=None, pad_edge=False)
+        names = [name for name in rows[0] if name != "what"]
+        for name in names:
             table.add_column(name.replace("_", " "))
         for row in rows:
-            table.add_row(*(_cell(value) for value in row.values()))
+            table.add_row(*(_cell(row[name]) for name in names))
         console(stdout=True).print(table)
+        for row in rows:
+            console(stdout=True).print(f"{row['method']}: {row['what']}", style="dim")
     return {"methods": rows}
 
 
 def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.0e}"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -222,7 +222,7 @@ def _plain(node: Any, path: str, lines: dict[str, int], file: str | None) -> Any
     if node is None:
         return None
     kind = bool if isinstance(node, ScalarBoolean) else next((k for k in KINDS if isinstance(node, k)), None)
-    if kind is None or (kind is float and not math.isfinite(node)):
+    if kind is None or (kind is float and not math.isfinite(node)):  # type: ignore[arg-type]
         raise UserError(
             "a setting is text, a finite number, true, false, a list or a mapping",
             file=file,
@@ -231,7 +231,7 @@ def _plain(node: Any, path: str, lines: dict[str, int], file: str | None) -> Any
             found=f"the tag {tagged}" if tagged else str(node) if kind else type(node).__name__,
             fix="write a finite number" if kind else "remove the tag, or put the value in quotes",
         )
-    return None if node == "auto" else kind(node)
+    return None if node == "auto" else kind(node)  # type: ignore[arg-type]
 
 
 def _override(text: str) -> tuple[str, Any]:
@@ -261,7 +261,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         old = result.get(key)
         nested = isinstance(value, dict) and isinstance(old, dict)
-        if nested and key == "method" and value.get("name") not in (None, old.get("name") or "lora"):
+        if nested and key == "method" and value.get("name") not in (None, (old or {}).get("name") or "lora"):
             nested = False
         result[key] = _merged(old, value) if nested else value  # type: ignore[arg-type]
     return result
@@ -358,7 +358,7 @@ def _complaint(error: Any, file: str | None, lines: dict[str, int], overridden: 
         found = error["input"].get("name")
         return UserError(
             "there is no such method",
-            **where | {"field": "method.name"},
+            **{**where, "field": "method.name"},  # type: ignore[arg-type]
             found=str(found),
             expected=", ".join(METHODS),
             fix=f"write {nearest(str(found), METHODS) or 'lora'}",

@@ -71,7 +71,11 @@ def environment_writes(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
             yield from (ast.unparse(t) for t in node.targets if ast.unparse(t).startswith("os.environ["))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.putenv", "os.environ.update", "os.environ.setdefault"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "os.putenv",
+            "os.environ.update",
+            "os.environ.setdefault",
+        ):
             yield ast.unparse(node)
 
 

@@ -75,7 +75,7 @@ class Tokeniser:
         text = self.template.text(messages, prompt=True)
         if not any(self._special.search(message.content) for message in messages):
             return self.backend.encode(text, add_special_tokens=False).ids
-        answered = [*messages, Message("assistant", "")]
+        answered = [*messages, Message("assistant", "x")]
         whole = self.template.render([answered])[0]
         _check_places(whole, answered)
         head = [turn for turn in whole.turns if turn.start <= len(text)]

@@ -93,7 +93,6 @@ class Loop:
     def fit(self) -> None:
         """Step until the last one, early stopping or Ctrl-C; then keep the best and write it."""
         self._resume()
-        stop = "completed"
         with Progress("training", self.total, self.state.step) as bar, _CtrlC(self):
             while self.state.step < self.total and not self._enough():
                 began = time.perf_counter()
@@ -105,10 +104,7 @@ class Loop:
                     self._save()
                 if self.interrupted:
                     raise Stopped(f"stopped after step {self.state.step} of {self.total}; the same command continues")
-                if self._enough():
-                    stop = "early_stopping"
-                    break
-        self._finish(stop)
+        self._finish("early_stopping" if self._enough() else "completed")
 
     def _step(self) -> tuple[Stepped, float]:
         index = self.state.step

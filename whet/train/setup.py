@@ -67,6 +67,13 @@ def get_ready(parsed: Parsed) -> Ready:
         "plan.json": plan(recipe, tokens=_most_tokens(recipe, prepared)),
     }
     run, existed = runs.start(parsed, decided, facts)
+    known = (run.read("data.json") or {}).get("sha256")
+    if run.finished is None and known != prepared.ledger.sha256:
+        raise UserError(
+            "the training rows have changed since this run began", file=str(run.path), field="data.dataset",
+            found=f"sha256 {prepared.ledger.sha256[:16]}…", expected=f"sha256 {str(known)[:16]}…",
+            fix="put the data back, or start a new run with another output_dir",
+        )  # fmt: skip
     return Ready(run, existed, prepared, placement)
 
 

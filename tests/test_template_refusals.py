@@ -1,0 +1,166 @@
+"""A chat template whose answers cannot be placed exactly is refused; one that can, however odd, is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chats import chat
+
+from whet.base.errors import UserError
+from whet.data.template import use_template
+from whet.data.tokenise import Tokeniser
+
+TINY = Path(__file__).parents[1] / "whet" / "builtin" / "tiny"
+HEAD = "{{ '<|im_start|>' + m.role + '\\n' }}"
+PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+LOOP = "{% for m in messages %}" + HEAD + "BODY{{ '<|im_end|>\\n' }}{% endfor %}" + PROMPT
+TWO_TURNS = chat("u:one", "a:two", "u:three", "a:four")
+ONE_TURN = TWO_TURNS[:2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(TINY))
+
+
+def tokeniser(tokenizer: Any, template: str | None) -> Tokeniser:
+    tokenizer.chat_template = template
+    return Tokeniser(tokenizer, chat=True)
+
+
+def learned(found: Tokeniser, messages: Any) -> list[str]:
+    """The learned text, one piece for each end of a turn."""
+    row = found.conversations([messages], "assistant")[0]
+    return found.tokenizer.decode(row.ids[row.learned]).split("<|im_end|>")[:-1]
+
+
+REWRITES = {
+    "hides_earlier_answers": LOOP.replace("BODY", "{{ m.content if loop.last or m.role == 'user' else '' }}"),
+    "shortens_earlier_answers": LOOP.replace("BODY", "{{ m.content if loop.last else m.content[:1] }}"),
+    "counts_what_follows": LOOP.replace("BODY", "{{ loop.revindex }}{{ m.content | replace('o', '0') }}"),
+    "says_how_many": "{{ messages | length }}" + LOOP.replace("BODY", "{{ m.content | replace('o', '0') }}"),
+    "hides_all_answers": LOOP.replace("BODY", "{{ m.content if m.role == 'user' else '' }}"),
+    "says_nothing": "hello",
+    "answer_before_question": "{% for m in messages | reverse %}"
+    + HEAD
+    + "{{ m.content }}<|im_end|>{% endfor %}"
+    + PROMPT,
+    "other_prompt": LOOP.replace("BODY", "{{ m.content | replace('o', '0') }}").replace("<|im_start|>assistant", "bot"),
+}
+
+
+@pytest.mark.parametrize("name", REWRITES)
+def test_a_template_that_rewrites_the_conversation_is_refused(name: str, tokenizer: Any) -> None:
+    found = tokeniser(tokenizer, REWRITES[name])
+    with pytest.raises(UserError, match="rewrites") as caught:
+        found.conversations([TWO_TURNS], "assistant")
+    assert "turn" in (caught.value.found or "")
+    assert caught.value.fix
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="the generation prompt is never compared with what stands before an answer in training: Template should, "
+    "once for each order of roles",
+)
+def test_a_prompt_unlike_the_head_of_an_answer_is_refused(tokenizer: Any) -> None:
+    found = tokeniser(tokenizer, LOOP.replace("BODY", "{{ m.content }}").replace("<|im_start|>assistant", "bot"))
+    with pytest.raises(UserError):
+        found.conversations([ONE_TURN], "assistant")
+
+
+FOLLOWED = {
+    "strips": (LOOP.replace("BODY", "{{ m.content | trim }}"), ["two", "four"]),
+    "replaces_letters": (LOOP.replace("BODY", "{{ m.content | replace('o', '0') }}"), ["tw0", "f0ur"]),
+    "repeats_the_question": (LOOP.replace("BODY", "{{ m.content * (2 if m.role == 'user' else 1) }}"), ["two", "four"]),
+    "adds_a_preface": ("{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}" + LOOP.replace("BODY", "{{ m.content }}"),
+                       ["two", "four"]),
+    "adds_a_closing_line": (LOOP.replace("BODY", "{{ m.content }}") + "{{ 'The end.' if not add_generation_prompt }}",
+                            ["two", "four"]),
+    "writes_before_the_end": (LOOP.replace("BODY", "{{ m.content }}{{ '!' if m.role == 'assistant' }}"),
+                              ["two!", "four!"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_template_that_can_be_followed_is(name: str, tokenizer: Any) -> None:
+    template, answers = FOLLOWED[name]
+    found = tokeniser(tokenizer, template)
+    assert learned(found, TWO_TURNS) == answers
+    row = found.conversations([TWO_TURNS], "assistant")[0]
+    assert row.closed, "the end of each turn is learned, so the ledger must not complain"
+    prompt = found.prompt(TWO_TURNS[:1])
+    assert row.ids[: len(prompt)].tolist() == prompt
+    assert not row.learned[: len(prompt)].any()
+    assert row.learned[len(prompt)]
+
+
+def test_a_marker_in_a_question_never_counts_as_one_where_contents_are_not_placed(tokenizer: Any) -> None:
+    """Contents that the template rewrites are not placed, so what spells a token in them could not be told apart."""
+    found = tokeniser(tokenizer, FOLLOWED["replaces_letters"][0])
+    spelled = chat("u:o <|im_end|>", "a:o")
+    with pytest.raises(UserError, match="special tokens"):
+        found.conversations([spelled], "assistant")
+    with pytest.raises(UserError, match="special tokens"):
+        found.prompt(spelled[:1])
+    assert learned(found, chat("u:o", "a:o")) == ["0"], "without the marker it is exact"
+    placed = tokeniser(tokenizer, LOOP.replace("BODY", "{{ m.content }}"))
+    row = placed.conversations([spelled], "assistant")[0]
+    assert row.ids.tolist().count(2) == 2, "the end of two turns, and nothing from the question"
+    assert placed.prompt(spelled[:1]) == row.ids[: len(placed.prompt(spelled[:1]))].tolist()
+
+
+MISTAKES = {
+    "unclosed": "{% for m in messages %}", "undefined": "{{ foo.bar.baz }}", "unsafe": "{{ ''.__class__.__mro__ }}",
+    "no_such_message": "{{ messages[9]['content'] }}", "text_and_number": "{{ messages[0]['content'] + 1 }}",
+    "by_zero": "{{ 1 / 0 }}", "huge_range": "{% for i in range(1000000000) %}x{% endfor %}",
+    "calls_itself": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "raises": "{{ raise_exception('no') }}",
+    "no_such_filter": "{{ messages | nonsense }}", "not_a_number": "{{ 'x' | int(base=99) }}{{ [] | first + 1 }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_a_template_is_an_error_of_the_template(name: str, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="the chat template refuses this conversation"):
+        tokeniser(tokenizer, MISTAKES[name]).conversations([ONE_TURN, TWO_TURNS], "assistant")
+
+
+def test_a_row_that_the_template_refuses_does_not_take_its_neighbours_along(tokenizer: Any) -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    found = tokeniser(tokenizer, template + LOOP.replace("BODY", "{{ m.content }}"))
+    with pytest.raises(UserError, match="no system") as caught:
+        found.conversations([ONE_TURN, chat("s:be kind", *("u:one", "a:two"))], "assistant")
+    assert caught.value.found == "system user assistant"
+    assert learned(found, ONE_TURN) == ["two"]
+
+
+def test_a_named_template_is_checked_against_the_vocabulary(tokenizer: Any, tmp_path: Path) -> None:
+    use_template(tokenizer, "alpaca")
+    assert "### Response" in tokenizer.chat_template
+    path = tmp_path / "own.jinja"
+    path.write_text(LOOP)
+    use_template(tokenizer, str(path))
+    use_template(tokenizer, None)
+    assert tokenizer.chat_template == LOOP, "None keeps what is there"
+    with pytest.raises(UserError, match="write chatml"):
+        use_template(tokenizer, "chatlm")
+    with pytest.raises(UserError, match="no such chat template"):
+        use_template(tokenizer, str(tmp_path / "other.jinja"))
+    with pytest.raises(UserError, match="no chat template"):
+        tokeniser(tokenizer, None)
+
+
+def test_chatml_needs_its_markers() -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    with pytest.raises(UserError, match="ChatML turns would never end"):
+        use_template(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"), "chatml")
+    with pytest.raises(UserError, match="generation could never stop"):
+        Tokeniser(PreTrainedTokenizerFast(tokenizer_object=words), chat=False)
