@@ -98,16 +98,12 @@ def serve() -> None:
             with Path(order["phase"]).with_suffix(".log").open("a") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
-            status = 1
             try:
                 child(order)
-                status = 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
+                os._exit(0)
             finally:
-                os._exit(status)
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
         print(pid, flush=True)
         sys.stdin.readline()  # "reap": until then the number stays the child's, also when it has ended
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

@@ -34,9 +34,6 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(str(TINY))
 
 
-# ---- split
-
-
 def test_a_row_never_changes_side() -> None:
     names = [f"row{n}" for n in range(2000)]
     sides = dict(zip(names, held_out(names, 0.1), strict=True))
@@ -62,9 +59,6 @@ def test_a_number_of_rows_is_that_many_rows() -> None:
     doubled = held_out(names + names, 5)
     assert doubled[:50] == doubled[50:]
     assert sum(doubled) == 10, "all copies of a row are on one side"
-
-
-# ---- packing
 
 
 def packs(lengths: list[int], capacity: int) -> tuple[list[list[int]], float]:
@@ -109,9 +103,6 @@ def test_packing_wastes_little_on_lengths_as_they_occur_and_takes_no_time() -> N
     for length in lengths[:50_000]:
         in_order, room = (in_order, room - length) if length <= room else (in_order + 1, 2048 - length)
     assert 1 - sum(lengths[:50_000]) / (in_order * 2048) > 0.02, "which is not so without fitting"
-
-
-# ---- batches
 
 
 def random_rows(count: int, seed: int = 0, longest: int = 12) -> Rows:
@@ -215,9 +206,6 @@ def test_evaluation_sees_every_row_once() -> None:
     assert max(map(len, groups)) == 5
 
 
-# ---- long rows, empty rows, the ledger
-
-
 def chats_of(lengths: list[tuple[int, int]]) -> list[dict[str, str]]:
     return [
         {"prompt": f"q{n} " + "word " * a, "completion": f"a{n} " + "reply " * b} for n, (a, b) in enumerate(lengths)
@@ -283,6 +271,14 @@ def test_what_each_policy_keeps(tokenizer: Any, tmp_path: Path) -> None:
     assert caught.value.found == f"{whole.lengths[1]} tokens"
 
 
+def test_the_oldest_part_of_a_prompt_is_cut_first(tokenizer: Any, tmp_path: Path) -> None:
+    turns = [("system", "rule " * 20), ("user", "new " * 20), ("assistant", "yes")]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
+    cut = made(tokenizer, tmp_path, rows, max_length=40, over_length="truncate_prompt")
+    text = tokenizer.decode(cut.train.ids)
+    assert text.count("rule") < text.count("new") == 20
+
+
 def test_splitting_text_loses_nothing_that_is_not_counted(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"text": "once upon a time " * n} for n in (1, 5, 20, 33, 64)]
     whole = made(tokenizer, tmp_path, rows, packing=False)
@@ -345,9 +341,6 @@ def test_rows_do_not_depend_on_how_many_are_tokenised_together(
     monkeypatch.setattr("whet.data.prepare.CHUNK", 3)
     assert made(tokenizer, tmp_path, rows).ledger.sha256 == whole.ledger.sha256
     assert made(tokenizer, tmp_path, rows[::-1]).ledger.sha256 != whole.ledger.sha256
-
-
-# ---- the golden contract
 
 
 def test_a_changed_template_or_tokenizer_breaks_the_contract(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_adam_settings_take_effect_and_frozen_parameters_stay_out() -> None:
 def test_every_optimiser_learns(optim: str, recipe: Make) -> None:
     rate = {"adamw": 0.01, "adafactor": 1.0, "sgd": 0.3}[optim]
     run = train(recipe(train__optim=optim, train__learning_rate=rate, train__max_steps=20,
-                       train__per_device_train_batch_size=24))  # fmt: skip
+                       data__max_rows=8))  # fmt: skip
     losses = [line["loss"] for line in run.lines("metrics.jsonl") if line["kind"] == "train"]
     assert losses[-1] < losses[0] - 0.1
 
@@ -146,15 +146,17 @@ def test_the_rates_of_a_run_are_those_of_the_schedule(shape: str, recipe: Make) 
 def test_the_gradient_norm_is_measured_before_clipping_and_clipping_acts(recipe: Make) -> None:
     runs = {}
     for limit in (0.0, 1e-3):
-        settings = {"train__max_steps": 2, "train__max_grad_norm": limit, "train__optim": "sgd",
-                    "train__learning_rate": 1.0, "train__lr_scheduler_type": "constant", "train__warmup_ratio": 0.0}  # fmt: skip
+        settings: dict[str, Any] = {
+            "train__max_steps": 2, "train__max_grad_norm": limit, "train__optim": "sgd", "train__learning_rate": 1.0,
+            "train__lr_scheduler_type": "constant", "train__warmup_ratio": 0.0,
+        }  # fmt: skip
         runs[limit] = train(recipe(f"clip{limit}", **settings)).lines("metrics.jsonl")
     assert runs[0.0][0]["grad_norm"] == runs[1e-3][0]["grad_norm"] > 0.01
     assert abs(runs[1e-3][1]["loss"] - runs[0.0][1]["loss"]) > 1e-6
 
 
 def poisoned(model_dir: Path, out: Path, token: int) -> Path:
-    """The tiny model with one embedding row that is not a number; head and embedding apart, so only reading it hurts."""
+    """The tiny model with one embedding row of NaN; the head is a copy of its own, so only reading the token hurts."""
     network = load_model(Model(path=str(model_dir)), Placement(torch.device("cpu"), "fp32", torch.float32, False, {}))
     network.config.tie_word_embeddings = False
     network.lm_head.weight = torch.nn.Parameter(network.lm_head.weight.detach().clone())

@@ -42,7 +42,13 @@ def check_contract(tokeniser: Tokeniser, path: Path) -> int:
     """Reproduce the stored ids; returns how many conversations agreed. Raises UserError on the first that does not."""
     if not path.is_file():
         return 0
-    goldens = json.loads(path.read_text(encoding="utf-8"))["golden"]
+    record = json.loads(path.read_text(encoding="utf-8"))
+    goldens, beside = record["golden"], path.with_name("chat_template.jinja")
+    if beside.is_file() and beside.read_bytes().decode("utf-8", "replace") != record["chat_template"]:
+        raise UserError(
+            "the chat template beside the adapter is not the one that it was trained with", file=str(beside),
+            found="other text", expected=f"chat_template of {path.name}", fix=f"copy it back from {path.name}",
+        )  # fmt: skip
     for index, golden in enumerate(goldens):
         messages = [Message(m["role"], m["content"]) for m in golden["messages"]]
         ids, prompt = _ids(tokeniser, messages)

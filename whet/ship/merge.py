@@ -77,8 +77,12 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
             f"a {recipe.method.name} run has no adapter to merge", file=str(run.path), field="method.name",
             expected="lora", fix=f"{run.model} is a plain model already",
         )  # fmt: skip
-    if out.exists() and any(out.iterdir()) and not (out / CERTIFICATE).is_file():
-        raise UserError("the output directory is not empty", file=str(out), fix="give a new directory")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / CERTIFICATE).is_file():
+        raise UserError(
+            "the output is in the way: it is a file or a directory that is not empty",
+            file=str(out),
+            fix="give a new directory",
+        )
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.model.chat_template)
     prepared = prepare(recipe.data, tokenizer, longest_input(load_config(recipe.model)))

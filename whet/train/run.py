@@ -5,6 +5,7 @@ The same call on the same recipe continues an unfinished run to the bit and leav
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from dataclasses import dataclass, field
@@ -150,6 +151,11 @@ class Loop:
         if not due or not self.held_out:
             return False
         loss, targets = held_out_loss(self.model, self.held_out, self.forward)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the held-out loss after step {step} is not finite", file=str(self.run.path), found=str(loss),
+                expected="a finite number", fix="lower train.learning_rate, or base.compute=fp32; look at the held-out rows",
+            )  # fmt: skip
         epoch = round(step / self.batches.steps_per_epoch, 6)
         self.recorder.metric(kind="eval", step=step, epoch=epoch, eval_loss=loss, supervised_tokens=targets)
         if self.state.best_loss is None or loss < self.state.best_loss:
