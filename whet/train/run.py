@@ -154,7 +154,8 @@ class Loop:
         if not math.isfinite(loss):
             raise UserError(
                 f"the held-out loss after step {step} is not finite", file=str(self.run.path), found=str(loss),
-                expected="a finite number", fix="lower train.learning_rate, or base.compute=fp32; look at the held-out rows",
+                expected="a finite number",
+                fix="lower train.learning_rate, or base.compute=fp32; look at the held-out rows",
             )  # fmt: skip
         epoch = round(step / self.batches.steps_per_epoch, 6)
         self.recorder.metric(kind="eval", step=step, epoch=epoch, eval_loss=loss, supervised_tokens=targets)
