@@ -5,10 +5,10 @@
     python bench/cpu.py --steps 20 --seeds 1   # a look
 
 Every system gets whet's own tokenised rows in whet's order (checked on each batch that was really used) and the same
-LoRA from the same start, AdamW, rates, clipping, batch size and steps. Each run is a process of its own; the order turns
-round with every seed (A B C, C B A, ...). A step lasts from the end of one optimiser step to the end of the next, by the
-wall clock, book-keeping included (whet logs each step, the peers none). Tokens are real: neither padding nor filler. A
-system's figure is the median over seeds of its median step. The peers run in their defaults and in each setting that
+LoRA from the same start, AdamW, rates, clipping, batch size and steps. Each run is a process of its own; the order
+turns round with every seed (A B C, C B A, ...). A step lasts from the end of one optimiser step to the end of the next
+by the wall clock, book-keeping included (whet logs each step, the peers none). Tokens are real, not padding or filler.
+A system's figure is the median over seeds of its median step. The peers run in their defaults and in each setting that
 could help on a CPU; the opponent is the fastest, chosen afterwards. Packing would change what a batch is and is left
 out. TRL documents padding_free for FlashAttention, which no CPU has; transformers' SDPA mask keeps flattened rows apart
 too, so it is measured. Held-out loss comes from the saved adapters by one function: plain transformers and PEFT, fp32.
@@ -27,11 +27,12 @@ import tempfile
 import time
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, TICKETS = ROOT / "whet" / "builtin" / "tiny", ROOT / "examples" / "support_tickets"
@@ -76,25 +77,20 @@ def whet_rows(seed: int, steps: int) -> tuple[list[Any], list[Any]]:
     ready = prepared(parse(None, recipe(seed, steps, "run")))
     assert steps * ROWS <= len(ready.train), "more steps than the data have rows for"
     order = Batches(ready.train, None, size=ROWS, accumulate=1, flat=True, seed=seed)
-
-    def row(rows: Any, index: int) -> tuple[list[int], list[int]]:
-        ids, learned = rows.row(index)
-        return ids.tolist(), [int(i) if mark else -100 for i, mark in zip(ids, learned, strict=True)]
-
-    train = [row(ready.train, source) for step in range(steps) for source in order.step(step)[0].sources]
-    return train, [row(ready.evaluation, index) for index in range(len(ready.evaluation))]
+    picked = [ready.train.row(source) for step in range(steps) for source in order.step(step)[0].sources]
+    held_out = [ready.evaluation.row(index) for index in range(len(ready.evaluation))]
+    train, test = ([(ids.tolist(), np.where(learned, ids, -100).tolist()) for ids, learned in rows]
+                   for rows in (picked, held_out))  # fmt: skip
+    return train, test
 
 
 def start_sum(model: Any) -> float:
     """Of the squares of all trainable weights in bf16, the type in which PEFT draws adapters for bf16 models."""
-    trainable = [tensor.detach().bfloat16().double() for tensor in model.parameters() if tensor.requires_grad]
-    return sum(tensor.square().sum().item() for tensor in trainable)
+    return sum(p.detach().bfloat16().double().square().sum().item() for p in model.parameters() if p.requires_grad)
 
 
 def work_whet(job: dict[str, Any]) -> dict[str, Any]:
     """Train as `whet train` does and note the end of each step, after its line is written."""
-    import numpy as np
-
     from whet.engine.memory import keep_freed_memory
     from whet.recipe import parse
     from whet.train.run import Loop
@@ -118,24 +114,20 @@ def work_whet(job: dict[str, Any]) -> dict[str, Any]:
         labels = np.full_like(batch.ids, -100)
         labels[0, batch.places + 1] = batch.targets
         steps.append([array[0, : batch.tokens].tolist() for array in (batch.ids, labels)])
-    rates = [line["learning_rate"] for line in ready.run.lines("metrics.jsonl") if line["kind"] == "train"]
-    return {"stamps": stamps, "steps": steps, "rates": rates, "start": start}
+    return {"stamps": stamps, "steps": steps, "start": start}
 
 
 def work_peer(job: dict[str, Any]) -> dict[str, Any]:
     """Train with the peer, keep what its collator hands out, and note the end of each step."""
     from transformers import TrainerCallback
 
-    stamps, rates, batches = [], [], []
+    stamps, batches = [], []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             stamps.append(time.perf_counter())
 
         on_train_begin = on_step_end
-
-        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            rates.append(float(kwargs["optimizer"].param_groups[0]["lr"]))
 
     trainer = peer_trainer(job, Clock())
     collator, start = trainer.data_collator, start_sum(trainer.model)
@@ -147,11 +139,11 @@ def work_peer(job: dict[str, Any]) -> dict[str, Any]:
     trainer.data_collator = kept
     trainer.train()
     trainer.model.save_pretrained(Path(job["out"]) / "run" / "adapter")
-    real = [batch.get("attention_mask", batch["input_ids"] >= 0).bool() for batch in batches]
-    steps = [
-        [batch[k][mask].tolist() for k in ("input_ids", "labels")] for batch, mask in zip(batches, real, strict=True)
-    ]
-    return {"stamps": stamps, "steps": steps, "rates": rates, "start": start}
+    steps = []
+    for batch in batches:
+        real = batch.get("attention_mask", batch["input_ids"] >= 0).bool()
+        steps.append([batch[name][real].tolist() for name in ("input_ids", "labels")])
+    return {"stamps": stamps, "steps": steps, "start": start}
 
 
 def peer_trainer(job: dict[str, Any], clock: Any) -> Any:
@@ -167,11 +159,11 @@ def peer_trainer(job: dict[str, Any], clock: Any) -> Any:
     rows = Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in job["rows"]])
     args = SFTConfig(**{
         "output_dir": job["out"], "use_cpu": True, "max_steps": job["steps"], "per_device_train_batch_size": ROWS,
-        "learning_rate": RATE, "lr_scheduler_type": "cosine", "warmup_steps": 0, "max_grad_norm": 1.0, "seed": job["seed"],
-        "logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "max_length": None,
-        "train_sampling_strategy": "sequential", "model_init_kwargs": {"dtype": dtype},
+        "learning_rate": RATE, "lr_scheduler_type": "cosine", "warmup_steps": 0, "max_length": None,
+        "logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "max_grad_norm": 1.0,
+        "seed": job["seed"], "train_sampling_strategy": "sequential", "model_init_kwargs": {"dtype": dtype},
     } | settings.get("args", {}))  # fmt: skip
-    lora = LoraConfig("CAUSAL_LM", r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
+    lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     if not settings.get("plain"):
         return SFTTrainer(str(MODEL), args, None, rows, None, tokenizer, callbacks=[clock], peft_config=lora)
@@ -198,6 +190,32 @@ def work_judge(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def work(worker: str, place: Path) -> None:
+    """The inside of a process that `call` started: train and report the speed, or judge."""
+    import torch
+
+    job = json.loads(place.read_text())
+    torch.set_num_threads(job["threads"])
+    found = {"whet": work_whet, "peer": work_peer, "judge": work_judge}[worker](job)
+    if worker != "judge":
+        arrange = sorted if "group_by_length" in str(job["settings"]) else list
+        for side in (0, 1):
+            seen, given = ([token for part in parts for token in part[side]] for parts in (found["steps"], job["rows"]))
+            assert arrange(seen) == arrange(given), "trained on something else than whet's rows"
+        seconds = [b - a for a, b in pairwise(found["stamps"])]
+        timed = list(zip((len(ids) for ids, _ in found["steps"]), seconds, strict=True))[job["warmup"] :]
+        order = sorted(s for _, s in timed)
+        found = {
+            "tokens_per_second": round(statistics.median(n / s for n, s in timed), 1),
+            "tokens_per_second_in_all": round(sum(n for n, _ in timed) / sum(order), 1),
+            "step_ms_p10_p50_p90": [round(1000 * order[int(q * (len(order) - 1))], 1) for q in (0.1, 0.5, 0.9)],
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, "start": found["start"],
+            "versions": {d.name: d.version for d in distributions() if d.name in PACKAGES},
+            "load_after": round(os.getloadavg()[0], 2),
+        }  # fmt: skip
+    place.with_suffix(".out").write_text(json.dumps(found))
+
+
 def call(python: str, worker: str, job: dict[str, Any]) -> dict[str, Any]:
     """Run one worker in a process of its own; what it found, or {"failed": why}."""
     place = Path(job["out"]) / "job.json"
@@ -212,27 +230,8 @@ def call(python: str, worker: str, job: dict[str, Any]) -> dict[str, Any]:
     return json.loads(place.with_suffix(".out").read_text())
 
 
-def figures(job: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """Speed of one run, once it is sure that it learned these targets from these tokens, in this order if it has one."""
-    arrange = sorted if "group_by_length" in str(job["settings"]) else list
-    for side in (0, 1):
-        seen, given = ([token for part in parts for token in part[side]] for parts in (found["steps"], job["rows"]))
-        assert arrange(seen) == arrange(given), "trained on something else than whet's rows"
-    seconds = [b - a for a, b in pairwise(found["stamps"])]
-    timed = list(zip((len(ids) for ids, _ in found["steps"]), seconds, strict=True))[job["warmup"] :]
-    order = sorted(s for _, s in timed)
-    return {
-        "tokens_per_second": round(statistics.median(n / s for n, s in timed), 1),
-        "tokens_per_second_in_all": round(sum(n for n, _ in timed) / sum(order), 1),
-        "step_ms_p10_p50_p90": [round(1000 * order[int(q * (len(order) - 1))], 1) for q in (0.1, 0.5, 0.9)],
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
-        "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
-        "load_after": round(os.getloadavg()[0], 2), "rates": found["rates"], "start": found["start"],
-    }  # fmt: skip
-
-
 def measure(options: argparse.Namespace, systems: dict[str, Any], folder: Path) -> tuple[dict[str, Any], ...]:
-    """(figures of each system by seed, held-out nll of each row by "system seed"). Stops where training was unequal."""
+    """(figures of each system by seed, held-out nll of each row by "system seed")."""
     found: dict[str, Any] = {name: [] for name in systems}
     adapters, held_out = {"base": ""}, []
     job = {"threads": options.threads, "warmup": options.warmup, "steps": options.warmup + options.steps}
@@ -244,48 +243,42 @@ def measure(options: argparse.Namespace, systems: dict[str, Any], folder: Path) 
             run = call(sys.executable if mine else options.peer_python, "whet" if mine else "peer", task)
             found[name].append(run)
             adapters |= {} if "failed" in run else {f"{name} {seed}": str(out / "run" / "adapter")}
-            say(f"{name:24} seed {seed} {run.get('tokens_per_second', run.get('failed'))}")
-        runs = {name: found[name][seed] for name in systems if "failed" not in found[name][seed]}
-        for name, run in runs.items():
-            assert run["start"] == runs["whet"]["start"], f"{name} started from another adapter"
-            rates = zip(run.pop("rates") if name != "whet" else [], runs["whet"]["rates"], strict=False)
-            assert all(abs(a - b) < 1e-9 for a, b in rates), f"{name} used other learning rates"
-    return found, call(
-        sys.executable, "judge", job | {"adapters": adapters, "rows": held_out, "out": str(folder / "judge")}
-    )
+            say(f"{name:24} seed {seed} {run.get('tokens_per_second', run)}")
+        starts = {run[seed]["start"] for run in found.values() if "failed" not in run[seed]}
+        assert len(starts) == 1, "the systems started from different adapters"
+    judge = job | {"adapters": adapters, "rows": held_out, "out": str(folder / "judge")}
+    return found, call(sys.executable, "judge", judge)
 
 
 def summary(options: argparse.Namespace, systems: dict[str, Any], found: dict[str, Any], nll: dict[str, Any]) -> Any:
     """The whole result, ready for JSON."""
-    import torch
+    from torch.cpu import get_capabilities
 
-    from whet.engine.device import device_name
     from whet.evaluate.compare import paired
 
     speeds = {name: [run.get("tokens_per_second", 0.0) for run in runs] for name, runs in found.items()}
     speed = {name: statistics.median(values) for name, values in speeds.items()}
+    order = sorted(systems, key=lambda name: -speed[name])
+    opponent = next(name for name in order if name != "whet")
     rows = {n: [v for seed in range(options.seeds) for v in nll.get(f"{n} {seed}", [])] for n in systems}
-    opponent = max((name for name in systems if name != "whet"), key=speed.__getitem__)
-    result, loss = paired(rows[opponent], rows["whet"]), statistics.mean(rows[opponent])
-    given = " ".join(f"--{name} {getattr(options, name)}" for name in ("steps", "warmup", "seeds", "threads"))
+    loss = {name: statistics.mean(values) for name, values in (rows | {"base": nll["base"]}).items() if values}
+    result = paired(rows[opponent], rows["whet"])
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "command": f"python bench/cpu.py {given}",
-        "cpu": f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores", "threads": options.threads,
-        "lora": {"r": RANK, "lora_alpha": ALPHA}, "rows_per_step": ROWS, "learning_rate": RATE,
-        "opponent": opponent, "ratio": round(speed["whet"] / speed[opponent], 3),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": f"python bench/cpu.py --steps {options.steps} --warmup {options.warmup} --seeds {options.seeds}",
+        "cpu": get_capabilities().get("cpu_name", "CPU"), "cores": os.cpu_count(), "threads": options.threads,
+        "whet": speed["whet"], "opponent": opponent, "opponent_speed": speed[opponent],
+        "ratio": round(speed["whet"] / speed[opponent], 3),
         "ratio_by_seed": [round(a / b, 3) for a, b in zip(speeds["whet"], speeds[opponent], strict=True)],
-        "held_out_nll": {
-            "base": statistics.mean(nll["base"]), "opponent": loss, "whet": statistics.mean(rows["whet"]),
-            "whet_minus_opponent": [result.low, result.mean_difference, result.high], "p_value": result.p_value,
-            "not_worse": result.high < WORSE_BY * loss,
+        "held_out": {
+            "base": loss["base"], "opponent": loss[opponent], "whet": loss["whet"], "p_value": result.p_value,
+            "whet_minus_opponent": [result.low, result.mean_difference, result.high],
+            "not_worse": result.high < WORSE_BY * loss[opponent],
         },
         "systems": {
-            name: {
-                "settings": systems[name], "tokens_per_second": speed[name],
-                "whet_times": round(speed["whet"] / max(speed[name], 1e-9), 2),
-                "held_out_nll": statistics.mean(rows[name] or [0.0]), "seeds": found[name],
-            }
-            for name in sorted(systems, key=lambda name: -speed[name])
+            name: {"settings": systems[name], "tokens_per_second": speed[name], "held_out": loss.get(name),
+                   "whet_times": round(speed["whet"] / speed[name], 2) if speed[name] else None, "seeds": found[name]}
+            for name in order
         },
     }  # fmt: skip
 
@@ -294,25 +287,14 @@ def show(result: dict[str, Any]) -> None:
     """The table."""
     say(f"\n{'system':24} {'tok/s':>7} {'step p10 p50 p90, ms':>22} {'peak MiB':>9} {'held-out':>9} {'whet is':>9}")
     for name, system in result["systems"].items():
-        run = next((run for run in system["seeds"] if "failed" not in run), None)
-        if run is not None:
+        for run in [run for run in system["seeds"] if "failed" not in run][:1]:
             times = " ".join(f"{s:6.0f}" for s in run["step_ms_p10_p50_p90"])
             say(f"{name:24} {system['tokens_per_second']:7,.0f} {times:>22} {run['peak_mib']:9,} "
-                f"{system['held_out_nll']:9.4f} {system['whet_times']:8.2f}x")  # fmt: skip
-    loss = result["held_out_nll"]
-    low, mean, high = loss["whet_minus_opponent"]
-    say(f"\nwhet against {result['opponent']}: {result['ratio']} times the tokens per second; held-out nll {mean:+.4f} "
-        f"({low:+.4f} .. {high:+.4f}), {'not worse' if loss['not_worse'] else 'NOT SHOWN to be as good'}")  # fmt: skip
-
-
-def work(worker: str, place: Path) -> None:
-    """The inside of a process that `call` started."""
-    import torch
-
-    job = json.loads(place.read_text())
-    torch.set_num_threads(job["threads"])
-    found = {"whet": work_whet, "peer": work_peer, "judge": work_judge}[worker](job)
-    place.with_suffix(".out").write_text(json.dumps(found if worker == "judge" else figures(job, found)))
+                f"{system['held_out']:9.4f} {system['whet_times']:8.2f}x")  # fmt: skip
+    low, mean, high = result["held_out"]["whet_minus_opponent"]
+    verdict = "not worse" if result["held_out"]["not_worse"] else "NOT SHOWN to be as good"
+    say(f"\nwhet against {result['opponent']}: {result['ratio']} times the tokens per second")
+    say(f"held-out nll {mean:+.4f} ({low:+.4f} .. {high:+.4f}): {verdict}")
 
 
 def main() -> None:
@@ -325,17 +307,15 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.worker, options.out)
-        return
+        sys.exit(work(options.worker, options.out))
     if subprocess.run([options.peer_python, "-c", "import trl, datasets"], capture_output=True, check=False).returncode:
         sys.exit("TRL is missing: pip install 'trl==1.16.0' 'datasets<5', or --peer-python INTERPRETER-THAT-HAS-IT")
     systems = {"whet": {}} | {name: PEERS[name] for name in options.only.split(",")}
     with tempfile.TemporaryDirectory() as folder:
         result = summary(options, systems, *measure(options, systems, Path(folder)))
     show(result)
-    text = json.dumps(result, indent=1) + "\n"
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text, encoding="utf-8")
+    options.out.write_text(text := json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(text, end="")
 
 
