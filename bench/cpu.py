@@ -159,8 +159,10 @@ def peer_trainer(job: dict[str, Any], clock: Any) -> Any:
     rows = Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in job["rows"]])
     args = SFTConfig(**{
         "output_dir": job["out"], "use_cpu": True, "max_steps": job["steps"], "per_device_train_batch_size": ROWS,
-        "learning_rate": RATE, "lr_scheduler_type": "cosine", "warmup_steps": 0, "max_length": None,
-        "logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "max_grad_norm": 1.0,
+        "learning_rate": RATE, "lr_scheduler_type": "cosine", "warmup_steps": 0,
+        "max_length": None,
+        "logging_strategy": "no", "save_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "max_grad_norm": 1.0,
         "seed": job["seed"], "train_sampling_strategy": "sequential", "model_init_kwargs": {"dtype": dtype},
     } | settings.get("args", {}))  # fmt: skip
     lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear")

@@ -362,7 +362,7 @@ def test_a_changed_template_or_tokenizer_breaks_the_contract(tmp_path: Path) -> 
         fresh("message['content']", "(message['content'] | trim)"),
         fresh("assistant\\n", "assistant\\n<think>"),  # the prompt alone
     ):
-        with pytest.raises(UserError, match="that the adapter was trained with|asks for an answer"):
+        with pytest.raises(UserError, match=r"that the adapter was trained with|asks for an answer"):
             check_contract(changed, path)
     other = fresh()
     vocabulary = json.loads(other.backend.to_str())
