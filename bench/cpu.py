@@ -2,16 +2,15 @@
 
     pip install 'trl==1.16.0' 'datasets<5'     # the peer; whet itself does not need it
     python bench/cpu.py                        # writes bench/results/cpu/tickets.json
-    python bench/cpu.py --steps 20 --seeds 1   # a look
 
 Every system gets whet's own tokenised rows in whet's order (checked on each batch that was really used) and the same
 LoRA from the same start, AdamW, rates, clipping, batch size and steps. Each run is a process of its own; the order
 turns round with every seed (A B C, C B A, ...). A step lasts from the end of one optimiser step to the end of the next
 by the wall clock, book-keeping included (whet logs each step, the peers none). Tokens are real, not padding or filler.
 A system's figure is the median over seeds of its median step. The peers run in their defaults and in each setting that
-could help on a CPU; the opponent is the fastest, chosen afterwards. Packing would change what a batch is and is left
-out. TRL documents padding_free for FlashAttention, which no CPU has; transformers' SDPA mask keeps flattened rows apart
-too, so it is measured. Held-out loss comes from the saved adapters by one function: plain transformers and PEFT, fp32.
+could help on a CPU (TRL documents padding_free for FlashAttention, which no CPU has, but transformers' SDPA mask keeps
+flattened rows apart too); the opponent is the fastest, chosen afterwards. Packing would change what a batch is. Held-out
+loss comes from the saved adapters by one function: plain transformers and PEFT in fp32.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -68,7 +66,7 @@ def recipe(seed: int, steps: int, out: str) -> list[str]:
     ]  # fmt: skip
 
 
-def whet_rows(seed: int, steps: int) -> tuple[list[Any], list[Any]]:
+def whet_rows(seed: int, steps: int) -> tuple[list[Any], ...]:
     """The rows of `steps` steps in whet's order, and the held-out rows: (ids, labels) each, -100 = not learned."""
     from whet.api import prepared
     from whet.data.batches import Batches
@@ -77,11 +75,10 @@ def whet_rows(seed: int, steps: int) -> tuple[list[Any], list[Any]]:
     ready = prepared(parse(None, recipe(seed, steps, "run")))
     assert steps * ROWS <= len(ready.train), "more steps than the data have rows for"
     order = Batches(ready.train, None, size=ROWS, accumulate=1, flat=True, seed=seed)
-    picked = [ready.train.row(source) for step in range(steps) for source in order.step(step)[0].sources]
-    held_out = [ready.evaluation.row(index) for index in range(len(ready.evaluation))]
-    train, test = ([(ids.tolist(), np.where(learned, ids, -100).tolist()) for ids, learned in rows]
-                   for rows in (picked, held_out))  # fmt: skip
-    return train, test
+    train = [source for step in range(steps) for source in order.step(step)[0].sources]
+    sides = ((ready.train, train), (ready.evaluation, range(len(ready.evaluation))))
+    pairs = [[rows.row(index) for index in chosen] for rows, chosen in sides]
+    return tuple([(ids.tolist(), np.where(learned, ids, -100).tolist()) for ids, learned in rows] for rows in pairs)
 
 
 def start_sum(model: Any) -> float:
@@ -131,12 +128,7 @@ def work_peer(job: dict[str, Any]) -> dict[str, Any]:
 
     trainer = peer_trainer(job, Clock())
     collator, start = trainer.data_collator, start_sum(trainer.model)
-
-    def kept(rows: list[Any]) -> Any:
-        batches.append(dict(batch := collator(rows)))
-        return batch
-
-    trainer.data_collator = kept
+    trainer.data_collator = lambda rows: batches.append(collator(rows)) or dict(batches[-1])
     trainer.train()
     trainer.model.save_pretrained(Path(job["out"]) / "run" / "adapter")
     steps = []
@@ -154,16 +146,13 @@ def peer_trainer(job: dict[str, Any], clock: Any) -> Any:
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    settings = job["settings"]
-    dtype = settings.get("dtype", "float32")
+    settings, dtype = job["settings"], job["settings"].get("dtype", "float32")
     rows = Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in job["rows"]])
     args = SFTConfig(**{
         "output_dir": job["out"], "use_cpu": True, "max_steps": job["steps"], "per_device_train_batch_size": ROWS,
-        "learning_rate": RATE, "lr_scheduler_type": "cosine", "warmup_steps": 0,
-        "max_length": None,
-        "logging_strategy": "no", "save_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, "max_grad_norm": 1.0,
-        "seed": job["seed"], "train_sampling_strategy": "sequential", "model_init_kwargs": {"dtype": dtype},
+        "learning_rate": RATE, "lr_scheduler_type": "cosine", "warmup_steps": 0, "max_grad_norm": 1.0,
+        "logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "max_length": None,
+        "train_sampling_strategy": "sequential", "seed": job["seed"], "model_init_kwargs": {"dtype": dtype},
     } | settings.get("args", {}))  # fmt: skip
     lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -171,7 +160,7 @@ def peer_trainer(job: dict[str, Any], clock: Any) -> Any:
         return SFTTrainer(str(MODEL), args, None, rows, None, tokenizer, callbacks=[clock], peft_config=lora)
     set_seed(job["seed"])
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype), lora)
-    collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=args.padding_free)
+    collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id, args.padding_free)
     return Trainer(model, args, collator, rows, callbacks=[clock])
 
 
@@ -204,16 +193,15 @@ def work(worker: str, place: Path) -> None:
         for side in (0, 1):
             seen, given = ([token for part in parts for token in part[side]] for parts in (found["steps"], job["rows"]))
             assert arrange(seen) == arrange(given), "trained on something else than whet's rows"
-        seconds = [b - a for a, b in pairwise(found["stamps"])]
-        timed = list(zip((len(ids) for ids, _ in found["steps"]), seconds, strict=True))[job["warmup"] :]
+        tokens, seconds = [len(ids) for ids, _ in found["steps"]], [b - a for a, b in pairwise(found["stamps"])]
+        timed = list(zip(tokens, seconds, strict=True))[job["warmup"] :]
         order = sorted(s for _, s in timed)
         found = {
             "tokens_per_second": round(statistics.median(n / s for n, s in timed), 1),
             "tokens_per_second_in_all": round(sum(n for n, _ in timed) / sum(order), 1),
             "step_ms_p10_p50_p90": [round(1000 * order[int(q * (len(order) - 1))], 1) for q in (0.1, 0.5, 0.9)],
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, "start": found["start"],
             "versions": {d.name: d.version for d in distributions() if d.name in PACKAGES},
-            "load_after": round(os.getloadavg()[0], 2),
+            "start": found["start"], "load_after": round(os.getloadavg()[0], 2),
         }  # fmt: skip
     place.with_suffix(".out").write_text(json.dumps(found))
 
@@ -283,20 +271,6 @@ def summary(options: argparse.Namespace, systems: dict[str, Any], found: dict[st
             for name in order
         },
     }  # fmt: skip
-
-
-def show(result: dict[str, Any]) -> None:
-    """The table."""
-    say(f"\n{'system':24} {'tok/s':>7} {'step p10 p50 p90, ms':>22} {'peak MiB':>9} {'held-out':>9} {'whet is':>9}")
-    for name, system in result["systems"].items():
-        for run in [run for run in system["seeds"] if "failed" not in run][:1]:
-            times = " ".join(f"{s:6.0f}" for s in run["step_ms_p10_p50_p90"])
-            say(f"{name:24} {system['tokens_per_second']:7,.0f} {times:>22} {run['peak_mib']:9,} "
-                f"{system['held_out']:9.4f} {system['whet_times']:8.2f}x")  # fmt: skip
-    low, mean, high = result["held_out"]["whet_minus_opponent"]
-    verdict = "not worse" if result["held_out"]["not_worse"] else "NOT SHOWN to be as good"
-    say(f"\nwhet against {result['opponent']}: {result['ratio']} times the tokens per second")
-    say(f"held-out nll {mean:+.4f} ({low:+.4f} .. {high:+.4f}): {verdict}")
 
 
 def main() -> None:
