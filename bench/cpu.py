@@ -8,9 +8,9 @@ LoRA from the same start, AdamW, rates, clipping, batch size and steps. Each run
 turns round with every seed (A B C, C B A, ...). A step lasts from the end of one optimiser step to the end of the next
 by the wall clock, book-keeping included (whet logs each step, the peers none). Tokens are real, not padding or filler.
 A system's figure is the median over seeds of its median step. The peers run in their defaults and in each setting that
-could help on a CPU (TRL documents padding_free for FlashAttention, which no CPU has, but transformers' SDPA mask keeps
-flattened rows apart too); the opponent is the fastest, chosen afterwards. Packing would change what a batch is. Held-out
-loss comes from the saved adapters by one function: plain transformers and PEFT in fp32.
+could help on a CPU (TRL documents padding_free for FlashAttention, which no CPU has; transformers' SDPA mask keeps
+flattened rows apart too); the opponent is the fastest, chosen afterwards. Packing would change what a batch is.
+Held-out loss comes from the saved adapters by one function: plain transformers and PEFT in fp32.
 """
 
 from __future__ import annotations
@@ -241,34 +241,39 @@ def measure(options: argparse.Namespace, systems: dict[str, Any], folder: Path) 
 
 
 def summary(options: argparse.Namespace, systems: dict[str, Any], found: dict[str, Any], nll: dict[str, Any]) -> Any:
-    """The whole result, ready for JSON."""
+    """The whole result, ready for JSON; its table goes to stderr."""
     from torch.cpu import get_capabilities
 
     from whet.evaluate.compare import paired
 
     speeds = {name: [run.get("tokens_per_second", 0.0) for run in runs] for name, runs in found.items()}
     speed = {name: statistics.median(values) for name, values in speeds.items()}
-    order = sorted(systems, key=lambda name: -speed[name])
+    order = [name for name in sorted(systems, key=lambda name: -speed[name]) if all(speeds[name])]
     opponent = next(name for name in order if name != "whet")
-    rows = {n: [v for seed in range(options.seeds) for v in nll.get(f"{n} {seed}", [])] for n in systems}
-    loss = {name: statistics.mean(values) for name, values in (rows | {"base": nll["base"]}).items() if values}
+    rows = {name: [v for seed in range(options.seeds) for v in nll[f"{name} {seed}"]] for name in order}
+    loss = {name: statistics.mean(values) for name, values in rows.items()}
+    times = {name: round(speed["whet"] / speed[name], 2) for name in order}
     result = paired(rows[opponent], rows["whet"])
+    fair = result.high < WORSE_BY * loss[opponent]
+    say(f"\n{'system':24} {'tok/s':>7} {'median step':>12} {'held-out':>9} {'whet is':>9}")
+    for name in order:
+        step = statistics.median(run["step_ms_p10_p50_p90"][1] for run in found[name])
+        say(f"{name:24} {speed[name]:7,.0f} {step:9.0f} ms {loss[name]:9.4f} {times[name]:8.2f}x")
+    say(f"\nopponent: {opponent}; whet's held-out nll is {result.mean_difference:+.4f} ({result.low:+.4f} .. "
+        f"{result.high:+.4f}) from it: {'not worse' if fair else 'NOT SHOWN to be as good'}")  # fmt: skip
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": f"python bench/cpu.py --steps {options.steps} --warmup {options.warmup} --seeds {options.seeds}",
         "cpu": get_capabilities().get("cpu_name", "CPU"), "cores": os.cpu_count(), "threads": options.threads,
-        "whet": speed["whet"], "opponent": opponent, "opponent_speed": speed[opponent],
-        "ratio": round(speed["whet"] / speed[opponent], 3),
+        "whet": speed["whet"], "opponent": opponent, "opponent_speed": speed[opponent], "ratio": times[opponent],
         "ratio_by_seed": [round(a / b, 3) for a, b in zip(speeds["whet"], speeds[opponent], strict=True)],
         "held_out": {
-            "base": loss["base"], "opponent": loss[opponent], "whet": loss["whet"], "p_value": result.p_value,
-            "whet_minus_opponent": [result.low, result.mean_difference, result.high],
-            "not_worse": result.high < WORSE_BY * loss[opponent],
+            "base": statistics.mean(nll["base"]), "opponent": loss[opponent], "whet": loss["whet"], "not_worse": fair,
+            "whet_minus_opponent": [result.low, result.mean_difference, result.high], "p_value": result.p_value,
         },
         "systems": {
             name: {"settings": systems[name], "tokens_per_second": speed[name], "held_out": loss.get(name),
-                   "whet_times": round(speed["whet"] / speed[name], 2) if speed[name] else None, "seeds": found[name]}
-            for name in order
+                   "whet_times": times.get(name), "seeds": found[name]} for name in systems
         },
     }  # fmt: skip
 
@@ -289,7 +294,6 @@ def main() -> None:
     systems = {"whet": {}} | {name: PEERS[name] for name in options.only.split(",")}
     with tempfile.TemporaryDirectory() as folder:
         result = summary(options, systems, *measure(options, systems, Path(folder)))
-    show(result)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text := json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(text, end="")
