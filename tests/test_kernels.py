@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, linear
 from whet.engine import head as head_module
 from whet.engine.attention import Documents, attend
 from whet.engine.head import HeadLoss
-from whet.engine.linear import FrozenLinear, dense_weight
+from whet.engine.linear import dense_weight, freeze
 from whet.engine.lora_layer import LoraFunction
 
 CHUNK_ROWS = 32
@@ -140,7 +140,7 @@ def plain(layer: Any, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_frozen_product(double_quant: bool, dtype: torch.dtype) -> None:
-    frozen = FrozenLinear(nn.Linear(64, 48), double_quant)
+    frozen = freeze(nn.Linear(64, 48), "nf4", double_quant)
     x, pull = leaf(draw(5, 64), dtype), draw(5, 48, seed=1).to(dtype)
     frozen.bias = None if frozen.bias is None else nn.Parameter(frozen.bias.to(dtype), requires_grad=False)
     output = frozen(x)
@@ -181,7 +181,7 @@ def test_attention_within_documents(lengths: list[int], window: int | None, soft
     ours = [leaf(draw(*shape, seed=seed)) for seed, shape in enumerate(shapes)]
     exact = [leaf(tensor.detach(), torch.float64) for tensor in ours]
     bounds = (0, *itertools.accumulate(lengths))
-    documents = Documents(bounds, torch.tensor(bounds, dtype=torch.int32), max(lengths))
+    documents = Documents(torch.tensor(bounds, dtype=torch.int32), max(lengths), bounds=bounds)
     pull = draw(1, total, 4, 8, seed=9)
     output, _ = attend(
         nn.Module(), *ours, None, scaling=0.3, sliding_window=window, softcap=softcap, documents=documents

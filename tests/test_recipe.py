@@ -13,7 +13,19 @@ from ruamel.yaml import YAML
 
 from whet.base.errors import UserError
 from whet.methods.all import METHODS
-from whet.recipe import Parsed, Recipe, fingerprint, from_tree, json_schema, parse, resolve, to_tree, to_yaml
+from whet.recipe import (
+    ON_THE_WAY,
+    Parsed,
+    Recipe,
+    fingerprint,
+    from_tree,
+    json_schema,
+    parse,
+    resolve,
+    to_tree,
+    to_yaml,
+)
+from whet.runs import start
 
 ROOT = Path(__file__).parents[1]
 RECIPES = [*sorted((ROOT / "recipes").glob("*.yaml")), *sorted((ROOT / "recipes" / "builtin").glob("*.yaml"))]
@@ -149,7 +161,7 @@ def odd_tree(chance: random.Random) -> dict[str, Any]:
         return chance.choice([1e-05, 3.0, 1e22, 0.1 + 0.2, 5e-324, 123456789.123456, 1e-4]) * chance.choice([1, 3])
 
     return {
-        "model": {"path": text(), "tokenizer": chance.choice([None, text()]), "revision": text()},
+        "model": {"path": text() or "a", "tokenizer": chance.choice([None, "b"]), "revision": text()},
         "method": {
             "name": "lora",
             "target_modules": chance.choice([text(), [text(), text()], []]),
@@ -157,8 +169,8 @@ def odd_tree(chance: random.Random) -> dict[str, Any]:
         },
         "data": {"dataset": [text() for _ in range(3)], "columns": {text(): text(), text(): text()}},
         "train": {"learning_rate": real(), "seed": chance.randrange(2**40), "optim": chance.choice(["adamw", "sgd"])},
-        "eval": {"metrics": chance.choice([None, [], [text()]])},
-        "output_dir": chance.choice([None, text()]),
+        "eval": {"metrics": chance.choice([None, [], [f"{text()}_accuracy", "chrf"]])},
+        "output_dir": chance.choice([None, text() or "c"]),
     }
 
 
@@ -195,8 +207,17 @@ def candidates(schema: dict[str, Any], root: dict[str, Any]) -> list[Any]:
     }[schema["type"]]  # fmt: skip
 
 
-# What is watched and kept on the way; whether they are part of the fingerprint is left open.
-ON_THE_WAY = ("train.report_to", "train.logging_steps", "train.save_steps", "train.save_total_limit")
+def test_what_is_logged_and_kept_does_not_make_another_run(tmp_path: Path) -> None:
+    def begin(*overrides: str) -> bool:
+        return start(parse(None, [f"output_dir={tmp_path / 'run'}", *overrides]), {}, {})[1]
+
+    assert not begin()
+    assert begin(
+        "train.logging_steps=5", "train.save_total_limit=1", "train.report_to=[tensorboard]", "eval.max_rows=3"
+    )
+    with pytest.raises(UserError, match="another recipe") as caught:
+        begin("train.logging_steps=5", "data.padding_free=false", "train.seed=5")
+    assert caught.value.field == "train.seed"
 
 
 def test_the_fingerprint_covers_every_setting_that_decides_the_weights() -> None:
@@ -207,11 +228,11 @@ def test_the_fingerprint_covers_every_setting_that_decides_the_weights() -> None
     for path, old in flat(to_tree(base)).items():
         section, _, name = path.rpartition(".")
         owner = schema["$defs"][owners[section]] if section else schema
-        if path == "method.name" or path in ON_THE_WAY:
+        if path == "method.name":
             continue
         changed = resolve(base, {path: next(c for c in candidates(owner["properties"][name], schema) if c != old)})
         assert changed != base, path
-        ignored = path in ("output_dir", "data.padding_free") or path.startswith("eval.")
+        ignored = path in ("output_dir", "data.padding_free", *ON_THE_WAY) or path.startswith("eval.")
         assert (fingerprint(changed) == fingerprint(base)) == ignored, path
         seen.add(fingerprint(changed))
         count += not ignored

@@ -347,6 +347,28 @@ def test_loss_plot(full: Path, tmp_path: Path) -> None:
     assert write_loss_plot(empty).stat().st_size > 1000
 
 
+def test_a_loss_that_falls_far_is_drawn_on_a_logarithmic_axis() -> None:
+    falling = [8.0, 4.0, 2.0, 1.0] + [0.05 + 0.001 * (n % 7) for n in range(400)]
+    assert charts.is_wide(falling)
+    assert not charts.is_wide([2.0, 1.5, 1.2, 1.1, 1.0])
+    assert not charts.is_wide([0.0, *falling]), "no logarithm of 0"
+    assert not charts.is_wide([])
+    records: list[charts.Record] = [{"kind": "train", "step": n, "loss": x} for n, x in enumerate(falling, 1)]
+    figure = chart("Loss", charts.loss_curves(records), "per supervised token")
+    assert "logarithmic" in figure
+    assert "data-log" in figure
+
+
+def test_the_legend_says_how_often_the_loss_was_written() -> None:
+    def names(apart: int) -> list[str]:
+        records: list[charts.Record] = [{"kind": "train", "step": apart * n, "loss": 1.0} for n in range(1, 201)]
+        return [curve.name for curve in charts.loss_curves(records)]
+
+    assert names(1) == ["train, every step", "train, mean of 11 steps"]
+    assert names(10) == ["train, every 10 steps", "train, mean of 11 logged steps"]
+    assert charts.loss_curves([]) == []
+
+
 def test_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = write_page(tmp_path)
     before = page.read_bytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from chats import chat
 
 from whet.base.errors import UserError
-from whet.data.template import use_template
+from whet.data.template import LARGEST, use_template
 from whet.data.tokenise import Tokeniser
 
 TINY = Path(__file__).parents[1] / "whet" / "builtin" / "tiny"
@@ -62,15 +64,12 @@ def test_a_template_that_rewrites_the_conversation_is_refused(name: str, tokeniz
     assert caught.value.fix
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the generation prompt is never compared with what stands before an answer in training: Template should, "
-    "once for each order of roles",
-)
 def test_a_prompt_unlike_the_head_of_an_answer_is_refused(tokenizer: Any) -> None:
     found = tokeniser(tokenizer, LOOP.replace("BODY", "{{ m.content }}").replace("<|im_start|>assistant", "bot"))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="asks for an answer with other text") as caught:
         found.conversations([ONE_TURN], "assistant")
+    assert "bot" in (caught.value.found or "")
+    assert caught.value.field == "model.chat_template"
 
 
 FOLLOWED = {
@@ -114,6 +113,37 @@ def test_a_marker_in_a_question_never_counts_as_one_where_contents_are_not_place
     assert placed.prompt(spelled[:1]) == row.ids[: len(placed.prompt(spelled[:1]))].tolist()
 
 
+LEADS = {
+    "no_prompt_at_all": (LOOP.replace("BODY", "{{ m.content }}").removesuffix(PROMPT), "<|im_start|>assistant\n"),
+    "a_space": ("{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else "
+                "' ' + m.content + '<|im_end|>' }}{% endfor %}", " "),
+    "a_special_token": (LOOP.replace("BODY", "{{ '<|endoftext|>' if m.role == 'assistant' }}{{ m.content }}"),
+                        "<|endoftext|>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEADS)
+def test_what_the_prompt_lacks_before_an_answer_is_learned_with_it(name: str, tokenizer: Any) -> None:
+    template, lead = LEADS[name]
+    found = tokeniser(tokenizer, template)
+    for messages, answer in ((TWO_TURNS, "four"), (ONE_TURN, "two"), (chat("u:one", "a:<|im_end|>x"), "<|im_end|>x")):
+        row = found.conversations([messages], "last_assistant")[0]
+        prompt = found.prompt(messages[:-1])
+        assert row.ids[: len(prompt)].tolist() == prompt
+        assert not row.learned[: len(prompt)].any()
+        assert tokenizer.decode(row.ids[len(prompt) :][row.learned[len(prompt) :]]) == lead + answer + "<|im_end|>"
+        assert row.learned[len(prompt)]
+        assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in messages], tokenize=False
+        ), "with the template's own special tokens, and the content's as plain text"
+        specials = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+        assert [i for i in row.ids[len(prompt) :].tolist() if i in specials] == (
+            [specials[1]] if name == "a_special_token" else []
+        ) + [specials[0]]
+        assert found.answered(messages[:-1], lead + answer) == answer
+    assert learned(found, TWO_TURNS) == [lead + "two", lead + "four"]
+
+
 MISTAKES = {
     "unclosed": "{% for m in messages %}", "undefined": "{{ foo.bar.baz }}", "unsafe": "{{ ''.__class__.__mro__ }}",
     "no_such_message": "{{ messages[9]['content'] }}", "text_and_number": "{{ messages[0]['content'] + 1 }}",
@@ -136,6 +166,36 @@ def test_a_row_that_the_template_refuses_does_not_take_its_neighbours_along(toke
         found.conversations([ONE_TURN, chat("s:be kind", *("u:one", "a:two"))], "assistant")
     assert caught.value.found == "system user assistant"
     assert learned(found, ONE_TURN) == ["two"]
+
+
+def test_a_template_has_a_limit_of_size(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "large.jinja"
+    path.write_text("x" * (LARGEST + 10))
+    use_template(tokenizer, str(path))
+    with pytest.raises(UserError, match="too large"):
+        Tokeniser(tokenizer, chat=True)
+    path.write_text(LOOP.replace("BODY", "{{ m.content }}"))
+    use_template(tokenizer, str(path))
+    assert learned(Tokeniser(tokenizer, chat=True), ONE_TURN) == ["two"]
+
+
+def test_a_template_that_never_ends_is_refused_in_time() -> None:
+    """In a process of its own: the thread that is stuck in the template ends with it."""
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    code = (
+        "import sys\n"
+        "from transformers import AutoTokenizer\n"
+        "from whet.base.errors import UserError\n"
+        "from whet.data.template import Template\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "tokenizer.chat_template = sys.argv[2]\n"
+        "try:\n    Template(tokenizer, slowest_seconds=0.5)\n"
+        "except UserError as error:\n    print(error.problem)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(TINY), loops], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "the chat template does not come to an end\n"
 
 
 def test_a_named_template_is_checked_against_the_vocabulary(tokenizer: Any, tmp_path: Path) -> None:

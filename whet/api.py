@@ -101,6 +101,28 @@ def chat(target: str, message: str, *, system: str | None = None, max_new_tokens
     return open_chat(target, max_new_tokens=max_new_tokens).reply([*messages, Message("user", message)])
 
 
+def bench_speed(
+    model: str, *, storage: str | None = None, compute: str | None = None, checkpointing: str = "auto",
+    optim: str = "adamw", fp8_head: bool = False, keep_transposed: bool = False, tile_mlp: int | None = None,
+    compile: bool | None = None, cuda_graphs: bool | None = None, **load: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Training speed and memory of LoRA on `model` here; load: fields of `whet.speed.Load`, the rest as in a recipe."""
+    import torch
+
+    from whet.base.console import quiet_libraries
+    from whet.engine.config import Base
+    from whet.settings import Train
+    from whet.speed import MODES, Load, measure_speed
+
+    quiet_libraries()
+    base = Base(
+        storage=storage, compute=compute, fp8_head=fp8_head, keep_transposed=keep_transposed or None  # type: ignore[arg-type]
+    )  # fmt: skip
+    settled = {"optim": optim, "tile_mlp": tile_mlp, "cuda_graphs": cuda_graphs, **MODES[checkpointing]}
+    settled["compile"] = torch.cuda.is_available() if compile is None else compile
+    return measure_speed(model, base, Train(**settled), Load(**load))
+
+
 def methods() -> list[dict[str, Any]]:
     """The capability matrix."""
     from whet.methods.all import capability_rows

@@ -99,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     merge = _verb(verbs, "merge", "plain weights, with a certificate of agreement", _merge,
                   "whet merge runs/tickets out/", target="a run directory")  # fmt: skip
     merge.add_argument("out", help="a new directory for the merged model")
+    bench = _verb(verbs, "bench", "training speed and memory of a model on this machine", _bench,
+                  "whet bench speed Qwen/Qwen3-0.6B --rows 8 --length 512\n  whet bench speed model/ --storage nf4 "
+                  "--checkpointing recompute --json")  # fmt: skip
+    _bench_options(bench)
     _verb(verbs, "methods", "what can be trained, and how", _methods, "whet methods")
     _verb(verbs, "doctor", "what is installed, what is missing, does the arithmetic hold", _doctor, "whet doctor")
     _verb(verbs, "schema", "the JSON schema of a recipe", _schema, "whet schema --json > recipe.schema.json")
@@ -124,9 +128,33 @@ def _verb(
     return parser
 
 
+def _bench_options(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("what", choices=["speed"], help="speed: tokens a second and peak memory of training with LoRA")
+    bench.add_argument("target", help="a model directory, a hub name, builtin:tiny, or a config.json")
+    for name, default, what in (
+        ("rows", 8, "rows in a forward pass"), ("length", 512, "tokens of a row"),
+        ("accumulation", 1, "forward passes in a step"), ("steps", 15, "timed steps"),
+    ):  # fmt: skip
+        bench.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"{what} ({default})")
+    bench.add_argument("--warm", type=int, default=5, metavar="N", help="steps before the timed ones (5)")
+    bench.add_argument("--lengths", metavar="FILE", help="JSON list of document lengths to pack into rows x length")
+    bench.add_argument("--storage", choices=["fp32", "bf16", "fp8", "int8", "nf4"], help="as base.storage (auto)")
+    bench.add_argument("--compute", choices=["fp32", "bf16", "fp8"], help="as base.compute (auto)")
+    bench.add_argument("--checkpointing", choices=["auto", "off", "recompute", "offload"], default="auto",
+                       help="what is kept for the backward pass (auto)")  # fmt: skip
+    bench.add_argument("--optim", default="adamw", help="as train.optim (adamw)")
+    bench.add_argument("--fp8-head", action="store_true", help="as base.fp8_head")
+    bench.add_argument("--keep-transposed", action="store_true", help="as base.keep_transposed")
+    bench.add_argument("--tile-mlp", type=_positive, metavar="N", help="as train.tile_mlp")
+    bench.add_argument("--no-compile", action="store_true", help="do not compile, as short runs do")
+    bench.add_argument("--no-graphs", action="store_true", help="start every kernel from Python")
+
+
 def _normalised(arguments: list[str]) -> list[str]:
     """A misspelt verb gets the nearest one named; argparse's own list of choices is longer than it helps."""
-    verbs = ("quickstart", "init", "data", "plan", "train", "eval", "chat", "merge", "methods", "doctor", "schema")
+    verbs = (
+        "quickstart", "init", "data", "plan", "train", "eval", "chat", "merge", "bench", "methods", "doctor", "schema",
+    )  # fmt: skip
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
         near = nearest(arguments[0], verbs)
         sys.stderr.write(f"error: there is no verb {arguments[0]}\n  expected: {', '.join(verbs)}\n")
@@ -256,6 +284,23 @@ def _merge(words: argparse.Namespace) -> dict[str, Any]:
     say(f"{certificate['chosen']}: agrees on {certificate['agreement']:.1%} of {certificate['prompts']} answers, "
         f"mean KL {certificate['kl']:.2g} -> {words.out}")  # fmt: skip
     return certificate
+
+
+def _bench(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+    from whet.base.console import bytes_text, say
+
+    _prepare_libraries()
+    found = api.bench_speed(words.target, **{
+        name: getattr(words, name) for name in (
+            "rows", "length", "accumulation", "steps", "warm", "lengths", "storage", "compute", "checkpointing",
+            "optim", "fp8_head", "keep_transposed", "tile_mlp",
+        )
+    }, compile=False if words.no_compile else None, cuda_graphs=False if words.no_graphs else None)  # fmt: skip
+    say(f"{found['tokens_per_second']:,} tokens a second ({found['median_seconds'] * 1000:.1f} ms a step), "
+        f"peak {bytes_text(int(found['peak_allocated_gib'] * 2**30))}, {found['storage']} weights, {found['compute']} "
+        f"arithmetic on {found['device']}", style="bold")  # fmt: skip
+    return found
 
 
 def _methods(words: argparse.Namespace) -> dict[str, Any]:

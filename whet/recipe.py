@@ -31,6 +31,9 @@ from whet.settings import Eval, Train
 SHORTHANDS = {"model": "path", "method": "name", "data": "dataset"}
 SECTIONS = ("model", "base", "method", "data", "train", "eval")
 MOST_VALUES = 10_000
+NAMES = ("model.path", "model.tokenizer", "output_dir")
+# They change what is kept or shown of a run, and not the run; metrics.jsonl may have fewer lines.
+ON_THE_WAY = ("train.report_to", "train.logging_steps", "train.save_total_limit")
 KINDS = (bool, int, float, str)
 
 
@@ -100,9 +103,11 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """sha256 of all that decides the trained weights: not where they are written, not how they are judged."""
+    """sha256 of all that decides the trained weights: not where they are written, logged or kept, nor how judged."""
     tree = {name: part for name, part in to_tree(recipe).items() if name not in ("output_dir", "eval")}
     del tree["data"]["padding_free"]  # a layout: the same loss either way
+    for path in ON_THE_WAY:
+        del tree[path.partition(".")[0]][path.partition(".")[2]]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -139,16 +144,11 @@ def _as_written(owner: str, field: str, schema: dict[str, Any]) -> dict[str, Any
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
-        near = (
-            nearest(path.name, [p.name for p in path.parent.glob("*.y*ml") if p.is_file()])
-            if path.parent.is_dir()
-            else None
-        )
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml") if p.is_file()])
         raise UserError(
-            "there is no such recipe",
-            file=str(path),
+            "there is no such recipe", file=str(path),
             fix=f"did you mean {path.parent / near}?" if near else "whet init lora > recipe.yaml writes one",
-        )
+        )  # fmt: skip
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -318,6 +318,14 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _validated(tree: dict[str, Any], file: str | None, lines: dict[str, int], overridden: Sequence[str]) -> Recipe:
+    for path in NAMES:
+        section, _, name = path.rpartition(".")
+        owner = tree.get(section) if section else tree
+        if isinstance(owner, dict) and owner.get(name) == "":
+            where = {} if path in overridden else {"file": file, "row": lines.get(path)}
+            raise UserError(
+                "the name is empty", field=path, found="''", expected="a name, or auto", fix="remove it", **where,
+            )  # fmt: skip
     if isinstance(tree.get("method"), dict):
         tree = tree | {"method": {"name": "lora"} | tree["method"]}
     try:
@@ -348,32 +356,26 @@ def _complaint(error: Any, file: str | None, lines: dict[str, int], overridden: 
         last = path.rpartition(".")[2]
         near = names.get(nearest(last, names) or "")
         return UserError(
-            "there is no such setting",
-            **where,
-            found=path,
+            "there is no such setting", **where, found=path,
             expected=f"the nearest is {near}" if near else "whet init lora lists the usual ones",
             fix=f"write {near}" if near else "remove the line; docs/recipe.md lists every setting",
-        )
+        )  # fmt: skip
     if kind == "union_tag_invalid":
         found = error["input"].get("name")
         return UserError(
-            "there is no such method",
-            **{**where, "field": "method.name"},  # type: ignore[arg-type]
-            found=str(found),
-            expected=", ".join(METHODS),
-            fix=f"write {nearest(str(found), METHODS) or 'lora'}",
-        )
+            "there is no such method", **{**where, "field": "method.name"},  # type: ignore[arg-type]
+            found=str(found), expected=", ".join(METHODS), fix=f"write {nearest(str(found), METHODS) or 'lora'}",
+        )  # fmt: skip
     found = error["input"]
     if kind == "literal_error" and (near := nearest(str(found), error["ctx"]["expected"].split("'")[1::2])):
-        return UserError("there is no such choice", **where, found=str(found), expected=error["ctx"]["expected"],
-                         fix=f"write {near}")  # fmt: skip
+        choices = error["ctx"]["expected"]
+        return UserError("there is no such choice", **where, found=str(found), expected=choices, fix=f"write {near}")
     return UserError(
-        f"the value does not fit: {error['msg'].lower()}",
-        **where,
+        f"the value does not fit: {error['msg'].lower()}", **where,
         found=f"{found!r} ({type(found).__name__})",
         expected=error["msg"].removeprefix("Input should be ").removeprefix("a "),
         fix=_doc(path) or "whet init lora shows every section",
-    )
+    )  # fmt: skip
 
 
 def _known_paths(method: str | None = None) -> list[str]:
@@ -392,6 +394,6 @@ def _doc(path: str) -> str | None:
     classes = {"model": [Model], "base": [Base], "method": list(METHODS.values()), "data": [Data], "train": [Train]}
     classes |= {"eval": [Eval]}
     for cls in classes.get(section, [Recipe]):
-        if doc := field_docs(cls).get(name or section):
+        if doc := field_docs(cls).get(name.partition(".")[0] or section):
             return doc
     return None

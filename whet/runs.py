@@ -19,7 +19,7 @@ from typing import Any
 
 from whet.base.errors import UserError, nearest
 from whet.base.files import read_json, write_json, write_text
-from whet.recipe import Parsed, Recipe, fingerprint, parse, resolve, to_tree, to_yaml
+from whet.recipe import ON_THE_WAY, Parsed, Recipe, fingerprint, parse, resolve, to_tree, to_yaml
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,12 @@ def start(parsed: Parsed, decided: Mapping[str, tuple[object, str]], facts: Mapp
     recipe = resolve(parsed.recipe, {path: value for path, (value, _) in decided.items()})
     run = Run(Path(recipe.output_dir or "runs/run"), recipe)
     existed = (run.path / "recipe.yaml").is_file()
+    above = next((place for place in run.path.absolute().parents if place.exists()), run.path)
+    if not above.is_dir():
+        raise UserError(
+            f"output_dir lies below a file: {above}", file=str(run.path), field="output_dir",
+            expected="directories all the way", fix=f"output_dir={above}-run",
+        )  # fmt: skip
     if existed:
         _check_same(run)
     elif run.path.is_dir() and not all(p.name.startswith(".recipe.yaml.") for p in run.path.iterdir()):
@@ -131,7 +137,7 @@ def _check_same(run: Run) -> None:
     if fingerprint(old) == fingerprint(run.recipe):
         return
     before, now = _flat(to_tree(old)), _flat(to_tree(run.recipe))
-    ignored = ("output_dir", "eval.")
+    ignored = ("output_dir", "eval.", "data.padding_free", *ON_THE_WAY)
     path = next(p for p in now if before.get(p) != now[p] and not p.startswith(ignored))
     raise UserError(
         "the output directory holds a run of another recipe",

@@ -7,12 +7,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt, Predicate
 
 from whet.base.config import config, setting
 
 Share = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
+Decay = Annotated[float, Ge(0), Lt(1)]
+SEEDS = 2**63  # torch and numpy take a seed as a 64-bit number
+
+MetricName = Literal["exact_match", "token_f1", "rouge_l", "bleu", "chrf"]
+
+
+def names_a_field(name: str) -> bool:
+    """Whether a metric is the accuracy of one field of structured answers; which fields there are, the rows decide."""
+    return name.endswith("_accuracy")
 
 
 @config
@@ -37,11 +46,30 @@ class Train:
         "adamw", "Optimiser; the 8-bit ones need bitsandbytes and a CUDA GPU."
     )
     weight_decay: Annotated[float, Ge(0)] = setting(0.0, "Decoupled weight decay on matrices.")
-    adam_beta1: Share | None = setting(None, "Adam's first decay rate; auto = 0.9.")
-    adam_beta2: Share | None = setting(None, "Adam's second decay rate; auto = 0.999.")
+    adam_beta1: Decay | None = setting(None, "Adam's first decay rate; auto = 0.9.")
+    adam_beta2: Decay | None = setting(None, "Adam's second decay rate; auto = 0.999.")
     adam_epsilon: Annotated[float, Gt(0)] | None = setting(None, "Adam's epsilon; auto = 1e-8.")
     max_grad_norm: Annotated[float, Ge(0)] = setting(1.0, "Clip the gradient to this norm; 0 = do not clip.")
-    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, slower.")
+    gradient_checkpointing: bool | None = setting(
+        None,
+        "Keep only the inputs of the layers and run them again in the backward pass: less memory, slower; auto = for "
+        "as few layers as fit on the GPU, none on a CPU.",
+    )
+    activation_offload: bool | None = setting(
+        None, "With gradient_checkpointing: let the inputs wait in host memory; auto = only when nothing else fits."
+    )
+    tile_mlp: Count | None = setting(
+        None, "Compute the MLPs in pieces of so many tokens, for very long rows; auto = only when nothing else fits."
+    )
+    compile: bool | None = setting(
+        None, "Compile the decoder layers (CUDA): slow at first, then faster; auto = where the run is long enough."
+    )
+    cuda_graphs: bool | None = setting(
+        None, "Replay whole steps as CUDA graphs: the GPU no longer waits for Python; auto = wherever they can."
+    )
+    join_micro_batches: bool | None = setting(
+        None, "Run the micro-batches of a step as one where memory allows; the result is the same; auto = yes on CUDA."
+    )
     eval_steps: Count | None = setting(None, "Measure held-out loss every so many steps; auto = once an epoch.")
     save_steps: Count | None = setting(None, "Checkpoint every so many steps; auto = with every evaluation.")
     save_total_limit: Count = setting(2, "Keep so many checkpoints (and the best).")
@@ -51,14 +79,16 @@ class Train:
         None, "Stop after so many evaluations without a lower held-out loss; auto = never."
     )
     report_to: list[Literal["tensorboard"]] = setting([], "Also log to TensorBoard, in the run's tensorboard/ folder.")
-    seed: Annotated[int, Ge(0)] = setting(0, "Seed of the initial weights, the order of the rows and dropout.")
+    seed: Annotated[int, Ge(0), Lt(SEEDS)] = setting(0, "Seed of the first weights, the order of the rows and dropout.")
 
 
 @config
 class Eval:
     """How base and tuned model are compared."""
 
-    metrics: list[str] | None = setting(None, "Names of metrics; auto = all that fit the answers.")
+    metrics: list[MetricName | Annotated[str, Predicate(names_a_field)]] | None = setting(
+        None, "Names of metrics, `<field>_accuracy` for a field of the answers among them; auto = all that fit them."
+    )
     max_new_tokens: Count | None = setting(None, "Longest answer in tokens; auto = longest reference plus a quarter.")
     per_device_eval_batch_size: Count = setting(32, "Prompts generated together.")
     max_rows: Count | None = setting(None, "Score only so many held-out rows; auto = all, at most 200.")

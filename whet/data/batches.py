@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from whet.data.forms import Facts, Form, fitting
 from whet.data.rows import Rows
 
 
@@ -22,7 +23,8 @@ class Batch:
     """One forward pass. ids, positions: int64 [B, T] (flat: B = 1).
 
     bounds: document boundaries of a flat row, else None. targets: learned token ids, int64 [N], predicted at
-    (rows, places), both int64 [N]. sources: indices of the rows of data in it; tokens: real ones.
+    (rows, places), both int64 [N]. sources: indices of the rows of data in it; tokens: real ones. form: what the row
+    is filled up to, or None.
     """
 
     ids: np.ndarray
@@ -33,6 +35,7 @@ class Batch:
     targets: np.ndarray
     sources: tuple[int, ...]
     tokens: int
+    form: Form | None = None
 
     def sha256(self) -> str:
         """Of what the model is shown and asked."""
@@ -43,13 +46,16 @@ class Batch:
 
 
 class Batches:
-    """The batches of a run. units: what is drawn together: single rows, or packed groups of rows."""
+    """The batches of a run. units: what is drawn together: single rows, or packed groups of rows.
+
+    multiple, forms: what flat rows are filled up to: a multiple of tokens, or the next of a few forms.
+    """
 
     def __init__(
         self, rows: Rows, bins: Sequence[Sequence[int]] | None, *, size: int, accumulate: int, flat: bool, seed: int,
-        multiple: int = 1,
+        multiple: int = 1, forms: Sequence[Form] = (),
     ) -> None:  # fmt: skip
-        self.rows = rows
+        self.rows, self.forms = rows, tuple(forms)
         self.units = [tuple(unit) for unit in bins] if bins is not None else [(index,) for index in range(len(rows))]
         self.size, self.accumulate, self.flat, self.seed, self.multiple = size, accumulate, flat, seed, multiple
         self.steps_per_epoch = math.ceil(len(self.units) / (size * accumulate))
@@ -59,10 +65,25 @@ class Batches:
         """The micro-batches of optimiser step `index` (from 0), in order."""
         epoch, place = divmod(index, self.steps_per_epoch)
         if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.units)))
+            self._order = (epoch, self._draw(epoch))
         window = self._order[1][place * self.size * self.accumulate : (place + 1) * self.size * self.accumulate]
         groups = [window[start : start + self.size] for start in range(0, len(window), self.size)]
         return [self._batch([int(unit) for unit in group]) for group in groups]
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.units))
+
+    def facts(self, steps: int) -> Facts:
+        """Of every batch of the first `steps` steps: what forms are chosen from."""
+        lengths = self.rows.lengths
+        learned = np.add.reduceat(self.rows.learned, self.rows.starts[:-1], dtype=np.int64)
+        flat = np.concatenate([np.asarray(unit, np.int64) for unit in self.units])
+        starts = np.cumsum([0, *(len(unit) for unit in self.units[:-1])])
+        ones = np.ones(len(lengths), np.int64)
+        per_unit = Facts.of(iter([(flat, starts)]), Facts(lengths, ones, learned, lengths, lengths))
+        epochs = range(math.ceil(steps / self.steps_per_epoch))
+        begins = np.arange(0, len(self.units), self.size)
+        return Facts.of(((self._draw(epoch), begins) for epoch in epochs), per_unit)
 
     def all(self) -> list[list[int]]:
         """Every unit once, in order, in groups of `size`: for evaluation. Similar lengths go together."""
@@ -76,23 +97,32 @@ class Batches:
     def _batch(self, units: list[int]) -> Batch:
         rows = tuple(row for unit in units for row in self.units[unit])
         pieces = [self.rows.row(row) for row in rows]
-        return _flat(pieces, rows, self.multiple) if self.flat else _padded(pieces, rows)
+        if not self.flat:
+            return _padded(pieces, rows)
+        tokens = sum(len(piece[0]) for piece in pieces)
+        form = fitting(self.forms, tokens)
+        filler = form.tokens - tokens if form is not None else -tokens % self.multiple
+        return _flat(pieces, rows, tokens, filler, form)
 
 
-def _flat(pieces: list[tuple[np.ndarray, np.ndarray]], rows: tuple[int, ...], multiple: int) -> Batch:
-    """Documents end to end; a last document of zeros fills up to `multiple`, so that few shapes occur and each is
-    prepared once (new shapes cost oneDNN half a millisecond a product). It attends to itself and teaches nothing."""
-    tokens = sum(len(piece[0]) for piece in pieces)
-    if filler := -tokens % multiple:
-        pieces = [*pieces, (np.zeros(filler, np.int32), np.zeros(filler, bool))]
+def _flat(
+    pieces: list[tuple[np.ndarray, np.ndarray]], rows: tuple[int, ...], tokens: int, filler: int, form: Form | None
+) -> Batch:
+    """Documents end to end; documents of zeros fill up, so that few shapes occur and each is prepared once (new shapes
+    cost oneDNN half a millisecond a product). They attend to themselves and teach nothing."""
+    while filler:
+        part = min(filler, form.longest) if form is not None else filler
+        pieces = [*pieces, (np.zeros(part, np.int32), np.zeros(part, bool))]
+        filler -= part
     ids = np.concatenate([piece[0] for piece in pieces]).astype(np.int64)
     learned = np.concatenate([piece[1] for piece in pieces])
     positions = np.concatenate([np.arange(len(piece[0]), dtype=np.int64) for piece in pieces])
     bounds = tuple(np.cumsum([0, *(len(piece[0]) for piece in pieces)]).tolist())
     targets = np.flatnonzero(learned)
     return Batch(
-        ids[None], positions[None], bounds, np.zeros(len(targets), np.int64), targets - 1, ids[targets], rows, tokens
-    )
+        ids[None], positions[None], bounds, np.zeros(len(targets), np.int64), targets - 1, ids[targets], rows, tokens,
+        form,
+    )  # fmt: skip
 
 
 def _padded(pieces: list[tuple[np.ndarray, np.ndarray]], rows: tuple[int, ...]) -> Batch:

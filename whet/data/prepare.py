@@ -150,6 +150,11 @@ def _policy(data: Data, chat: bool, decided: dict[str, tuple[object, str]]) -> d
             "a conversation cannot be split", field="data.over_length", found="split",
             expected="error, drop, truncate_prompt or truncate", fix="data.over_length=drop",
         )  # fmt: skip
+    if policy["packing"] and data.padding_free is False:
+        raise UserError(
+            "packed rows are laid out without padding", field="data.padding_free", found="false with packing",
+            expected="auto", fix="data.packing=false, or remove data.padding_free",
+        )  # fmt: skip
     if not chat and policy["loss_on"] != "all":
         raise UserError(
             "raw text has no turns to choose from", field="data.loss_on", found=str(policy["loss_on"]), expected="all",

@@ -9,9 +9,11 @@ by searching for a string.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,17 +28,21 @@ NAMED = {path.stem: path for path in sorted((Path(__file__).parent / "templates"
 # What Python raises inside a template that adds text to a number, divides by zero, calls itself or loops for ever.
 TEMPLATE_MISTAKES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+LARGEST = 1_000_000  # characters; published templates have under 20,000
+SLOWEST_SECONDS = 10.0  # for two short messages, which take a thousandth of a second
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Where a message stands in the text. start..end: its content; stop: end of the token that closes the turn.
+    """Where a message stands in the text. start..end: what whoever takes the turn writes; stop: end of its last token.
 
-    stop == end when the template closes the turn with no special token.
+    content: where the content begins, after what a model has to write in front of its answer because the generation
+    prompt lacks it (an empty thinking block); elsewhere start. stop == end when no special token closes the turn.
     """
 
     role: str
     start: int
+    content: int
     end: int
     stop: int
 
@@ -70,7 +76,8 @@ def use_template(tokenizer: PreTrainedTokenizerFast, name: str | None) -> None:
         return
     path = Path(name).expanduser()
     if path.suffix == ".jinja" and path.is_file():
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8", errors="replace") as file:
+            tokenizer.chat_template = file.read(LARGEST + 1)
         return
     raise UserError(
         "there is no such chat template",
@@ -84,7 +91,7 @@ def use_template(tokenizer: PreTrainedTokenizerFast, name: str | None) -> None:
 class Template:
     """The tokenizer's chat template, with the spans of what it renders."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, slowest_seconds: float = SLOWEST_SECONDS) -> None:
         if not tokenizer.chat_template:
             raise UserError(
                 "the model has no chat template, so conversations cannot be rendered",
@@ -94,13 +101,41 @@ class Template:
                 fix="model.chat_template=alpaca (or chatml when the vocabulary has its markers)",
             )
         self.tokenizer = tokenizer
+        self._check_cost(slowest_seconds)
         added = tokenizer.added_tokens_decoder.values()
         self.specials = sorted({str(t) for t in added if t.special} | set(tokenizer.all_special_tokens), key=len)
         self._literals = lru_cache(maxsize=4096)(self._find_literals)
+        self._leads = lru_cache(maxsize=4096)(self._find_leads)
+
+    def _check_cost(self, seconds: float) -> None:
+        """Refuse a template that is too large, or does not end on two short messages within `seconds`.
+
+        jinja's sandbox has no clock, and a thread cannot be stopped: the one that is stuck is left behind, and dies
+        with the process. A template that loops on other messages only is not found out.
+        """
+        wrong: dict[str, Any] = {"field": "model.chat_template", "fix": "use model.chat_template=chatml or alpaca"}
+        if len(str(self.tokenizer.chat_template)) > LARGEST:
+            raise UserError("the chat template is too large", **wrong, expected=f"at most {LARGEST:,} characters")
+
+        def render() -> None:
+            with contextlib.suppress(UserError):  # it will be said of the row that it concerns
+                self._render([_plain([Message("user", "a"), Message("assistant", "b")])], False)
+
+        worker = threading.Thread(target=render, daemon=True)
+        worker.start()
+        worker.join(seconds)
+        if worker.is_alive():
+            raise UserError(
+                "the chat template does not come to an end", **wrong, found=f"two messages, {seconds:g} seconds",
+            )  # fmt: skip
 
     def text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
         """The rendered conversation; with `prompt`, followed by the header of the answer to come."""
         return self._render([_plain(messages)], prompt)[0]
+
+    def lead(self, question: Sequence[Message]) -> str:
+        """What a tuned model writes before the answer to `question`, as it learned to: "" with most templates."""
+        return self._leads((*(message.role for message in question), "assistant"))[-1] or ""
 
     def render(self, conversations: Sequence[Sequence[Message]]) -> list[Rendered]:
         """Text and turns of each conversation. Raises UserError for one that the template cannot render exactly."""
@@ -130,6 +165,16 @@ class Template:
     def _turns(self, text: str, messages: Sequence[Message]) -> tuple[Turn, ...]:
         literals = self._literals(tuple(message.role for message in messages))
         turns = self._walk(text, messages, literals) if literals is not None else None
+        if turns is not None:
+            leads = self._leads(tuple(message.role for message in messages))
+            if turns[-1].role == "assistant" and leads[-1] is None:
+                raise UserError(
+                    "the chat template asks for an answer with other text than stands before one",
+                    field="model.chat_template", found=f"prompt: …{self.text(messages[:-1], prompt=True)[-30:]!r}",
+                    expected="the text before an answer, as in a whole conversation",
+                    fix="mend the add_generation_prompt part of the template, or use model.chat_template=chatml",
+                )  # fmt: skip
+            turns = tuple(replace(t, start=t.start - len(lead or "")) for t, lead in zip(turns, leads, strict=True))
         return turns if turns is not None else self._by_prefix(text, messages)
 
     def _find_literals(self, roles: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -148,6 +193,24 @@ class Template:
         marks = [f"qzx{index}xzq" for index in range(len(roles))]
         return self._render([[{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]], False)[0], marks
 
+    def _find_leads(self, roles: tuple[str, ...]) -> tuple[str | None, ...]:
+        """Of each turn, the text between generation prompt and content, which is learned: nothing else writes it.
+
+        "" where there is none and for all but answers (one that opens a conversation answers nothing); None where an
+        answer does not begin with the generation prompt.
+        """
+        text, marks = self._marked(roles)
+        leads: list[str | None] = []
+        for index, (role, mark) in enumerate(zip(roles, marks, strict=True)):
+            if role != "assistant" or index == 0:
+                leads.append("")
+                continue
+            before = [{"role": r, "content": m} for r, m in zip(roles[:index], marks[:index], strict=True)]
+            head = self._render([before], True)[0]
+            start = text.find(mark, len(head))
+            leads.append(text[len(head) : start] if text.startswith(head) and start >= 0 else None)
+        return tuple(leads)
+
     def _walk(self, text: str, messages: Sequence[Message], literals: tuple[str, ...]) -> tuple[Turn, ...] | None:
         """Turns found by following the literals through `text`, or None when the text does not follow them."""
         position = 0
@@ -163,7 +226,7 @@ class Template:
             if form is None:
                 return None
             position = start + len(form)
-            turns.append(Turn(message.role, start, position, position + self._closing(after)))
+            turns.append(Turn(message.role, start, start, position, position + self._closing(after)))
         return tuple(turns) if len(text) == position + len(literals[-1]) else None
 
     def _closing(self, literal: str) -> int:
@@ -196,7 +259,7 @@ class Template:
                     expected="a template that keeps earlier turns as they were",
                     fix="split the conversation so that each row ends with one answer",
                 )
-            turns.append(Turn("assistant", len(head), end, stop))
+            turns.append(Turn("assistant", len(head), len(head), end, stop))
         return tuple(turns)
 
 

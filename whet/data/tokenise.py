@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from whet.base.errors import UserError
-from whet.data.example import Message
+from whet.data.example import Example, Message
 from whet.data.template import Rendered, Template, Turn
 
 if TYPE_CHECKING:
@@ -81,6 +81,17 @@ class Tokeniser:
         head = [turn for turn in whole.turns if turn.start <= len(text)]
         return self._pieces(Rendered(text, tuple(head)), set())[0]
 
+    def answered(self, question: Sequence[Message], reply: str) -> str:
+        """A reply to `question` without what the model wrote before it because the template does (`Template.lead`)."""
+        assert self.template is not None
+        return reply.removeprefix(self.template.lead(question))
+
+    def longest_reply(self, examples: Sequence[Example]) -> int:
+        """Tokens of the longest answer, with what the model writes before it (`Template.lead`)."""
+        assert self.template is not None
+        replies = [self.template.lead(example.question) + example.answer for example in examples]
+        return max(len(found.ids) for found in self.backend.encode_batch_fast(replies, add_special_tokens=False))
+
     def texts(self, rows: Sequence[str]) -> list[Tokens]:
         """Raw documents, each closed by the document-end token; special tokens in the text are parsed."""
         encodings = self.backend.encode_batch_fast(list(rows), add_special_tokens=False)
@@ -125,10 +136,12 @@ class Tokeniser:
 
         position = 0
         for index, turn in enumerate(row.turns):
-            spelled = self._special.search(row.text, turn.start, turn.end)
+            spelled = self._special.search(row.text, turn.content, turn.end)
             if spelled or index in learned:
                 add(position, turn.start, self.backend)
-                add(turn.start, turn.end, self.plain if spelled else self.backend)
+                cut = turn.content if spelled else turn.start
+                add(turn.start, cut, self.backend)
+                add(cut, turn.end, self.plain if spelled else self.backend)
                 position = turn.end
         add(position, len(row.text), self.backend)
         marks = [False] * len(ids)
@@ -139,7 +152,7 @@ class Tokeniser:
                 for place in inside:
                     marks[place] = True
                 continue
-            inside = [p for p, (first, last) in enumerate(edges) if turn.start <= first and last <= turn.end]
+            inside = [p for p, (first, last) in enumerate(edges) if turn.content <= first and last <= turn.end]
             prompts += [(inside[0], inside[-1] + 1)] if inside else []
         return ids, marks, prompts
 
@@ -172,7 +185,7 @@ def _by_offsets(row: Rendered, learned: set[int], encoding: Any, loss_on: str) -
         if turn.start == turn.stop:
             continue
         mark = index in learned
-        edges = (turn.start, turn.stop if mark else turn.end)
+        edges = (turn.start, turn.stop) if mark else (turn.content, turn.end)
         first, last = (_token_at(encoding, edge, len(row.text), count) for edge in edges)
         starts = [encoding.token_to_chars(t)[0] if t < count else edges[1] for t in (first, last)]
         if not mark:

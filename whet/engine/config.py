@@ -24,11 +24,23 @@ class Model:
 class Base:
     """How the base model's weights are stored and computed with."""
 
-    storage: Literal["fp32", "bf16", "nf4"] | None = setting(
-        None, "Frozen weights as fp32, bf16 or nf4 (4-bit: LoRA on it is QLoRA); auto = the compute type."
+    storage: Literal["fp32", "bf16", "fp8", "int8", "nf4"] | None = setting(
+        None,
+        "Frozen weights as fp32, bf16, fp8 (e4m3), int8 or nf4 (4-bit: LoRA on it is QLoRA); auto = what suits the "
+        "arithmetic, or what the checkpoint is stored as.",
     )
-    compute: Literal["fp32", "bf16"] | None = setting(
-        None, "Arithmetic of the forward and backward pass; auto = bf16 where the hardware has it, else fp32."
+    compute: Literal["fp32", "bf16", "fp8"] | None = setting(
+        None,
+        "Arithmetic of the forward and backward pass; fp8 multiplies with frozen fp8, nf4 or int8 weights on FP8 "
+        "tensor cores; auto = fp8 where the GPU has it and the model is wide enough to gain, else bf16, else fp32.",
     )
-    double_quant: bool | None = setting(None, "nf4 only: quantise the block scales too (saves 0.37 bit); auto = yes.")
+    double_quant: bool | None = setting(
+        None, "nf4 only: quantise the block scales too (saves 0.37 bit a weight); auto = yes."
+    )
+    keep_transposed: bool | None = setting(
+        None,
+        "fp8 storage only: keep the bytes in both orders, which doubles them and saves a pass a step; auto = where "
+        "memory is free.",
+    )
+    fp8_head: bool = setting(False, "Also multiply with the output head on FP8 tensor cores (fp8 compute only).")
     device: Literal["cuda", "mps", "cpu"] | None = setting(None, "Where to run; auto = cuda, else mps, else cpu.")

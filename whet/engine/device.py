@@ -10,67 +10,112 @@ from whet.base.errors import UserError
 from whet.engine.config import Base
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PACKED = ("nf4", "fp8", "int8")
+FP8_WIDTH = 2048  # below it quantising the activations costs more than the products save
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Resolved `base` section. storage: fp32 | bf16 | nf4; compute: dtype of the arithmetic; reasons: field to why."""
+    """Resolved `base` section. storage: fp32 | bf16 | fp8 | int8 | nf4; compute: dtype of the activations.
+
+    fp8: products with packed weights run in FP8; keep_transposed: None leaves it to free memory; reasons: field to why.
+    """
 
     device: torch.device
     storage: str
     compute: torch.dtype
     double_quant: bool
     reasons: dict[str, str]
+    fp8: bool = False
+    keep_transposed: bool | None = None
+    fp8_head: bool = False
 
     @property
     def autocast(self) -> bool:
         """Whether fp32 weights are computed with in a shorter type."""
         return self.storage == "fp32" and self.compute != torch.float32
 
+    @property
+    def arithmetic(self) -> str:
+        """What `base.compute` calls it: fp32 | bf16 | fp8."""
+        return "fp8" if self.fp8 else "fp32" if self.compute == torch.float32 else "bf16"
 
-def place(base: Base, storages: tuple[str, ...]) -> Placement:
-    """Resolve `base` on this machine for a method that trains on `storages`.
+
+def place(base: Base, storages: tuple[str, ...], width: int | None = None) -> Placement:
+    """Resolve `base` on this machine for a method that trains on `storages` and a model of hidden size `width`.
 
     Raises UserError for a device that is not there and for settings that cannot take effect together.
     """
     reasons: dict[str, str] = {}
     device = torch.device(base.device or _found_device(reasons))
     _check_device(device)
-    compute = base.compute
-    if compute is None and base.storage in ("fp32", "bf16"):
-        compute = base.storage
-    if compute is None:
-        compute, reasons["base.compute"] = _natural_compute(device)
+    compute = base.compute or _compute(base, device, storages, width, reasons)
     storage = base.storage
     if storage is None:
-        storage = compute if compute in storages else storages[0]
-        reasons["base.storage"] = "the compute type" if storage == compute else "what the method trains on"
+        natural = "fp8" if compute == "fp8" else compute
+        storage = natural if natural in storages else storages[0]
+        reasons["base.storage"] = "suits the arithmetic" if storage == natural else "what the method trains on"
+    _check_pair(base, storage, compute, device, storages)
+    inner, _ = _natural_compute(device) if compute == "fp8" else (compute, "")
+    return Placement(
+        device, storage, DTYPES[inner],
+        base.double_quant if base.double_quant is not None else storage == "nf4",
+        reasons, compute == "fp8", base.keep_transposed, base.fp8_head,
+    )  # fmt: skip
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device multiplies FP8 in hardware."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _compute(
+    base: Base, device: torch.device, storages: tuple[str, ...], width: int | None, reasons: dict[str, str]
+) -> str:
+    """The arithmetic when the recipe leaves it open."""
+    if base.storage in ("fp32", "bf16"):
+        return base.storage
+    natural, reason = _natural_compute(device)
+    if has_fp8(device) and "fp8" in storages and natural == "bf16" and (width or 0) >= FP8_WIDTH:
+        natural, reason = "fp8", f"the GPU multiplies in FP8, and the model is {width} wide"
+    reasons["base.compute"] = reason
+    return natural
+
+
+def _check_pair(base: Base, storage: str, compute: str, device: torch.device, storages: tuple[str, ...]) -> None:
+    """Refuse what cannot take effect together."""
     if storage not in storages:
         raise UserError(
-            "this method cannot train on this storage",
-            field="base.storage",
-            found=storage,
-            expected=" or ".join(storages),
-            fix=f"base.storage={storages[0]}, or method=lora",
-        )
+            "this method cannot train on this storage", field="base.storage", found=storage,
+            expected=" or ".join(storages), fix=f"base.storage={storages[0]}, or method=lora",
+        )  # fmt: skip
     if storage == "bf16" and compute == "fp32":
         raise UserError(
-            "weights stored as bf16 are computed with in bf16",
-            field="base.compute",
-            found=compute,
-            expected="bf16 or auto",
-            fix="base.storage=fp32",
-        )
-    if base.double_quant is not None and storage != "nf4":
+            "weights stored as bf16 are computed with in bf16", field="base.compute", found=compute,
+            expected="bf16 or auto", fix="base.storage=fp32",
+        )  # fmt: skip
+    if compute == "fp8" and storage not in PACKED:
         raise UserError(
-            "double quantisation is a property of nf4 storage and would do nothing here",
-            field="base.double_quant",
-            found=str(base.double_quant).lower(),
-            expected="auto",
-            fix="base.storage=nf4, or remove the line",
-        )
-    double_quant = base.double_quant if base.double_quant is not None else storage == "nf4"
-    return Placement(device, storage, DTYPES[compute], double_quant, reasons)
+            "FP8 products need frozen weights that are stored in few bits", field="base.compute",
+            found=f"fp8 with {storage} storage", expected="storage fp8, nf4 or int8", fix="base.storage=fp8",
+        )  # fmt: skip
+    if compute == "fp8" and device.type != "cpu" and not has_fp8(device):  # a CPU emulates it: slow, for trying out
+        raise UserError(
+            "this device has no FP8 arithmetic", field="base.compute", found=device_name(device),
+            expected="an NVIDIA GPU of compute capability 8.9 or newer", fix="base.compute=bf16",
+        )  # fmt: skip
+    for name, needs, holds in (
+        ("double_quant", "nf4 storage", storage == "nf4" or base.double_quant is None),
+        ("keep_transposed", "fp8 storage and fp8 compute",
+         base.keep_transposed is None or (storage == "fp8" and compute == "fp8")),
+        ("fp8_head", "fp8 compute", not base.fp8_head or compute == "fp8"),
+    ):  # fmt: skip
+        if not holds:
+            raise UserError(
+                f"this needs {needs} and would do nothing here", field=f"base.{name}",
+                found=str(getattr(base, name)).lower(), expected="auto",
+                fix="base.storage=nf4, or remove the line" if name == "double_quant" else "remove the line",
+            )  # fmt: skip
 
 
 def device_name(device: torch.device) -> str:

@@ -90,10 +90,10 @@ def _loss_gradient(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _nf4(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    from whet.engine.linear import FrozenLinear
+    from whet.engine.linear import freeze
 
     linear = torch.nn.Linear(256, 256, device=device)
-    return FrozenLinear(linear, True).dense(torch.float32), linear.weight.detach()
+    return freeze(linear, "nf4").dense(torch.float32), linear.weight.detach()
 
 
 def _version(name: str) -> str | None:

@@ -16,6 +16,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from whet.engine.linear import quantise_fp8
+from whet.engine.product import backward_product, forward_product
+
 CHUNK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 27, "mps": 1 << 25}
 
 
@@ -26,47 +29,63 @@ class Head:
     decoder: nn.Module
     output: nn.Linear
     softcap: float | None
+    fp8: tuple[torch.Tensor, ...] | None = None
 
-    def loss(self, inputs: dict[str, Any], rows: torch.Tensor, places: torch.Tensor, targets: torch.Tensor):
-        """Summed -log p(target) of the tokens predicted at (rows, places), a float32 scalar."""
+    def loss(self, inputs: dict[str, Any], places: torch.Tensor, targets: torch.Tensor):
+        """Summed -log p(target) of the tokens predicted at `places` of the flattened batch, a float32 scalar.
+
+        places, targets: int64 [N]; a target below 0 counts for nothing.
+        """
         hidden = self.decoder(**inputs).last_hidden_state
-        chosen = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + places)
+        chosen = hidden.flatten(0, 1).index_select(0, places)
         if torch.is_autocast_enabled(chosen.device.type):
             chosen = chosen.to(torch.get_autocast_dtype(chosen.device.type))
-        return HeadLoss.apply(chosen, self.output.weight, self.output.bias, targets, self.softcap)
+        return HeadLoss.apply(chosen, self.output.weight, self.output.bias, targets, self.softcap, self.fp8)
+
+    def in_fp8(self) -> Head:
+        """The same head with its products on FP8 tensor cores: for a frozen head, 2 bytes a weight more."""
+        codes, scale = quantise_fp8(self.output.weight.detach())
+        codes = codes.view(torch.uint8)
+        return Head(self.decoder, self.output, self.softcap, (codes, scale, codes.t().contiguous()))
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of -log softmax(h W^T + b)[target]: h [N, H], W [V, H], b [V] or None, targets [N]; float32 scalar."""
+    """Sum of -log softmax(h W^T + b)[target]: h [N, H], W [V, H], b [V] or None, targets [N]; float32 scalar.
+
+    fp8: None, or W as e4m3 bytes [V, H], the scale of each row [V], and the bytes turned round [H, V].
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
-        softcap: float | None,
+        softcap: float | None, fp8: tuple[torch.Tensor, ...] | None = None,
     ):  # fmt: skip
-        rows = max(1, CHUNK_LOGITS.get(hidden.device.type, 1 << 19) // weight.shape[0])
-        matrix = weight.to(hidden.dtype)
+        rows = chunk_rows(hidden.device.type, weight.shape[0])
+        matrix = weight.to(hidden.dtype) if fp8 is None else weight
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        # Both buffers are used again for every chunk: fresh memory costs a CPU more than the arithmetic on it.
+        # Buffers are used again for every chunk: fresh memory costs a CPU more than the arithmetic on it.
         raw = hidden.new_empty(min(rows, hidden.shape[0]), weight.shape[0])
-        wide = torch.empty_like(raw, dtype=torch.float32)
+        wide = raw if hidden.is_cuda else torch.empty_like(raw, dtype=torch.float32)
         for start in range(0, hidden.shape[0], rows):
-            part = hidden[start : start + rows]
-            logits, grad = raw[: part.shape[0]], wide[: part.shape[0]]
-            torch.mm(part, matrix.t(), out=logits)
-            grad.copy_(logits if bias is None else logits + bias)
-            total += _chunk(grad, targets[start : start + rows], softcap)
-            grad_logits = grad if hidden.dtype == torch.float32 else logits.copy_(grad)
-            if grad_hidden is not None:
-                torch.mm(grad_logits, matrix, out=grad_hidden[start : start + rows])
+            part, wanted = hidden[start : start + rows], targets[start : start + rows]
+            logits = raw[: part.shape[0]]
+            if fp8 is None:
+                torch.mm(part, matrix.t(), out=logits)
+            else:
+                logits = forward_product("fp8+fp8", part, fp8, None)
+            total += _gradients(logits, wide[: part.shape[0]], bias, wanted, softcap)
+            if grad_hidden is not None and fp8 is None:
+                torch.mm(logits, matrix, out=grad_hidden[start : start + rows])
+            elif grad_hidden is not None:
+                grad_hidden[start : start + rows] = backward_product("fp8+fp8", logits, fp8)  # type: ignore[arg-type]
             if grad_weight is not None:
-                grad_weight += grad_logits.t() @ part
+                grad_weight += logits.t() @ part
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
+                grad_bias += logits.float().sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.types = (weight.dtype, None if bias is None else bias.dtype)
         return total
@@ -81,7 +100,31 @@ class HeadLoss(torch.autograd.Function):
             None if bias is None else (bias * scale).to(ctx.types[1]),
             None,
             None,
+            None,
         )
+
+
+def chunk_rows(device: str, vocabulary: int) -> int:
+    """How many rows get their logits at once: a bound on the memory, whole tiles where a GPU multiplies."""
+    rows = max(1, CHUNK_LOGITS.get(device, 1 << 19) // vocabulary)
+    return rows if rows < 256 or device == "cpu" else rows // 128 * 128
+
+
+def _gradients(
+    logits: torch.Tensor, wide: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    """Summed loss of a few rows of raw `logits` [C, V], which become its gradient; wide: float32 room of that size."""
+    if logits.is_cuda and logits.dtype != torch.float32:
+        from whet.engine.head_triton import rows_to_gradients
+
+        return rows_to_gradients(logits, bias, targets, softcap)
+    wide = logits if logits.dtype == torch.float32 else wide
+    wide = wide if wide.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+    wide.copy_(logits if bias is None else logits + bias)
+    loss = _chunk(wide, targets, softcap)
+    if logits is not wide:
+        logits.copy_(wide)
+    return loss
 
 
 def _chunk(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -90,14 +133,15 @@ def _chunk(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -
     if softcap is not None:
         squashed = torch.tanh(logits / softcap)
         torch.mul(squashed, softcap, out=logits)
-    index = targets[:, None]
+    counts = (targets >= 0)[:, None]
+    index = targets.clamp_min(0)[:, None]
     chosen = logits.gather(1, index)
     peak = logits.amax(1, keepdim=True)
     logits.sub_(peak).exp_()
     mass = logits.sum(1, keepdim=True)
-    loss = (mass.log() + peak - chosen).sum()
-    logits.div_(mass)
-    logits.scatter_add_(1, index, torch.full_like(chosen, -1.0))
+    loss = ((mass.log() + peak - chosen) * counts).sum()
+    logits.mul_(counts / mass)
+    logits.scatter_add_(1, index, -counts.to(logits.dtype))
     if squashed is not None:
         logits.mul_(1 - squashed * squashed)
     return loss
@@ -105,7 +149,7 @@ def _chunk(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -
 
 def plain_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The twin of `HeadLoss` on logits [N, V] that exist: for models with a head of their own, and for tests."""
-    return cross_entropy(logits.float(), targets, reduction="sum")
+    return cross_entropy(logits.float(), targets, reduction="sum", ignore_index=-1)
 
 
 @torch.inference_mode()

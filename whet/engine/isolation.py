@@ -59,9 +59,9 @@ def flat_inputs(documents: list[torch.Tensor]) -> dict[str, object]:
         "input_ids": torch.cat(documents)[None],
         "position_ids": positions[None],
         "documents": Documents(
-            tuple(bounds),
             torch.tensor(bounds, dtype=torch.int32, device=device),
             max(len(document) for document in documents),
+            bounds=tuple(bounds),
         ),
     }
 

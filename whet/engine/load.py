@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from whet.base.errors import UserError, nearest
 from whet.engine import attention
 from whet.engine.config import Model
-from whet.engine.device import DTYPES, Placement
-from whet.engine.linear import freeze_to_nf4
+from whet.engine.device import DTYPES, PACKED, Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -20,16 +19,17 @@ if TYPE_CHECKING:
 BUILTIN = {"builtin:tiny": Path(__file__).parents[1] / "builtin" / "tiny"}
 
 
-def locate(path: str) -> str:
+def locate(path: str, field: str = "model.path") -> str:
     """What transformers should open: a directory for local and built-in models, the name for the hub.
 
-    Raises UserError for a built-in name that does not exist and a path that is no model directory.
+    field: the setting that says so. Raises UserError for an unknown built-in name and a path that is no directory of
+    a model.
     """
     if path.startswith("builtin:"):
         if path not in BUILTIN:
             raise UserError(
                 "there is no such built-in model",
-                field="model.path",
+                field=field,
                 found=path,
                 expected=", ".join(BUILTIN),
                 fix=f"write {nearest(path, BUILTIN) or 'builtin:tiny'}",
@@ -41,7 +41,7 @@ def locate(path: str) -> str:
             raise UserError(
                 "the directory holds no config.json, so it is no model",
                 file=str(here),
-                field="model.path",
+                field=field,
                 expected="config.json, model.safetensors and tokenizer files",
                 fix="give the directory that save_pretrained wrote",
             )
@@ -50,7 +50,7 @@ def locate(path: str) -> str:
     if looks_local or (here.exists() and here.suffix != ".json"):
         raise UserError(
             "this is no model directory",
-            field="model.path",
+            field=field,
             found=path,
             expected="a directory with config.json, a hub name like Qwen/Qwen3-0.6B, or builtin:tiny",
             fix=_neighbour(here),
@@ -71,9 +71,10 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
     """The model's tokenizer (or `model.tokenizer`), always the fast kind, whose offsets the loss mask needs."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    source = locate(model.tokenizer or model.path)
+    field = "model.tokenizer" if model.tokenizer else "model.path"
+    source = locate(model.tokenizer or model.path, field)
     revision = model.revision or "main"
-    tokenizer = _opened(lambda: AutoTokenizer.from_pretrained(source, revision=revision), source, "tokenizer")
+    tokenizer = _opened(lambda: AutoTokenizer.from_pretrained(source, revision=revision), source, "tokenizer", field)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             "the tokenizer has no fast form, and the loss mask needs its offsets",
@@ -85,30 +86,57 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
 
 
 def load_model(model: Model, placement: Placement) -> PreTrainedModel:
-    """The model on its device, weights stored as `placement` says, in evaluation mode, attention for training."""
+    """The model on its device, weights stored as `placement` says, in evaluation mode, attention for training.
+
+    Host and device hold the final weights and one dense layer at most. Raises UserError for what cannot be opened and
+    for a checkpoint whose weights are absent, of another shape, or in a format that cannot be trained on.
+    """
+    dense = torch.float32 if placement.storage == "fp32" else placement.compute
+    config = load_config(model)
+    if model.from_config:
+        return _random_model(config, placement, dense).eval()
+    from whet.engine.prequantised import load_quantised, stored_as
+    from whet.engine.stream import load_frozen, load_plain
+
+    source, storage = locate(model.path), placement.storage
+    options: dict[str, Any] = {
+        "revision": model.revision or "main",
+        "dtype": dense,
+        "attn_implementation": attention.ATTENTION,
+    }
+    if placement.device.type != "cpu":
+        options["device_map"] = {"": placement.device}
+    stored = stored_as(config, source)
+    if stored is not None:
+        network = _opened(
+            lambda: load_quantised(source, stored, storage, placement.double_quant, options), source, "model"
+        )
+    elif storage in PACKED:
+        network = _opened(lambda: load_frozen(source, storage, placement.double_quant, options), source, "model")
+    else:
+        network = _opened(lambda: load_plain(source, options), source, "model")
+    return network.to(placement.device).eval()  # type: ignore[arg-type]
+
+
+def checkpoint_storage(model: Model) -> str | None:
+    """nf4 or int8 for a checkpoint that bitsandbytes quantised, else None: what `base.storage: auto` should take."""
+    from whet.engine.prequantised import stored_as
+
+    return None if model.from_config else stored_as(load_config(model), model.path)
+
+
+def _random_model(config: PreTrainedConfig, placement: Placement, dense: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    dense = torch.float32 if placement.storage == "fp32" else placement.compute
-    if model.from_config:
-        config = load_config(model)
+    if placement.storage not in PACKED:
         network = AutoModelForCausalLM.from_config(config, attn_implementation=attention.ATTENTION, dtype=dense)
-    else:
-        source = locate(model.path)
-        network = _opened(
-            lambda: AutoModelForCausalLM.from_pretrained(
-                source,
-                revision=model.revision or "main",
-                dtype=dense,
-                attn_implementation=attention.ATTENTION,
-                use_safetensors=True,
-            ),
-            source,
-            "model",
-        )
-    if placement.storage == "nf4":
-        network.to(placement.device)  # type: ignore[arg-type]
-        freeze_to_nf4(network, placement.double_quant)
-    return network.to(placement.device).eval()  # type: ignore[arg-type]
+        return network.to(placement.device)
+    from whet.engine.stream import random_frozen
+
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, attn_implementation=attention.ATTENTION, dtype=dense)
+    random_frozen(network, placement.device, placement.storage, placement.double_quant)
+    return network
 
 
 def empty_model(model: Model, dtype: str = "bf16") -> PreTrainedModel:
@@ -127,7 +155,7 @@ def longest_input(config: PreTrainedConfig) -> int | None:
     return int(found) if found else None
 
 
-def _opened(open_it, source: str, what: str):
+def _opened(open_it, source: str, what: str, field: str = "model.path"):
     """Run a transformers loader and turn what it says of bad input into a UserError."""
     from safetensors import SafetensorError
 
@@ -143,7 +171,7 @@ def _opened(open_it, source: str, what: str):
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"the {what} cannot be opened: {reason}",
-            field="model.path",
+            field=field,
             found=source,
             expected="a directory written by save_pretrained, or a hub name that this machine can reach",
             fix="check the name; without a network, give a local directory or builtin:tiny",

@@ -1,10 +1,11 @@
-"""The LoRA layer: one autograd function over any frozen weight.
+"""The LoRA layer that PEFT is given for whet's models.
 
-Plain composition (`linear(x) + scale * B(A(x))`) writes the output twice and keeps three activations. Here the update
-is accumulated into the output that the frozen product has just written, and backward keeps the input [T, K] and the
-rank-r product [T, r] alone. With a quantised base the dense weight is rebuilt for each product and never kept.
-What PEFT can do beyond the plain case (dropout, mixed batches, several adapters, merged weights, variants) runs
-through PEFT's own layer, of which this is a subclass.
+While it is trained, `engine.group` computes it together with the layers that read the same input. By itself it is one
+autograd function over any frozen weight: plain composition (`linear(x) + scale * B(A(x))`) writes the output twice and
+keeps three activations; here the update is accumulated into the output that the frozen product has just written, and
+backward keeps the input [T, K] and the rank-r product [T, r] alone. With a quantised base the dense weight is rebuilt
+for each product and never kept. What PEFT can do beyond the plain case (mixed batches, several adapters, merged
+weights, variants) runs through PEFT's own layer, of which this is a subclass.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
+from whet.engine.group import Group
 from whet.engine.linear import dense_weight
 
 
@@ -49,17 +51,31 @@ class LoraFunction(torch.autograd.Function):
 
 
 class LoraLinear(PeftLinear):
-    """PEFT's LoRA layer with the plain case computed by `LoraFunction`."""
+    """PEFT's LoRA layer: in a `Group` while it is trained, else the plain case computed by `LoraFunction`."""
+
+    group: Group | None = None
+    place: int = 0
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         name = self._plain_adapter()
         if name is None or args or any(value is not None for value in kwargs.values()):
+            assert self.group is None or not self.training, "a grouped layer cannot be trained through PEFT's own path"
             return super().forward(x, *args, **kwargs)
+        if self.group is not None:
+            return self.group.output(self.place, x)
         if torch.is_autocast_enabled(x.device.type):  # in-place products are not cast for us
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.training and not isinstance(self.lora_dropout[name], nn.Identity):
+            return super().forward(x)
         return LoraFunction.apply(
             x, self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         )  # type: ignore[return-value]
+
+    def is_plain(self, name: str) -> bool:
+        """Whether this adapter is LoRA and nothing else, and trained."""
+        if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name] or self.merged:
+            return False
+        return self.lora_A[name].weight.requires_grad and self.lora_A[name].weight.dtype == torch.float32
 
     def _plain_adapter(self) -> str | None:
         """The one active adapter when nothing but plain LoRA is asked for, else None."""
@@ -67,7 +83,5 @@ class LoraLinear(PeftLinear):
             return None
         name = self.active_adapters[0]
         if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
-            return None
-        if self.training and not isinstance(self.lora_dropout[name], nn.Identity):
             return None
         return name

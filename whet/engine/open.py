@@ -12,13 +12,13 @@ import torch
 
 from whet.base.errors import UserError
 from whet.engine.config import Base, Model
-from whet.engine.device import Placement, place
+from whet.engine.device import PACKED, Placement, place
 from whet.engine.load import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ANSWERING = ("fp32", "bf16", "nf4")
+ANSWERING = ("fp32", "bf16", "fp8", "int8", "nf4")
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,11 @@ class Opened:
 
 def answering(base: Base) -> Placement:
     """Where and how a model answers: as it was trained, but in fp32 on a CPU, where exactness costs little."""
-    placement = place(Base(device=base.device, storage=base.storage, compute=base.compute), ANSWERING)
+    compute = None if base.compute == "fp8" else base.compute
+    placement = place(Base(device=base.device, storage=base.storage, compute=compute), ANSWERING)
     if placement.device.type != "cpu":
         return placement
-    storage = "nf4" if placement.storage == "nf4" else "fp32"
+    storage = placement.storage if placement.storage in PACKED else "fp32"
     return Placement(placement.device, storage, torch.float32, base.double_quant is not False, placement.reasons)
 
 

@@ -34,7 +34,7 @@ def plan_memory(model: nn.Module, sizes: Sizes) -> dict[str, Any]:
     """trainable_params, all_params, memory by class in bytes, and their sum. `model` has its method attached."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    compute = DTYPE_BYTES[sizes.compute]
+    compute = DTYPE_BYTES.get(sizes.compute, 2)  # fp8 products have bf16 activations
     frozen = _frozen_bytes(model, sizes)
     memory = {
         "frozen weights": frozen,
@@ -61,7 +61,7 @@ def nf4_bytes(weights: int, double_quant: bool) -> int:
 
 def _frozen_bytes(model: nn.Module, sizes: Sizes) -> int:
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    if sizes.storage != "nf4":
+    if sizes.storage in DTYPE_BYTES:
         return sum(p.numel() for p in frozen) * DTYPE_BYTES[sizes.storage]
     network = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     linears = {f"{name}.weight" for name in linear_names(network) if not name.endswith(("lora_A", "lora_B"))}
@@ -70,10 +70,17 @@ def _frozen_bytes(model: nn.Module, sizes: Sizes) -> int:
         if parameter.requires_grad:
             continue
         if name in linears and parameter.numel() % BLOCK == 0:
-            packed += nf4_bytes(parameter.numel(), sizes.double_quant)
+            packed += _packed_bytes(parameter, sizes)
         else:
-            plain += parameter.numel() * DTYPE_BYTES[sizes.compute]
+            plain += parameter.numel() * DTYPE_BYTES.get(sizes.compute, 2)
     return packed + plain
+
+
+def _packed_bytes(weight: nn.Parameter, sizes: Sizes) -> int:
+    """nf4: half a byte a weight and its scales; fp8 and int8: a byte a weight and a float32 an output channel."""
+    if sizes.storage == "nf4":
+        return nf4_bytes(weight.numel(), sizes.double_quant)
+    return weight.numel() + 4 * weight.shape[0]
 
 
 def _activation_bytes(model: nn.Module, sizes: Sizes, compute: int) -> int:

@@ -45,12 +45,16 @@ def evaluate(run: Run, *, max_rows: int | None = None) -> dict[str, Any]:
     check_contract(tokeniser, run.trained / CONTRACT)
     prompts = [tokeniser.prompt(example.question) for example in examples]
     references = [example.answer for example in examples]
-    limit = recipe.eval.max_new_tokens or _longest_answer(tokeniser, references)
+    limit = recipe.eval.max_new_tokens or max(8, int(1.25 * tokeniser.longest_reply(examples)) + 1)
     opened = open_trained(recipe.model, recipe.base, run.trained, adapter=recipe.method.name != "full")
     options = {"stop_ids": tokeniser.stop_ids(), "max_new_tokens": limit}
     with Progress("answering", 2 * len(examples)) as bar:
         tuned = _answers(opened.network, prompts, tokeniser, recipe, bar, "tuned", options)
         base = _base_answers(opened, prompts, tokeniser, recipe, bar, options)
+    base, tuned = (
+        [tokeniser.answered(example.question, text) for example, text in zip(examples, texts, strict=True)]
+        for texts in (base, tuned)
+    )
     scores = {name: score(texts, references, recipe.eval.metrics) for name, texts in (("base", base), ("tuned", tuned))}
     result = _result(scores, len(examples), limit)
     _write_predictions(run.results, examples, references, base, tuned)
@@ -76,12 +80,6 @@ def _held_out(prepared: Prepared, limit: int) -> list[Example]:
             expected="data.val_size above 0, or data.eval_dataset", fix="data.eval_dataset=FILE",
         )  # fmt: skip
     return prepared.held_out[:limit]
-
-
-def _longest_answer(tokeniser: Tokeniser, references: list[str]) -> int:
-    """Room for the longest reference and a quarter more."""
-    encodings = tokeniser.backend.encode_batch_fast(references, add_special_tokens=False)
-    return max(8, int(1.25 * max(len(encoding.ids) for encoding in encodings)) + 1)
 
 
 def _answers(

@@ -39,7 +39,7 @@ class Lora:
     )
 
     capability: ClassVar[Capability] = Capability(
-        storages=("fp32", "bf16", "nf4"), mergeable=True, peft_format=True, vllm=True, learning_rate=2e-4
+        storages=("fp32", "bf16", "fp8", "int8", "nf4"), mergeable=True, peft_format=True, vllm=True, learning_rate=2e-4
     )
 
     def attach(self, model: PreTrainedModel) -> PeftModel:
@@ -81,6 +81,14 @@ class Lora:
         if self.target_modules == "all-linear":
             return leaves
         if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise UserError(
+                    f"this is no regular expression: {error}", field="method.target_modules",
+                    found=self.target_modules, expected="all-linear, a list of layer names, or a regular expression",
+                    fix="use target_modules: all-linear, or a list of names",
+                ) from error  # fmt: skip
             if not any(re.fullmatch(self.target_modules, name) for name in names):
                 raise self._no_match(self.target_modules, leaves)
             return self.target_modules

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -22,12 +23,10 @@ Point = tuple[float, float | None]  # a step and its value; None where there is 
 Record = dict[str, object]
 
 POINT_LIMIT = 1000
+WIDE = 10  # highest value over the median
 _LARGEST_DRAWN = 1e100  # beyond it, differences overflow a double
 _ACRONYMS = {"f1": "F1", "json": "JSON", "kl": "KL"}
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-# ---------------------------------------------------------------- reading
 
 
 def read_records(path: Path) -> tuple[list[Record], int]:
@@ -93,9 +92,6 @@ def write_atomically(path: Path, content: bytes) -> Path:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-# ---------------------------------------------------------------- arithmetic
 
 
 def thin(points: Sequence[Point], limit: int = POINT_LIMIT) -> list[Point]:
@@ -203,6 +199,11 @@ def seconds_text(value: object) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{plain(minutes // 60)} h {minutes % 60} min"
 
 
+def is_wide(values: Sequence[float]) -> bool:
+    """Whether a few high values would flatten all others on a linear axis: then it is logarithmic."""
+    return bool(values) and min(values) > 0 and max(values) > WIDE * median(values)
+
+
 @dataclass(frozen=True)
 class Axis:
     """A vertical axis: values are divided by `scale`, then (`log`) taken to the base ten, then placed low..high."""
@@ -229,7 +230,7 @@ def axis_for(values: Sequence[float], unit: str, is_bytes: bool, from_zero: bool
         scale, unit = next(
             ((s, u) for s, u in ((2.0**30, "GiB"), (2.0**20, "MiB"), (1024.0, "KiB")) if high >= s), (1.0, "B")
         )
-    elif low > 0 and high > 100 * median(values):
+    elif is_wide(values):
         bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
         step = max(1, math.ceil((top - bottom) / 5))
         return Axis(
@@ -243,9 +244,6 @@ def axis_for(values: Sequence[float], unit: str, is_bytes: bool, from_zero: bool
     if from_zero or 0 <= low < 0.35 * high:
         low, high = min(low, 0.0), max(high, 0.0) or 1.0
     return Axis(tuple(ticks(low / scale, high / scale)), scale, unit)
-
-
-# ---------------------------------------------------------------- SVG
 
 
 @dataclass(frozen=True)
@@ -347,16 +345,16 @@ def _gaps(curves: Sequence[Curve]) -> str:
     )
 
 
-# ---------------------------------------------------------------- PNG
-
-
 def loss_curves(metrics: Sequence[Record]) -> list[Curve]:
     """Train loss (raw and smoothed) and eval loss, as far as they were recorded."""
     raw = points_of(metrics, "loss", "train")
     mean, width = smooth(raw)
-    curves = [Curve("train, every step", raw, "raw")] if width > 1 else []
-    if raw:
-        curves.append(Curve(f"train, mean of {plain(width)} steps" if width > 1 else "train", mean, "train"))
+    apart = round(median([b - a for (a, _), (b, _) in pairwise(raw)])) if width > 1 else 1
+    logged = "every step" if apart == 1 else f"every {plain(apart)} steps"
+    averaged = f"mean of {plain(width)} {'steps' if apart == 1 else 'logged steps'}"
+    curves = [Curve(f"train, {logged}", raw, "raw"), Curve(f"train, {averaged}", mean)] if width > 1 else []
+    if raw and width == 1:
+        curves.append(Curve("train", mean))
     held_out = points_of(metrics, "eval_loss", "eval")
     return [*curves, Curve("eval", held_out, "eval", dots=True)] if held_out else curves
 
@@ -382,12 +380,14 @@ def write_loss_plot(run_dir: Path) -> Path:
         axes.plot(
             [x for x, _ in points], heights, color=colour, lw=width, alpha=alpha, label=curve.name, marker=marker, ms=5
         )
+    values = [value for curve in curves for _, value in curve.points if value is not None]
+    axes.set_yscale("log" if (wide := is_wide(values)) else "linear")
     if curves:
         axes.legend(frameon=False)
     else:
         axes.text(0.5, 0.5, "no loss recorded yet", ha="center", va="center", transform=axes.transAxes, color="#5a636d")
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss per supervised token")
+    axes.set_ylabel("loss per supervised token" + (", logarithmic" if wide else ""))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#e3e1da", lw=0.8)
     axes.spines[["top", "right"]].set_visible(False)

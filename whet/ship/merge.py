@@ -5,13 +5,18 @@ checkpoint first and in fp32 when that loses answers; each is written, read back
 with the live adapter on held-out prompts: KL divergence of the next-token distributions, top-1 agreement, and whole
 greedy answers. The first candidate that agrees everywhere is kept, else the closest; too far away is refused. The
 certificate lies beside the weights.
+
+Whether an answer is the same is read off the distributions along the live one: greedy decoding repeats it if and only
+if each of its tokens is the likeliest. So one pass judges a candidate, and only one that would be kept has to write its
+answers, which takes a pass for each token and counts. What the live adapter says is computed once while it fits.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_PROMPTS = 200
+KEPT_BYTES = 1 << 30  # of the live distributions, [T, V] fp32 each; what is over is computed again for each candidate
 MEAN_KL_LIMIT = 0.05
 CERTIFICATE = "whet_merge.json"
 
@@ -58,12 +64,28 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the live adapter says: greedy answers, and log-probabilities [T, V] along each prompt with its answer."""
+    """What the live adapter says: greedy answers, and log-probabilities along each, on the CPU and while they fit."""
 
+    network: PreTrainedModel
     prompts: list[list[int]]
     answers: list[list[int]]
     stop_ids: list[int]
     max_new_tokens: int
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def log_probabilities(self, index: int) -> torch.Tensor:
+        """[T + 1, V] of answer `index`. Raises UserError for what is not a number."""
+        if index in self.kept:
+            return self.kept[index]
+        found = _log_probabilities(self.network, self.prompts[index], self.answers[index]).cpu()
+        if bool(found.isnan().any()):
+            raise UserError(
+                "the trained model answers with NaN, so there is nothing to compare a merged one with",
+                fix="train again with a lower train.learning_rate",
+            )
+        if sum(one.nbytes for one in self.kept.values()) + found.nbytes <= KEPT_BYTES:
+            self.kept[index] = found
+        return found
 
 
 def merge(run: Run, out: Path) -> dict[str, Any]:
@@ -95,7 +117,8 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
         for base_kind, dtype in _candidates(recipe.base.storage or "", live.network):
             place = Path(scratch) / f"{base_kind}-{dtype}"
             _write_candidate(run, live, base_kind, dtype, place, reference.stop_ids)
-            found = _compare(base_kind, dtype, place, live, reference)
+            bar = best[0].greedy_agreement if best else 0.0
+            found = _compare(base_kind, dtype, place, live, reference, bar)
             tried.append(found)
             say(f"merged on {base_kind} base in {dtype}: mean KL {found.mean_kl:.2g}, "
                 f"top-1 {found.top1_agreement:.2%}, greedy answers {found.greedy_agreement:.2%}")  # fmt: skip
@@ -105,7 +128,7 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
                 break
         assert best is not None
         certificate = _certificate(best[0], tried, reference, out)
-        if best[0].mean_kl > MEAN_KL_LIMIT:
+        if not best[0].mean_kl <= MEAN_KL_LIMIT:
             run.write("results/merge.json", certificate | {"path": None})
             raise UserError(
                 "no merged model is near enough to the adapter, so none was written", file=str(run.path),
@@ -170,39 +193,50 @@ def _reference(network: PreTrainedModel, prepared: Prepared) -> Reference:
     else:
         tokeniser = prepared.tokeniser
         prompts = [tokeniser.prompt(example.question) for example in examples]
-        answers = [example.answer for example in examples]
-        longest = min(128, max(len(e.ids) for e in tokeniser.backend.encode_batch_fast(answers)) + 8)
+        longest = min(128, tokeniser.longest_reply(examples) + 8)
     stop_ids = prepared.tokeniser.stop_ids()
     answers_ids = answer(network, prompts, stop_ids=stop_ids, max_new_tokens=longest, batch_size=32)
-    return Reference(prompts, answers_ids, stop_ids, longest)
+    return Reference(network, prompts, answers_ids, stop_ids, longest)
 
 
-def _compare(base_kind: str, dtype: str, place: Path, live: Opened, reference: Reference) -> Agreement:
-    """Read the candidate back from the disk as a stranger would, in the arithmetic of the live model."""
+def _compare(base_kind: str, dtype: str, place: Path, live: Opened, reference: Reference, bar: float) -> Agreement:
+    """Read the candidate back from the disk as a stranger would, in the arithmetic of the live model.
+
+    bar: greedy agreement under which the candidate cannot be kept, so that it need not answer.
+    """
     compute = live.placement.compute
     storage = "fp32" if compute == torch.float32 else "bf16"
     network = load_model(Model(path=str(place)), Placement(live.placement.device, storage, compute, False, {}))
-    answers = answer(
-        network, reference.prompts, stop_ids=reference.stop_ids, max_new_tokens=reference.max_new_tokens, batch_size=32
-    )
-    same = sum(a == b for a, b in zip(answers, reference.answers, strict=True))
-    divergences, agreed = [], []
-    for prompt, reply in zip(reference.prompts, reference.answers, strict=True):
-        first, second = (_log_probabilities(model, prompt, reply) for model in (live.network, network))
+    divergences, agreed, same = [], [], []
+    for index, (prompt, reply) in enumerate(zip(reference.prompts, reference.answers, strict=True)):
+        second = _log_probabilities(network, prompt, reply)
+        first = reference.log_probabilities(index).to(second.device)
         divergences.append((first.exp() * (first - second)).sum(-1).clamp_min(0))
         agreed.append((first.argmax(-1) == second.argmax(-1)).float())
+        same.append(_repeats(second.argmax(-1).tolist(), reply, reference))
     kl, top1 = torch.cat(divergences), torch.cat(agreed)
-    return Agreement(
-        base_kind, dtype, float(kl.mean()), float(kl.max()), float(top1.mean()), same / max(1, len(answers))
-    )
+    greedy = sum(same) / max(1, len(same))
+    if greedy >= bar and float(kl.mean()) <= MEAN_KL_LIMIT:
+        options = {"stop_ids": reference.stop_ids, "max_new_tokens": reference.max_new_tokens, "batch_size": 32}
+        answers = answer(network, reference.prompts, **options)
+        greedy = sum(a == b for a, b in zip(answers, reference.answers, strict=True)) / max(1, len(answers))
+    return Agreement(base_kind, dtype, float(kl.mean()), float(kl.max()), float(top1.mean()), greedy)
+
+
+def _repeats(likeliest: list[int], reply: list[int], reference: Reference) -> bool:
+    """Whether greedy decoding gives `reply`: each token the likeliest, and a stop after it unless it was cut off."""
+    ends = len(reply) >= reference.max_new_tokens or likeliest[-1] in reference.stop_ids
+    return ends and likeliest[:-1] == reply
 
 
 @torch.inference_mode()
 def _log_probabilities(network: PreTrainedModel, prompt: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
     """[len(reply) + 1, V] float32: the distribution of each token of the reply and of the one after it."""
     device = next(network.parameters()).device
-    ids = torch.tensor([[*prompt, *reply]], device=device)
-    return torch.log_softmax(network(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float(), -1)
+    ids, count = torch.tensor([[*prompt, *reply]], device=device), len(reply) + 1
+    known = signature(network.forward).parameters
+    kept = {"logits_to_keep": count} if "logits_to_keep" in known else {}
+    return torch.log_softmax(network(input_ids=ids, use_cache=False, **kept).logits[0, -count:].float(), -1)
 
 
 def _certificate(best: Agreement, tried: list[Agreement], reference: Reference, out: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
@@ -35,13 +35,17 @@ def check_optimiser(train: Train, device: torch.device) -> None:
         )  # fmt: skip
 
 
-def build_optimiser(train: Train, parameters: Iterable[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    """The optimiser over the trainable parameters; weight decay on matrices only, not on biases or norms."""
-    trainable = [p for p in parameters if p.requires_grad]
-    matrices, vectors = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
+def build_optimiser(
+    train: Train, matrices: Sequence[torch.nn.Parameter], vectors: Sequence[torch.nn.Parameter], rate: float, *,
+    captured: bool = False,
+) -> torch.optim.Optimizer:  # fmt: skip
+    """The optimiser over the trainable parameters; weight decay on matrices only, not on biases or norms.
+
+    captured: the update will be part of a CUDA graph, so the rate is a tensor on the device.
+    """
     groups = [
-        {"params": matrices, "weight_decay": train.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": list(matrices), "weight_decay": train.weight_decay},
+        {"params": list(vectors), "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if train.optim == "sgd":
@@ -52,7 +56,18 @@ def build_optimiser(train: Train, parameters: Iterable[torch.nn.Parameter], rate
     beta2 = BETA2 if train.adam_beta2 is None else train.adam_beta2
     epsilon = EPSILON if train.adam_epsilon is None else train.adam_epsilon
     if train.optim == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, betas=(beta1, beta2), eps=epsilon, fused=True)
+        device = groups[0]["params"][0].device  # type: ignore[index,union-attr]
+        shown = torch.tensor(rate, device=device) if captured else rate
+        return torch.optim.AdamW(groups, lr=shown, betas=(beta1, beta2), eps=epsilon, fused=True, capturable=captured)
     optim = require("bitsandbytes.optim", f"train.optim: {train.optim}")
     kind = optim.AdamW8bit if train.optim == "adamw_8bit" else optim.PagedAdamW8bit
     return kind(groups, lr=rate, betas=(beta1, beta2), eps=epsilon)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every group, where it is a tensor in place."""
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

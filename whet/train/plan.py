@@ -20,19 +20,20 @@ def plan(recipe: Recipe, *, tokens: int | None = None) -> dict[str, Any]:
 
     tokens: of the largest forward pass, when the data are known; else rows times data.max_length (auto: 2,048).
     """
-    placement = place(recipe.base, recipe.method.capability.storages)
     model = empty_model(recipe.model, "fp32")
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    placement = place(recipe.base, recipe.method.capability.storages, width)
     readable = longest_input(model.config)
     length = recipe.data.max_length or min(readable or USUAL_LENGTH, USUAL_LENGTH)
     with torch.device("meta"):
         attached = recipe.method.attach(model)
     sizes = Sizes(
         storage=placement.storage,
-        compute="fp32" if placement.compute == torch.float32 else "bf16",
+        compute=placement.arithmetic,
         double_quant=placement.double_quant,
         optimiser=recipe.train.optim,
         tokens=tokens or recipe.train.per_device_train_batch_size * length,
-        checkpointing=recipe.train.gradient_checkpointing,
+        checkpointing=bool(recipe.train.gradient_checkpointing),
         chunk_logits=CHUNK_LOGITS[placement.device.type],
     )
     found = plan_memory(attached, sizes)

@@ -20,17 +20,19 @@ from whet.base.files import whole_directory
 from whet.data.batches import Batches
 from whet.data.goldens import FILE as CONTRACT
 from whet.data.goldens import write_contract
+from whet.engine.attention import fastest_attention
 from whet.engine.memory import keep_freed_memory, peak_bytes, used_bytes
 from whet.recipe import Parsed, fingerprint
 from whet.runs import Run
 from whet.train import checkpoint
+from whet.train.arrange import Arrangement
 from whet.train.checkpoint import Identity
-from whet.train.loss import Forward
-from whet.train.optim import build_optimiser
+from whet.train.graph import GraphSteps, side_stream
+from whet.train.optim import build_optimiser, set_rate
 from whet.train.record import Recorder
 from whet.train.schedule import learning_rate
 from whet.train.setup import Ready, batches_of, build_model, get_ready, show_ledger
-from whet.train.step import NotFinite, Stepped, held_out_loss, train_step
+from whet.train.step import NotFinite, Pending, Steps, held_out_loss
 
 MAX_EVAL_TOKENS = 500_000
 
@@ -50,6 +52,17 @@ class State:
     next_batch: str = ""
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A step under way, and the state after it: rate, step, tokens and learned tokens so far."""
+
+    pending: Pending
+    rate: float
+    step: int
+    tokens: int
+    targets: int
+
+
 class Stopped(Exception):
     """Ctrl-C: the run was saved and can be continued."""
 
@@ -64,10 +77,12 @@ def train(parsed: Parsed) -> Run:
         say(f"{ready.run.path} is finished ({ready.run.finished['steps']} steps): nothing to do")
         return ready.run
     show_ledger(ready.prepared.ledger)
-    model, ready, forward = build_model(ready)
-    loop = Loop(ready, model, forward)
+    model, ready, arranged = build_model(ready)
+    loop = Loop(ready, model, arranged)
+    device = arranged.forward.device
     try:
-        loop.fit()
+        with fastest_attention(device), side_stream(device):
+            loop.fit()
     except NotFinite as problem:
         raise _not_finite(problem, ready) from problem
     finally:
@@ -78,36 +93,46 @@ def train(parsed: Parsed) -> Run:
 class Loop:
     """The state of a run in progress and the few things that are done with it."""
 
-    def __init__(self, ready: Ready, model: torch.nn.Module, forward: Forward) -> None:
-        self.ready, self.model, self.forward = ready, model, forward
+    def __init__(self, ready: Ready, model: torch.nn.Module, arranged: Arrangement) -> None:
+        self.ready, self.model, self.forward = ready, model, arranged.forward
         self.run, self.settings = ready.run, ready.recipe.train
-        self.batches = batches_of(ready)
+        self.batches, self.plain_batches = arranged.batches, batches_of(ready)
         self.total = self.settings.max_steps or 0
         self.held_out = _evaluation_batches(ready)
         assert self.settings.learning_rate is not None
-        self.optimiser = build_optimiser(self.settings, model.parameters(), self.settings.learning_rate)
+        self.optimiser = build_optimiser(
+            self.settings, arranged.matrices, arranged.vectors, self.settings.learning_rate, captured=arranged.graphs
+        )
+        steps = GraphSteps if arranged.graphs else Steps
+        self.steps = steps(model, self.optimiser, self.forward, self.settings.max_grad_norm)
         self.identity = Identity(fingerprint(ready.recipe), ready.prepared.ledger.sha256)
         self.recorder = Recorder(self.run.metrics, self.run.timing, self.settings.report_to)
         self.state = State()
+        self.launched: Launched | None = None
+        self.clock = time.perf_counter()
         self.interrupted = False
 
     def fit(self) -> None:
         """Step until the last one, early stopping or Ctrl-C; then keep the best and write it."""
         self._resume()
         with Progress("training", self.total, self.state.step) as bar, _CtrlC(self):
+            self.clock = time.perf_counter()
             while self.state.step < self.total and not self._enough():
-                began = time.perf_counter()
-                stepped, rate = self._step()
-                self._log(stepped, rate, time.perf_counter() - began, bar)
-                looked = self._evaluate()
-                ending = self.state.step == self.total or self.interrupted or self._enough()
-                if looked or ending or self.state.step % (self.settings.save_steps or self.total) == 0:
+                self._step(bar)
+                looks, saves = self._due()
+                if looks or saves:
+                    self._settle(bar)
+                if looks:
+                    self._evaluate()
+                if looks or saves or self._enough():
                     self._save()
+                self.clock = time.perf_counter() if looks or saves else self.clock
                 if self.interrupted:
                     raise Stopped(f"stopped after step {self.state.step} of {self.total}; the same command continues")
         self._finish("early_stopping" if self._enough() else "completed")
 
-    def _step(self) -> tuple[Stepped, float]:
+    def _step(self, bar: Progress) -> None:
+        """Launch the next step, then look at the one before it: it is done while this one runs."""
         index = self.state.step
         rate = learning_rate(
             index,
@@ -117,39 +142,48 @@ class Loop:
             warmup_ratio=self.settings.warmup_ratio,
             decay_ratio=self.settings.decay_ratio or 0.0,
         )
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimiser, rate)
         batches = self.batches.step(index)
-        stepped = train_step(
-            self.model, self.optimiser, batches, self.forward, max_grad_norm=self.settings.max_grad_norm, step=index + 1
-        )
+        pending = self.steps.step(batches, index + 1)
+        self._settle(bar)
         self.state.step += 1
-        self.state.tokens += stepped.tokens
-        self.state.targets += stepped.targets
-        return stepped, rate
+        self.state.tokens += sum(batch.tokens for batch in batches)
+        self.state.targets += sum(len(batch.targets) for batch in batches)
+        self.launched = Launched(pending, rate, self.state.step, self.state.tokens, self.state.targets)
 
-    def _log(self, stepped: Stepped, rate: float, seconds: float, bar: Progress) -> None:
+    def _settle(self, bar: Progress) -> None:
+        """Wait for the step that was launched last, and log it."""
+        if self.launched is None:
+            return
+        launched, self.launched = self.launched, None
+        stepped = launched.pending.read()
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
         self.state.seconds += seconds
-        step, device = self.state.step, self.forward.device
+        step, device = launched.step, self.forward.device
         if step % self.settings.logging_steps == 0 or step == self.total:
             self.recorder.metric(
                 kind="train", step=step, epoch=round(step / self.batches.steps_per_epoch, 6), loss=stepped.loss,
-                learning_rate=rate, grad_norm=stepped.grad_norm, tokens=self.state.tokens,
-                supervised_tokens=self.state.targets,
+                learning_rate=launched.rate, grad_norm=stepped.grad_norm, tokens=launched.tokens,
+                supervised_tokens=launched.targets,
             )  # fmt: skip
             self.recorder.time(
                 step=step, seconds=round(self.state.seconds, 4), tokens_per_second=round(stepped.tokens / seconds, 1),
                 memory_bytes=used_bytes(device),
             )  # fmt: skip
-        speed = self.state.tokens / max(self.state.seconds, 1e-9)
+        speed = launched.tokens / max(self.state.seconds, 1e-9)
         bar.advance(f"loss {stepped.loss:.4f}  {speed:,.0f} tok/s  {bytes_text(used_bytes(device))}")
 
-    def _evaluate(self) -> bool:
-        """Measure held-out loss when it is due; returns whether it was."""
+    def _due(self) -> tuple[bool, bool]:
+        """Whether the held-out loss is to be measured now, and whether a checkpoint is due."""
         step = self.state.step
-        due = step % (self.settings.eval_steps or self.total) == 0 or step == self.total
-        if not due or not self.held_out:
-            return False
+        ending = step == self.total or self.interrupted
+        looks = (step % (self.settings.eval_steps or self.total) == 0 or step == self.total) and bool(self.held_out)
+        return looks, ending or step % (self.settings.save_steps or self.total) == 0
+
+    def _evaluate(self) -> None:
+        """Measure and record the held-out loss."""
+        step = self.state.step
         loss, targets = held_out_loss(self.model, self.held_out, self.forward)
         if not math.isfinite(loss):
             raise UserError(
@@ -164,7 +198,6 @@ class Loop:
             self.state.evaluations_without_gain = 0
         else:
             self.state.evaluations_without_gain += 1
-        return True
 
     def _enough(self) -> bool:
         patience = self.settings.early_stopping_patience
@@ -179,7 +212,8 @@ class Loop:
         checkpoint.prune(self.run.checkpoints, self.state.step, self.settings.save_total_limit, best)
 
     def _next_batch(self) -> str:
-        return self.batches.step(self.state.step)[0].sha256() if self.state.step < self.total else ""
+        """Of the rows that come next, however they are cut into forward passes."""
+        return self.plain_batches.step(self.state.step)[0].sha256() if self.state.step < self.total else ""
 
     def _resume(self) -> None:
         self.run.checkpoints.mkdir(parents=True, exist_ok=True)

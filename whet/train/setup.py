@@ -29,12 +29,12 @@ from whet.engine.linear import count_parameters
 from whet.engine.load import load_config, load_model, load_tokenizer, longest_input
 from whet.recipe import Parsed, Recipe, to_yaml
 from whet.runs import Run
+from whet.train.arrange import Arrangement, arrange
 from whet.train.loss import Forward
 from whet.train.optim import check_optimiser
 from whet.train.plan import plan
 
 DECAY_RATIO = 0.2
-SHAPE_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,13 @@ class Ready:
 def get_ready(parsed: Parsed) -> Ready:
     """Check everything, decide what is auto, and open the run directory. Raises UserError; loads no model."""
     recipe = parsed.recipe
-    placement = place(recipe.base, recipe.method.capability.storages)
+    config = load_config(recipe.model)
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    placement = place(recipe.base, recipe.method.capability.storages, width)
     check_optimiser(recipe.train, placement.device)
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.model.chat_template)
-    prepared = prepare(recipe.data, tokenizer, longest_input(load_config(recipe.model)))
+    prepared = prepare(recipe.data, tokenizer, longest_input(config))
     prepared.ledger.gate()
     decided = _decided(recipe, prepared, placement)
     facts = {
@@ -87,24 +89,26 @@ def batches_of(ready: Ready) -> Batches:
         accumulate=train.gradient_accumulation_steps,
         flat=bool(data.padding_free),
         seed=train.seed,
-        multiple=SHAPE_MULTIPLE if ready.placement.device.type == "cpu" else 1,
     )
 
 
-def build_model(ready: Ready) -> tuple[torch.nn.Module, Ready, Forward]:
-    """Seed, load, attach the method, check isolation; returns the model in training mode."""
+def build_model(ready: Ready) -> tuple[torch.nn.Module, Ready, Arrangement]:
+    """Seed, load, attach the method, check isolation, arrange for speed; returns the model in training mode."""
     recipe, placement = ready.recipe, ready.placement
     seed_everything(recipe.train.seed)
     network = load_model(recipe.model, placement)
     model = recipe.method.attach(network)
-    if recipe.train.gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
     ready = _isolated(ready, model, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
     autocast = placement.compute if placement.autocast else None
     forward = Forward(placement.device, placement.compute, placement.autocast, find_head(network, autocast=autocast))
     trainable, total = count_parameters(model)
     say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
-    return model.train(), ready, forward
+    model.train()
+    arranged = arrange(
+        recipe.train, placement, model, network, forward, batches_of(ready), steps=recipe.train.max_steps or 1
+    )
+    ready.run.write("arrangement.json", arranged.facts)
+    return model, ready, arranged
 
 
 def environment(placement: Placement) -> dict[str, Any]:
@@ -122,7 +126,7 @@ def environment(placement: Placement) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": placement.device.type,
         "device_name": device_name(placement.device),
-        "compute": str(placement.compute).removeprefix("torch."),
+        "compute": placement.arithmetic,
         "storage": placement.storage,
         "threads": torch.get_num_threads(),
     }
@@ -154,8 +158,9 @@ def _most_tokens(recipe: Recipe, prepared: Prepared) -> int:
 def _decided(recipe: Recipe, prepared: Prepared, placement: Placement) -> dict[str, tuple[object, str]]:
     """Every auto setting with the value it gets and why."""
     train, method, decided = recipe.train, recipe.method, dict(prepared.decided)
-    compute = "fp32" if placement.compute == torch.float32 else "bf16"
-    settled = {"base.device": placement.device.type, "base.compute": compute, "base.storage": placement.storage}
+    settled = {
+        "base.device": placement.device.type, "base.compute": placement.arithmetic, "base.storage": placement.storage,
+    }  # fmt: skip
     for path, value in settled.items():
         if getattr(recipe.base, path.partition(".")[2]) is None:
             decided[path] = (value, placement.reasons.get(path, "follows from base.storage"))
@@ -193,12 +198,7 @@ def _decided(recipe: Recipe, prepared: Prepared, placement: Placement) -> dict[s
 def _isolated(ready: Ready, model: torch.nn.Module, vocabulary: int) -> Ready:
     """Run the isolation check where documents share a row; fall back to padding where whet may decide."""
     if not ready.recipe.data.padding_free:
-        if ready.prepared.bins is None:
-            return ready
-        raise UserError(
-            "packed rows are laid out without padding", field="data.padding_free", found="false with packing",
-            expected="auto", fix="data.packing=false, or remove data.padding_free",
-        )  # fmt: skip
+        return ready
     autocast = ready.placement.compute if ready.placement.autocast else None
     found = check_isolation(model, vocabulary, autocast=autocast)
     if found.holds:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from whet.data.batches import Batch
+from whet.engine.compile import uncompiled
 from whet.train.loss import Forward
 
 
@@ -33,6 +34,16 @@ class Stepped:
     targets: int
 
 
+class Pending:
+    """A step that may still be running; `read` waits for it and raises NotFinite when it came to nothing."""
+
+    def __init__(self, done: Stepped) -> None:
+        self._done = done
+
+    def read(self) -> Stepped:
+        return self._done
+
+
 def train_step(
     model: torch.nn.Module,
     optimiser: torch.optim.Optimizer,
@@ -44,6 +55,8 @@ def train_step(
 ) -> Stepped:
     """Forward and backward over the micro-batches, then one update. Raises NotFinite instead of updating."""
     targets = sum(len(batch.targets) for batch in batches)
+    if forward.prepare is not None:
+        forward.prepare()
     total = torch.zeros((), dtype=torch.float32, device=forward.device)
     for batch in batches:
         loss = forward.loss(model, batch) / targets
@@ -63,14 +76,32 @@ def train_step(
     return Stepped(loss_value, norm_value, sum(batch.tokens for batch in batches), targets)
 
 
+class Steps:
+    """Runs steps one by one, each to its end."""
+
+    def __init__(
+        self, model: torch.nn.Module, optimiser: torch.optim.Optimizer, forward: Forward, max_grad_norm: float
+    ) -> None:
+        self.model, self.optimiser, self.forward, self.limit = model, optimiser, forward, max_grad_norm
+
+    def step(self, batches: Sequence[Batch], step: int) -> Pending:
+        """One optimiser step. Raises NotFinite."""
+        return Pending(
+            train_step(self.model, self.optimiser, batches, self.forward, max_grad_norm=self.limit, step=step)
+        )
+
+
 @torch.inference_mode()
 def held_out_loss(model: torch.nn.Module, batches: Sequence[Batch], forward: Forward) -> tuple[float, int]:
     """(mean loss, learned tokens) over batches, in evaluation mode; no logits are kept."""
     was_training = model.training
     model.eval()
+    if forward.prepare is not None:
+        forward.prepare()
     total, targets = 0.0, 0
-    for batch in batches:
-        total += float(forward.loss(model, batch))
-        targets += len(batch.targets)
+    with uncompiled():
+        for batch in batches:
+            total += float(forward.loss(model, batch))
+            targets += len(batch.targets)
     model.train(was_training)
     return total / max(1, targets), targets

@@ -1,0 +1,58 @@
+"""`whet eval` scores what was asked for: what the template alone writes before an answer is no part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from whet.evaluate import metrics
+from whet.evaluate.run import evaluate
+from whet.recipe import Parsed
+from whet.settings import MetricName
+from whet.train.run import train
+
+LEAD = "<think>\n\n</think>\n\n"
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{{ '<think>\\n\\n</think>\\n\\n' if loop.last and m.role == 'assistant' }}{{ m.content }}{{ '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_the_block_that_was_learned_before_an_answer_is_not_scored(
+    recipe: Callable[..., Parsed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    (tmp_path / "own.jinja").write_text(TEMPLATE, encoding="utf-8")
+    changes = {"model__chat_template": str(tmp_path / "own.jinja"), "data__val_size": 4, "train__max_steps": 1}
+    run = train(recipe(**changes, train__load_best_model_at_end=False))
+    tokenizer: Any = AutoTokenizer.from_pretrained(run.recipe.model.path)
+    room = []
+
+    def perfect(network: Any, prompts: list[list[int]], *, max_new_tokens: int, **_: Any) -> list[list[int]]:
+        """Every prompt answered by what it was trained to be followed by."""
+        room.append(max_new_tokens)
+        return [answers[tuple(prompt)] for prompt in prompts]
+
+    from whet.evaluate import run as evaluation
+
+    prepared = evaluation._prepared(run.recipe)
+    answers = {
+        tuple(prepared.tokeniser.prompt(example.question)): tokenizer.encode(LEAD + example.answer)
+        for example in prepared.held_out
+    }
+    monkeypatch.setattr(evaluation, "answer", perfect)
+    result = evaluate(run)
+    assert result["tuned"]["metrics"]["exact_match"] == result["base"]["metrics"]["exact_match"] == 1.0
+    assert min(room) > max(map(len, answers.values())), "there is room for the block and the answer"
+    assert "<think>" not in (run.results / "predictions.jsonl").read_text(encoding="utf-8")
+    monkeypatch.setattr(evaluation.Tokeniser, "answered", lambda self, question, reply: reply)
+    assert evaluate(run)["tuned"]["metrics"]["exact_match"] == 0.0, "the planted fault"
+
+
+def test_the_names_of_metrics_that_a_recipe_takes_are_those_there_are() -> None:
+    assert set(get_args(MetricName)) == {*metrics._BY_ROW, *metrics._BY_CORPUS}

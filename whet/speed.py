@@ -1,0 +1,167 @@
+"""`whet bench speed`: training speed and memory of a model on this machine, through the path that training takes.
+
+Rows are random tokens, all learned but the first; speed does not depend on what they say. The layout, the kernels, the
+optimiser and the step are those of `whet train`, so what it shows is what training will do. LoRA of rank 16 on all
+linear layers, dropout 0, as in the published comparisons.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from whet.base.console import Progress
+from whet.base.errors import UserError
+from whet.base.seed import seed_everything
+from whet.data.batches import Batches
+from whet.data.pack import best_fit
+from whet.data.rows import Rows
+
+MODES = {
+    "auto": {}, "off": {"gradient_checkpointing": False}, "recompute": {"gradient_checkpointing": True},
+    "offload": {"gradient_checkpointing": True, "activation_offload": True},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is measured. rows x length tokens in a forward pass, accumulation of them in a step.
+
+    lengths: a JSON list of document lengths to be packed into that budget instead of full rows.
+    """
+
+    rows: int = 8
+    length: int = 2048
+    accumulation: int = 1
+    lengths: str | None = None
+    warm: int = 5
+    steps: int = 15
+    r: int = 16
+
+
+def measure_speed(model: str, base: Any, train: Any, load: Load) -> dict[str, Any]:
+    """tokens_per_second (median of the timed steps) and what stands beside it; see the keys. Raises UserError."""
+    import torch
+
+    from whet.engine.attention import fastest_attention
+    from whet.engine.config import Model
+    from whet.engine.device import device_name, place
+    from whet.engine.load import load_config, load_model
+    from whet.methods.lora import Lora
+    from whet.train.graph import side_stream
+
+    seed_everything(0)
+    place_of = Model(path=model, from_config=model.endswith(".json"))
+    config = load_config(place_of)
+    text = config.get_text_config()
+    method = Lora(r=load.r, lora_alpha=float(load.r))
+    placement = place(base, method.capability.storages, getattr(text, "hidden_size", None))
+    batches = _batches(load, min(30000, text.vocab_size))
+    began = time.perf_counter()
+    with torch.device(placement.device):  # random weights of a config are drawn where they stay
+        network = load_model(place_of, placement)
+    loaded = time.perf_counter() - began
+    attached = method.attach(network)
+    with fastest_attention(placement.device), side_stream(placement.device):
+        found = _run(train, placement, attached.train(), network, batches, load)
+    return {
+        "system": "whet", "model": Path(model).name, "device": device_name(placement.device),
+        "torch": torch.__version__, "storage": placement.storage, "compute": placement.arithmetic, **asdict(load),
+        "load_seconds": round(loaded, 3),
+        **found,
+    }  # fmt: skip
+
+
+def _batches(load: Load, vocabulary: int) -> Batches:
+    """Random rows: four steps' worth of full ones, or all given lengths packed once."""
+    bins, size = None, load.rows
+    if load.lengths is None:
+        lengths = [load.length] * (load.rows * load.accumulation * 4)
+    else:
+        budget = load.rows * load.length
+        lengths = [int(number) for number in json.loads(Path(load.lengths).read_text(encoding="utf-8"))]
+        if max(lengths) > budget:
+            raise UserError(
+                "a document is longer than a forward pass", file=load.lengths, found=str(max(lengths)),
+                expected=f"at most {budget}", fix="--rows and --length that hold it",
+            )  # fmt: skip
+        bins, size = best_fit(lengths, budget), 1
+    draw = np.random.default_rng(1)
+    parts = ((i, draw.integers(3, vocabulary, n, dtype=np.int32), np.ones(n, bool)) for i, n in enumerate(lengths))
+    return Batches(Rows.gather(parts), bins, size=size, accumulate=load.accumulation, flat=True, seed=0)
+
+
+def _run(train: Any, placement: Any, model: Any, network: Any, batches: Batches, load: Load) -> dict[str, Any]:
+    import torch
+
+    from whet.engine.head import find_head
+    from whet.engine.memory import peak_bytes
+    from whet.train.arrange import arrange
+    from whet.train.graph import GraphSteps
+    from whet.train.loss import Forward
+    from whet.train.optim import build_optimiser
+    from whet.train.step import Steps
+
+    autocast = placement.compute if placement.autocast else None
+    forward = Forward(placement.device, placement.compute, placement.autocast, find_head(network, autocast=autocast))
+    total = load.warm + load.steps
+    began = time.perf_counter()
+    arranged = arrange(train, placement, model, network, forward, batches, steps=total)
+    optimiser = build_optimiser(train, arranged.matrices, arranged.vectors, 2e-4, captured=arranged.graphs)
+    kind = GraphSteps if arranged.graphs else Steps
+    runner = kind(model, optimiser, arranged.forward, train.max_grad_norm)
+    seconds, losses, tokens, first = [], [], [], None
+    with Progress("measuring", total) as bar:
+        for index in range(total):
+            made = arranged.batches.step(index)
+            if index == 1 and placement.device.type == "cuda":  # after compilation, before anything is captured
+                torch.cuda.reset_peak_memory_stats()
+            start = _now(placement.device)
+            stepped = runner.step(made, index + 1).read()
+            seconds.append(_now(placement.device) - start)
+            if first is None:
+                first = (_process_seconds(), time.perf_counter() - began)
+            losses.append(stepped.loss)
+            tokens.append(stepped.tokens)
+            bar.advance(f"{stepped.tokens / seconds[-1]:,.0f} tok/s")
+    timed = [count / second for count, second in zip(tokens[load.warm :], seconds[load.warm :], strict=True)]
+    times = sorted(seconds[load.warm :])
+    assert first is not None
+    found = {
+        "tokens_per_second": round(statistics.median(timed)), "median_seconds": round(statistics.median(times), 5),
+        "p10_seconds": round(times[len(times) // 10], 5), "p90_seconds": round(times[len(times) * 9 // 10], 5),
+        "loss": round(losses[-1], 5), "first_loss": round(losses[0], 5), "first_step_seconds": round(first[0], 2),
+        "compile_seconds": round(first[1], 2), "arrangement": arranged.facts,
+        "peak_allocated_gib": round(peak_bytes(placement.device) / 2**30, 3),
+    }  # fmt: skip
+    if placement.device.type == "cuda":
+        found["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
+        free, whole = torch.cuda.mem_get_info()
+        found["device_used_gib"] = round((whole - free) / 2**30, 3)
+    return found
+
+
+def _now(device: Any) -> float:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _process_seconds() -> float:
+    """Seconds since this process began, or not a number where the system does not say."""
+    stat = Path("/proc/self/stat")
+    if not stat.is_file():
+        return math.nan
+    ticks = int(stat.read_text().rpartition(")")[2].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return uptime - ticks / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,195 @@
+"""How the model is laid out for speed on the hardware at hand: groups, forms, memory mode, compilation, graphs.
+
+None of it changes what is computed; each part is a setting, and `auto` takes the fastest that fits. What was decided is
+said, and stands in arrangement.json of the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from whet.base.console import bytes_text, say
+from whet.base.errors import UserError
+from whet.data.batches import Batches
+from whet.data.forms import choose_forms
+from whet.engine.compile import compile_layers, worth_compiling
+from whet.engine.costs import Mode, choose, keep_bytes, sizes_of
+from whet.engine.device import Placement
+from whet.engine.group import Fused, fuse
+from whet.engine.head import CHUNK_LOGITS
+from whet.engine.recompute import decoder_layers, recompute, tile_mlp
+from whet.settings import Train
+from whet.train.loss import Forward
+
+MAX_FORMS = 3
+CPU_MULTIPLE = 32
+EAGER_KEEPS, COMPILED_KEEPS = 2.6, 1.25  # times the least that a layer must keep, measured on an H100 (docs/log.md)
+SLACK_BYTES = 2 << 30
+TILE_TOKENS = 4096
+KEPT_SHARE = 0.2  # fp8 bytes are kept in both orders where they take less than this share of the free memory
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """matrices, vectors: what the optimiser trains; graphs: whether steps are captured; facts: what was decided."""
+
+    forward: Forward
+    batches: Batches
+    matrices: list[torch.nn.Parameter]
+    vectors: list[torch.nn.Parameter]
+    graphs: bool
+    facts: dict[str, Any]
+
+
+def arrange(
+    train: Train, placement: Placement, model: torch.nn.Module, network: torch.nn.Module, forward: Forward,
+    batches: Batches, *, steps: int,
+) -> Arrangement:  # fmt: skip
+    """Lay out `model` (with its method; `network` inside it) for `steps` steps over `batches`."""
+    on_gpu = placement.device.type == "cuda"
+    tokens = int(batches.facts(min(steps, batches.steps_per_epoch)).tokens.sum()) * steps
+    tokens //= max(1, min(steps, batches.steps_per_epoch))
+    parameters = sum(p.numel() for p in network.parameters())
+    compiled = train.compile if train.compile is not None else on_gpu and worth_compiling(parameters, tokens)
+    if not on_gpu and (compiled or train.cuda_graphs):
+        raise UserError(
+            "this runs on CUDA only", field="train.compile" if compiled else "train.cuda_graphs", found="true",
+            expected="auto", fix="remove the line",
+        )  # fmt: skip
+    fused = _fused(train, placement, model)
+    matrices, vectors = _split(fused, model)
+    free = _free_bytes(matrices + vectors, placement.device) if on_gpu else None
+    batches = _joined(train, batches, network, free, compiled, steps) if on_gpu else batches
+    batches = _formed(batches, steps, on_gpu)
+    mode = _memory_mode(train, batches, network, free, compiled, steps)
+    facts: dict[str, Any] = {
+        "compile": bool(compiled),
+        "memory": asdict(mode),
+        "tokens_in_a_forward_pass": _largest(batches, steps),
+    }
+    _apply(mode, network)
+    if compiled:
+        compile_layers(network)
+    if fused is not None:
+        forward = replace(forward, prepare=fused.refresh)
+        facts["groups"] = len(fused.groups)
+    if placement.fp8_head and forward.head is not None:
+        forward = replace(forward, head=forward.head.in_fp8())
+    graphs = _graphs(train, batches, mode, on_gpu)
+    facts |= {"cuda_graphs": graphs, "micro_batches": batches.accumulate, "forms": [asdict(f) for f in batches.forms]}
+    if on_gpu:
+        _say(facts, mode)
+    return Arrangement(forward, batches, matrices, vectors, graphs, facts)
+
+
+def _fused(train: Train, placement: Placement, model: torch.nn.Module) -> Fused | None:
+    """The LoRA layers in groups, unless the optimiser needs to see each matrix or there are none."""
+    if train.optim == "adafactor" or not hasattr(model, "peft_config"):
+        return None
+    found = fuse(model, compute=placement.compute, fp8=placement.fp8, keep_transposed=placement.keep_transposed)
+    return found if found.groups else None
+
+
+def _split(fused: Fused | None, model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """(weights that decay, those that do not); a group's row holds matrices."""
+    rest = [p for p in model.parameters() if p.requires_grad] if fused is None else fused.rest
+    leaves = [] if fused is None else fused.leaves
+    return leaves + [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
+
+
+def _free_bytes(trained: list[torch.nn.Parameter], device: torch.device) -> int:
+    """What activations may take: free now, less gradients and moments to come, logits and slack."""
+    free, _ = torch.cuda.mem_get_info(device)
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + idle - 12 * sum(p.numel() for p in trained) - 3 * CHUNK_LOGITS["cuda"] - SLACK_BYTES
+
+
+def _largest(batches: Batches, steps: int) -> int:
+    if batches.forms:
+        return batches.forms[-1].tokens
+    return int(batches.facts(min(steps, batches.steps_per_epoch)).tokens.max())
+
+
+def _joined(
+    train: Train, batches: Batches, network: torch.nn.Module, free: int | None, compiled: bool, steps: int
+) -> Batches:
+    """Several micro-batches as one, as many as surely fit: fewer, larger products."""
+    if train.join_micro_batches is False or batches.accumulate == 1 or not batches.flat or free is None:
+        return batches
+    keeps = COMPILED_KEEPS if compiled else EAGER_KEEPS
+    sizes = sizes_of(network.config)  # type: ignore[arg-type]
+    for joined in range(batches.accumulate, 1, -1):
+        if batches.accumulate % joined == 0:
+            wider = replace_sizes(batches, batches.size * joined, batches.accumulate // joined)
+            if keeps * keep_bytes(sizes, _largest(wider, steps)) <= free:
+                return wider
+    return batches
+
+
+def replace_sizes(batches: Batches, size: int, accumulate: int, multiple: int = 1, forms: Any = ()) -> Batches:
+    """The same units in the same order, cut otherwise."""
+    return Batches(
+        batches.rows, batches.units, size=size, accumulate=accumulate, flat=batches.flat, seed=batches.seed,
+        multiple=multiple, forms=forms,
+    )  # fmt: skip
+
+
+def _formed(batches: Batches, steps: int, on_gpu: bool) -> Batches:
+    """Batches that are filled up: to a few forms on a GPU, to a multiple on a CPU."""
+    if not on_gpu or not batches.flat:
+        return replace_sizes(batches, batches.size, batches.accumulate, 1 if on_gpu else CPU_MULTIPLE)
+    forms = choose_forms(batches.facts(steps), MAX_FORMS)
+    return replace_sizes(batches, batches.size, batches.accumulate, 1, forms)
+
+
+def _memory_mode(
+    train: Train, batches: Batches, network: torch.nn.Module, free: int | None, compiled: bool, steps: int
+) -> Mode:
+    """What the settings ask for, and where they leave it open, the fastest mode that fits."""
+    wanted = train.gradient_checkpointing
+    if (train.activation_offload or train.tile_mlp) and wanted is False:
+        raise UserError(
+            "this needs recomputed layers", field="train.gradient_checkpointing", found="false",
+            expected="true or auto", fix="train.gradient_checkpointing=true",
+        )  # fmt: skip
+    if wanted or train.activation_offload or train.tile_mlp:
+        return Mode(len(decoder_layers(network)) - 1, bool(train.activation_offload), train.tile_mlp or 0)
+    if wanted is False or free is None:
+        return Mode()
+    sizes = sizes_of(network.config)  # type: ignore[arg-type]
+    keeps = COMPILED_KEEPS if compiled else EAGER_KEEPS
+    tokens = _largest(batches, steps)
+    return choose(int(free / keeps), sizes, tokens, tokens, tile_tokens=TILE_TOKENS).mode
+
+
+def _apply(mode: Mode, network: torch.nn.Module) -> None:
+    if mode.recompute:
+        recompute(network, range(mode.recompute), offload=mode.offload)
+    if mode.tile_tokens:
+        tile_mlp(network, mode.tile_tokens)
+
+
+def _graphs(train: Train, batches: Batches, mode: Mode, on_gpu: bool) -> bool:
+    """Whether steps can be captured; a setting that asks for the impossible is refused."""
+    possible = on_gpu and train.optim == "adamw" and bool(batches.forms) and not mode.recompute and not mode.tile_tokens
+    if train.cuda_graphs and not possible:
+        raise UserError(
+            "this run's steps cannot be captured", field="train.cuda_graphs", found="true",
+            expected="padding-free rows, optim adamw, no recomputed layers", fix="train.cuda_graphs=auto",
+        )  # fmt: skip
+    return possible if train.cuda_graphs is None else train.cuda_graphs
+
+
+def _say(facts: dict[str, Any], mode: Mode) -> None:
+    forms = ", ".join(f"{form['tokens']:,}" for form in facts["forms"])
+    words = [f"{facts['micro_batches']} forward pass(es) a step"]
+    words += [f"of {forms} tokens"] if forms else []
+    words += ["layers compiled (the first steps take long)"] if facts["compile"] else []
+    words += ["steps captured as CUDA graphs"] if facts["cuda_graphs"] else []
+    words += [f"{mode.recompute} layers run again in the backward pass"] if mode.recompute else []
+    words += ["their inputs in host memory"] if mode.offload else []
+    free, total = torch.cuda.mem_get_info()
+    say(", ".join(words) + f"; {bytes_text(total - free)} of {bytes_text(total)} in use", style="dim")
