@@ -137,6 +137,7 @@ class Session:
         """The rows of a case as they come."""
         failed = self.prepare(case)
         systems = [s for s in case.systems if self.options.systems in ("all", "whet" if s.kind == "whet" else "peers")]
+        systems = systems[: self.options.first]
         for turn in range(self.options.repeats):
             for system in systems[:: -1 if turn % 2 else 1]:
                 for cache, more in self.caches(name, case, system):
@@ -235,6 +236,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=BENCH / "results" / "gpu")
     parser.add_argument("--only", default=",".join(CASES), help="cases by name, with commas")
     parser.add_argument("--systems", choices=("whet", "peers", "all"), default="all")
+    parser.add_argument("--first", type=int, help="only the first so many systems of a case: whet's and its opponent")
     parser.add_argument("--minutes", type=float, default=600.0, help="start no process that would end after them")
     parser.add_argument("--limit-seconds", type=float, default=420.0, help="of one process")
     parser.add_argument("--warm", type=int, default=5)

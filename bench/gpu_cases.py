@@ -47,35 +47,35 @@ def peer(name: str, bits: int, checkpointing: str = "default", kind: str = "unsl
     return System(text, kind, (checkpointing, str(bits), *more), **kw)
 
 
-def whet(storage: str, compute: str, checkpointing: str | None = None, **kw: Any) -> System:
+def whet(storage: str, compute: str, *more: str, note: str = "", **kw: Any) -> System:
     name = f"whet {storage if storage == compute else f'{storage} + {compute}'}"
-    settings = ["--storage", storage, "--compute", compute]
-    if checkpointing:
-        settings += ["--checkpointing", checkpointing]
-    return System(f"{name}, {checkpointing}" if checkpointing else name, "whet", tuple(settings), **kw)
+    settings = ("--storage", storage, "--compute", compute, *more)
+    return System(f"{name}, {note}" if note else name, "whet", settings, **kw)
 
 
 DEFAULT, KEEP4, KEEP16 = peer("Unsloth", 4), peer("Unsloth", 4, "off"), peer("Unsloth", 16, "off")
 FP8, BF16, NF4 = whet("fp8", "fp8"), whet("bf16", "bf16"), whet("nf4", "fp8")
+HEAD = whet("fp8", "fp8", "--fp8-head", note="head too")
+LEAST = ("--optim", "adamw_8bit", "--checkpointing", "offload", "--offload-embedding")
 GRAPHS = {"UNSLOTH_BLOCK_CUDAGRAPHS": "1"}  # Unsloth's own option for static shapes
 FLAT, SORTED, IN_ROWS = ("--packing", "flat"), ("--packing", "sorted"), ("--packing", "rows")
 CASES = {
     "llama8b-2048": Case(
-        "Llama-3.1-8B shape, 8 x 2048", "Llama-3.1-8B", 8, 2048, 1, (FP8, KEEP16, BF16, KEEP4, NF4, DEFAULT)
+        "Llama-3.1-8B shape, 8 x 2048", "Llama-3.1-8B", 8, 2048, 1, (HEAD, KEEP16, FP8, BF16, KEEP4, NF4, DEFAULT)
     ),
-    "qwen4b-2048": Case("Qwen3-4B shape, 2 x 2048 x 4", "Qwen3-4B", 2, 2048, 4, (FP8, KEEP4, BF16, DEFAULT, NF4)),
+    "qwen4b-2048": Case("Qwen3-4B shape, 2 x 2048 x 4", "Qwen3-4B", 2, 2048, 4, (HEAD, KEEP4, FP8, BF16, DEFAULT, NF4)),
     "qwen06b-512": Case(
         "Qwen3-0.6B shape, 2 x 512", "Qwen3-0.6B", 2, 512, 1,
         (
-            FP8, KEEP16, BF16, DEFAULT, peer("PEFT", 16, "off", "peft"),
+            BF16, KEEP16, FP8, DEFAULT, peer("PEFT", 16, "off", "peft"),
             peer("Unsloth", 16, "off", note="CUDA graphs", environment=GRAPHS),
         ),
     ),
     "qwen4b-packed": Case(
         "Qwen3-4B shape, gsm8k's lengths, 16,384 tokens a step", "Qwen3-4B", 8, 2048, 1,
         (
-            FP8, peer("Unsloth", 4, "off", "unsloth", *FLAT, note="packed"),
-            peer("Unsloth", 16, "off", "unsloth", *SORTED, note="by length"), BF16,
+            HEAD, peer("Unsloth", 16, "off", "unsloth", *SORTED, note="by length"),
+            peer("Unsloth", 4, "off", "unsloth", *FLAT, note="packed"), BF16,
             peer("Unsloth", 4, "off", "unsloth", *SORTED, note="by length"),
             peer("PEFT + Liger", 16, "default", "peft-liger", *IN_ROWS, note="packed"),
             peer("PEFT + Liger", 16, "off", "peft-liger", *SORTED, note="by length, 2 x 4", rows=2, accumulation=4),
@@ -85,7 +85,11 @@ CASES = {
     ),
     "llama8b-4096-memory": Case(
         "Llama-3.1-8B shape, 1 x 4096, least memory", "Llama-3.1-8B", 1, 4096, 1,
-        (DEFAULT, whet("nf4", "bf16", "recompute"), whet("nf4", "fp8", "recompute"), whet("nf4", "fp8", "offload")),
+        (
+            whet("nf4", "fp8", "--fp8-head", *LEAST, note="least"), DEFAULT,
+            whet("nf4", "fp8", "--checkpointing", "recompute", note="recompute"),
+            whet("nf4", "bf16", *LEAST, note="least"),
+        ),
     ),
     "llama8b-first-step": Case(
         "Llama-3.1-8B shape from disk to the end of the first step, 1 x 2048", "Llama-3.1-8B", 1, 2048, 1,

@@ -20,7 +20,9 @@ SAMPLES = {
     "method.name": "lora", "method.target_modules": ["q_proj"], "data.columns": {"prompt": "q"}, "train.optim": "sgd",
     "train.lr_scheduler_type": "linear", "data.dataset": "a.jsonl", "data.eval_dataset": "b.jsonl",
     "model.chat_template": "chatml", "model.tokenizer": "t", "model.path": "m", "data.max_length": 64,
-    "base.double_quant": True, "data.packing": True, "data.padding_free": False,
+    "base.double_quant": True, "data.packing": True, "data.padding_free": False, "base.keep_transposed": True,
+    "train.gradient_checkpointing": True, "train.activation_offload": True, "train.compile": True,
+    "train.cuda_graphs": True,
 }  # fmt: skip
 
 
@@ -51,6 +53,9 @@ PEERS = [
         lora_target_linear: true
         micro_batch_size: 2
         gradient_accumulation_steps: 4
+        activation_offloading: hidden_states
+        tiled_mlp: true
+        torch_compile: auto
         num_epochs: 3
         optimizer: adamw_bnb_8bit
         lr_scheduler: cosine
@@ -63,7 +68,8 @@ PEERS = [
          "data.dataset": ["a.jsonl", "b.jsonl"], "data.max_length": 2048, "data.packing": True, "method.r": 32,
          "method.lora_alpha": 16.0, "method.lora_dropout": 0.05, "method.target_modules": "all-linear",
          "train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 4, "train.num_train_epochs": 3.0,
-         "train.optim": "adamw_8bit", "train.learning_rate": 2e-4, "data.loss_on": "assistant", "base.compute": None},
+         "train.optim": "adamw_8bit", "train.learning_rate": 2e-4, "data.loss_on": "assistant", "base.compute": None,
+         "train.activation_offload": True, "train.tile_mlp": 4096, "train.compile": None},
     ),
     (
         "LLaMA-Factory",
@@ -104,23 +110,28 @@ PEERS = [
         use_rslora: true
         warmup_ratio: 0.1
         optim: adamw_torch_fused
+        activation_offloading: true
+        torch_compile: true
         """,
         {"model.path": "m", "data.dataset": "d.jsonl", "train.learning_rate": 2e-5, "data.max_length": 512,
          "data.packing": False, "data.padding_free": True, "data.loss_on": "assistant",
-         "method.target_modules": ["q_proj"], "method.use_rslora": True, "train.optim": "adamw"},
+         "method.target_modules": ["q_proj"], "method.use_rslora": True, "train.optim": "adamw",
+         "train.activation_offload": True, "train.compile": True},
     ),
     (
         "Unsloth",
         """
         model: {model_name_or_path: m, max_seq_length: 2048, load_in_4bit: true}
         method: {r: 16, alpha: 32, dropout: 0, target_modules: all}
-        train: {optimizer: paged_adamw8bit, epochs: 1, batch_size: 2, seed: 3407, lr_scheduler_type: wsd}
+        train: {optimizer: paged_adamw8bit, epochs: 1, batch_size: 2, seed: 3407, lr_scheduler_type: wsd,
+                use_gradient_checkpointing: unsloth}
         eval: {batch_size: 4, dataset: held.jsonl}
         """,
         {"data.max_length": 2048, "base.storage": "nf4", "method.r": 16, "method.lora_alpha": 32.0,
          "method.target_modules": "all-linear", "train.optim": "paged_adamw_8bit", "train.num_train_epochs": 1.0,
          "train.per_device_train_batch_size": 2, "train.seed": 3407, "eval.per_device_eval_batch_size": 4,
-         "train.lr_scheduler_type": "warmup_stable_decay", "data.eval_dataset": "held.jsonl"},
+         "train.lr_scheduler_type": "warmup_stable_decay", "data.eval_dataset": "held.jsonl",
+         "train.gradient_checkpointing": True, "train.activation_offload": True},
     ),
     (
         "mlx-lm",

@@ -21,8 +21,9 @@ from whet.engine.attention import ATTENTION
 from whet.engine.isolation import check_isolation, flat_inputs
 from whet.recipe import Parsed
 from whet.train import loss as loss_module
+from whet.train.arrange import Arrangement
 from whet.train.loss import Forward
-from whet.train.setup import Ready, batches_of, build_model, get_ready
+from whet.train.setup import Ready, build_model, get_ready
 from whet.train.step import train_step
 
 Gradients = dict[str, torch.Tensor]
@@ -32,10 +33,13 @@ TOLERANCE = 1e-5
 class Capture(torch.optim.SGD):
     """An optimiser that keeps the gradients instead of using them."""
 
-    seen: list[torch.Tensor]
+    def __init__(self, model: torch.nn.Module, trained: list[torch.nn.Parameter]) -> None:
+        super().__init__(trained, lr=0.1)
+        self.model, self.trained = model, trained
+        self.seen: Gradients = {}
 
     def step(self, closure: Any = None) -> None:
-        self.seen = [p.grad.double().clone() for group in self.param_groups for p in group["params"]]
+        self.seen = {name: found.double() for name, found in tiny.gradients(self.model, self.trained).items()}
 
 
 @dataclasses.dataclass
@@ -44,21 +48,27 @@ class Made:
 
     ready: Ready
     model: torch.nn.Module
-    forward: Forward
-    batches: Batches
+    arranged: Arrangement
+
+    @property
+    def forward(self) -> Forward:
+        return self.arranged.forward
+
+    @property
+    def batches(self) -> Batches:
+        return self.arranged.batches
 
     def measure(self, batches: Sequence[Batch], forward: Any = None) -> tuple[float, Gradients]:
         """Loss and gradients of one optimiser step over the micro-batches."""
-        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        capture = Capture(named.values(), lr=0.1)
+        capture = Capture(self.model, [*self.arranged.matrices, *self.arranged.vectors])
         done = train_step(self.model, capture, batches, forward or self.forward, max_grad_norm=0.0, step=1)
-        return done.loss, dict(zip(named, capture.seen, strict=True))
+        return done.loss, capture.seen
 
 
 def make(parsed: Parsed) -> Made:
-    model, ready, forward = build_model(get_ready(parsed))
+    model, ready, arranged = build_model(get_ready(parsed))
     tiny.randomise_adapter(model)
-    return Made(ready, model, forward, batches_of(ready))
+    return Made(ready, model, arranged)
 
 
 _known: dict[tuple[Any, ...], tuple[float, Gradients]] = {}
@@ -122,6 +132,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
                           "train__gradient_accumulation_steps": 8},
     "recomputed": {"train__gradient_checkpointing": True, "train__per_device_train_batch_size": 4,
                    "train__gradient_accumulation_steps": 2},
+    "offloaded": {"train__activation_offload": True, "train__per_device_train_batch_size": 4,
+                  "train__gradient_accumulation_steps": 2},
+    "tiled": {"train__tile_mlp": 48, "train__per_device_train_batch_size": 8},
     "recomputed padded": {"train__gradient_checkpointing": True, "data__padding_free": False,
                           "train__per_device_train_batch_size": 8},
 }  # fmt: skip
@@ -135,6 +148,7 @@ def test_a_step_does_not_depend_on_how_its_rows_are_laid_out(
     batches = made.batches.step(0)
     assert all_rows(batches) == list(range(8))
     assert made.batches.flat == ("padded" not in layout)
+    assert made.arranged.facts["groups"] == 8, "query, key and value; output; gate and up; down: of two layers"
     assert distance(made.measure(batches), reference(model_dir, made, range(8))) < TOLERANCE
 
 
@@ -180,6 +194,7 @@ class MeanOfMeans:
     def __init__(self, forward: Forward, batches: Sequence[Batch]) -> None:
         self.forward, self.count = forward, len(batches)
         self.targets, self.device = sum(len(batch.targets) for batch in batches), forward.device
+        self.prepare = forward.prepare
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return self.forward.loss(model, batch) / len(batch.targets) / self.count * self.targets
@@ -225,8 +240,12 @@ def test_attention_across_documents_is_caught(
     model_dir: Path, recipe: Callable[..., Parsed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = make(recipe(data__max_rows=8, **LAYOUTS["packed"]))
-    right = loss_module.model_inputs
-    monkeypatch.setattr(loss_module, "model_inputs", lambda batch, device: right(batch, device) | {"documents": None})
+    right = loss_module.show
+
+    def together(batch: Batch, device: torch.device) -> loss_module.Shown:
+        return dataclasses.replace(right(batch, device), documents=None)
+
+    monkeypatch.setattr(loss_module, "show", together)
     fault = made.measure(made.batches.step(0))
     assert distance(fault, reference(model_dir, made, range(8))) > 1000 * TOLERANCE
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
 from whet.base.errors import UserError
 from whet.engine import attention
-from whet.engine.config import Model
-from whet.engine.device import Placement
+from whet.engine.config import Base, Model
+from whet.engine.device import Placement, place
 from whet.engine.linear import FrozenLinear, Int8Linear, Nf4Linear, freeze_linears, linear_names
 from whet.engine.load import checkpoint_storage, load_model
+from whet.engine.open import answering, open_trained
+from whet.ship.merge import MEAN_KL_LIMIT, merge
+from whet.train.plan import plan
+from whet.train.run import train
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -248,6 +254,36 @@ def test_nf4_bytes_are_taken_as_they_are(
     assert set(vars(taken)) == set(vars(ours))
     assert set(vars(taken.config)) == set(vars(ours.config))
     assert taken.to(torch.bfloat16) is taken
+
+
+@pytest.mark.parametrize(("storage", "how"), [("nf4", NF4), ("int8", {"load_in_8bit": True})], ids=["nf4", "int8"])
+def test_auto_keeps_the_storage_of_the_checkpoint_from_plan_to_merge(
+    storage: str, how: dict[str, Any], data_file: Path, tmp_path: Path
+) -> None:
+    path = quantised(tiny.save_model(tiny.llama(), tmp_path / "dense"), tmp_path / "packed", **how)
+    for name in tiny.TOKENIZER_FILES:
+        shutil.copy(tmp_path / "dense" / name, path / name)
+    settings = {"base__storage": None, "train__max_steps": 2}
+    parsed = tiny.recipe(path, data_file, tmp_path / "run", **settings)
+    assert plan(parsed.recipe)["assumed"]["storage"] == storage
+    run = train(parsed)
+    assert run.recipe.base.storage == storage
+    assert (run.read("origins.json") or {})["base.storage"]["reason"] == "how the checkpoint is stored"
+    assert answering(Model(path=str(path)), Base(device="cpu")).storage == storage
+    assert answering(Model(path=str(tmp_path / "dense")), Base(device="cpu")).storage == "fp32"
+    trained = open_trained(run.recipe.model, run.recipe.base, run.adapter, adapter=True).network
+    assert [module.storage for module in trained.modules() if isinstance(module, FrozenLinear)] == [storage] * 14
+    certificate = merge(run, tmp_path / "merged")
+    assert certificate["kl"] <= MEAN_KL_LIMIT
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+def test_the_storage_of_the_checkpoint_gives_way_to_the_recipe_and_to_the_method() -> None:
+    fixed = place(Base(device="cpu", storage="int8", compute="fp32"), ("fp32", "int8", "nf4"), stored="nf4")
+    assert fixed.storage == "int8"
+    assert place(Base(device="cpu", compute="fp32"), ("fp32", "int8", "nf4"), stored="nf4").storage == "nf4"
+    assert place(Base(device="cpu", compute="fp32"), ("fp32",), stored="nf4").storage == "fp32"
+    assert place(Base(device="cpu", compute="fp32"), ("fp32", "nf4"), stored=None).storage == "fp32"
 
 
 def test_int8_codes_are_taken_as_they_are(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from whet.base.errors import UserError
+from whet.engine.device import PACKED
 from whet.engine.lora_layer import LoraLinear
 from whet.engine.open import open_trained
 from whet.recipe import Parsed
@@ -43,7 +44,7 @@ def read(path: Path) -> Any:
 def trained(model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """One finished run on each kind of storage; nobody may change them."""
     runs = {}
-    for storage in ("fp32", "bf16", "nf4"):
+    for storage in ("fp32", "bf16", *PACKED):
         compute = "bf16" if storage == "bf16" else "fp32"
         changes = LEARNING | {"base__storage": storage, "base__compute": compute}
         runs[storage] = train(tiny.recipe(model_dir, data_file, tmp_path_factory.mktemp(storage) / "run", **changes))
@@ -53,7 +54,7 @@ def trained(model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathF
 FIELDS = {"chosen", "agreement", "top1_agreement", "kl", "max_kl", "prompts", "positions", "candidates", "path"}
 
 
-@pytest.mark.parametrize("storage", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("storage", ["fp32", "bf16", *PACKED])
 def test_the_merged_model_in_plain_transformers_is_the_live_adapter(
     storage: str, trained: dict[str, Run], tmp_path: Path
 ) -> None:
@@ -86,11 +87,12 @@ def test_merged_in_fp32_the_logits_agree_to_rounding(
     assert float((logits(plain) - live_logits(trained["fp32"])).abs().max()) <= 1e-4
 
 
+@pytest.mark.parametrize("storage", PACKED)
 def test_a_quantised_run_tries_the_base_it_was_trained_on_and_the_original(
-    trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storage: str, trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("whet.ship.merge.Agreement.perfect", property(lambda self: False))
-    certificate = merge(trained["nf4"], tmp_path / "out")
+    certificate = merge(trained[storage], tmp_path / "out")
     tried = {(one["name"], one["dtype"]): one["mean_kl"] for one in certificate["candidates"]}
     assert tried.keys() == {(base, dtype) for base in ("dequantised", "16-bit") for dtype in ("bf16", "fp32")}
     assert tried["dequantised", "fp32"] < tried["16-bit", "fp32"]

@@ -14,7 +14,7 @@ from torch import nn
 from whet.base.errors import UserError
 from whet.data.standardise import Message
 from whet.engine.config import Model
-from whet.engine.device import Placement
+from whet.engine.device import PACKED, Placement
 from whet.engine.generate import answer
 from whet.engine.linear import FrozenLinear, count_parameters, dense_weight, linear_names
 from whet.engine.load import load_model
@@ -24,7 +24,7 @@ from whet.recipe import Parsed, parse
 from whet.train.optim import build_optimiser
 from whet.train.plan import plan
 from whet.train.run import train
-from whet.train.setup import batches_of, build_model, get_ready
+from whet.train.setup import build_model, get_ready
 from whet.train.step import train_step
 
 Make = Callable[..., Parsed]
@@ -64,7 +64,7 @@ def test_it_starts_as_the_base_model(method: str, storage: str, recipe: Make, mo
 def test_one_step_changes_what_is_trained_and_nothing_else(method: str, storage: str, recipe: Make) -> None:
     settings = pair(method, storage, train__per_device_train_batch_size=8, train__learning_rate=0.01)
     ready = get_ready(recipe(**settings))
-    model, ready, forward = build_model(ready)
+    model, ready, arranged = build_model(ready)
     before = {name: p.detach().clone() for name, p in [*model.named_parameters(), *model.named_buffers()]}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     expected = set(dict(model.named_parameters()))
@@ -72,16 +72,15 @@ def test_one_step_changes_what_is_trained_and_nothing_else(method: str, storage:
         expected = {name for name in expected if "lora_" in name}
         assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if name in expected)
     assert trained == expected
-    optimiser = build_optimiser(ready.recipe.train, model.parameters(), 0.01)
-    batches = batches_of(ready)
+    optimiser = build_optimiser(ready.recipe.train, arranged.matrices, arranged.vectors, 0.01)
     for index in range(2):
-        train_step(model, optimiser, batches.step(index), forward, max_grad_norm=1.0, step=index + 1)
+        train_step(model, optimiser, arranged.batches.step(index), arranged.forward, max_grad_norm=1.0, step=index + 1)
         if index == 0 and method == "lora":
             assert all(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name)
     after = dict([*model.named_parameters(), *model.named_buffers()])
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed == trained
-    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is None for p in [*model.parameters(), *arranged.matrices, *arranged.vectors])
 
 
 @pytest.mark.parametrize("storage", METHODS["lora"].capability.storages)
@@ -92,8 +91,8 @@ def test_a_saved_adapter_opens_in_plain_peft_on_a_plain_model(storage: str, reci
     run = train(recipe(train__max_steps=3, **pair("lora", storage)))
     live = open_trained(run.recipe.model, run.recipe.base, run.adapter, adapter=True)
     base = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32)
-    if storage == "nf4":
-        quantised = load_model(Model(path=str(model_dir)), placed("nf4"))
+    if storage in PACKED:
+        quantised = load_model(Model(path=str(model_dir)), placed(storage))
         with torch.no_grad():
             for name in linear_names(base):
                 base.get_submodule(name).weight.copy_(dense_weight(quantised.get_submodule(name), torch.float32))
@@ -222,7 +221,9 @@ def test_the_update_is_scaled_by_alpha_over_rank(rslora: bool, scale: float, rec
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation(recipe: Make) -> None:
-    model, _, _ = build_model(get_ready(recipe(method__lora_dropout=0.5)))
+    model, _, arranged = build_model(get_ready(recipe(method__lora_dropout=0.5)))
     tiny.randomise_adapter(model)
+    assert arranged.forward.prepare is not None
+    arranged.forward.prepare()
     assert not torch.equal(logits(model, IDS), logits(model, IDS))
     assert torch.equal(logits(model.eval(), IDS), logits(model, IDS))

@@ -113,7 +113,7 @@ def _shift(patch: pytest.MonkeyPatch) -> None:
 def test_forgetting_to_restore_a_part_is_seen(
     fault: str, recipe: Make, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed_before(recipe(**SHORT), 5)
+    killed_before(recipe(**SHORT), 6, "_save")  # with the lines of steps 5 and 6 written, and the checkpoint of step 4
     MUTATIONS[fault](monkeypatch)
     assert final_bytes(train(recipe(**SHORT)).path) != whole
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -24,6 +25,7 @@ from whet.train import checkpoint
 from whet.train.optim import build_optimiser
 from whet.train.run import Loop, train
 from whet.train.schedule import learning_rate
+from whet.train.setup import build_model, get_ready
 
 Make = Callable[..., Parsed]
 
@@ -52,14 +54,14 @@ def test_the_first_update_is_the_textbooks(name: str) -> None:
         by_hand(name, matrix.detach(), matrix.grad, 0.01, 0.1),
         by_hand(name, vector.detach(), vector.grad, 0.01, 0),
     ]
-    build_optimiser(Train(optim=name, weight_decay=0.1), [matrix, vector], 0.01).step()
+    build_optimiser(Train(optim=name, weight_decay=0.1), [matrix], [vector], 0.01).step()
     for parameter, value in zip((matrix, vector), expected, strict=True):
         torch.testing.assert_close(parameter.detach().double(), value, rtol=1e-6, atol=1e-6)
 
 
 def test_adafactor_keeps_a_row_and_a_column_of_a_matrix() -> None:
     matrix, vector = toy()
-    optimiser = build_optimiser(Train(optim="adafactor"), [matrix, vector], 0.01)
+    optimiser = build_optimiser(Train(optim="adafactor"), [matrix], [vector], 0.01)
     before = matrix.detach().clone()
     optimiser.step()
     assert {name: tuple(value.shape) for name, value in optimiser.state[matrix].items() if value.ndim} == {
@@ -68,15 +70,32 @@ def test_adafactor_keeps_a_row_and_a_column_of_a_matrix() -> None:
     assert bool(((matrix.detach() - before) * matrix.grad < 0).all())
 
 
-def test_adam_settings_take_effect_and_frozen_parameters_stay_out() -> None:
+def test_adam_settings_take_effect_and_vectors_do_not_decay() -> None:
     matrix, vector = toy()
-    frozen = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
     settings = Train(optim="adamw", adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=1e-3, weight_decay=0.2)
-    optimiser = build_optimiser(settings, [matrix, frozen, vector], 0.01)
+    optimiser = build_optimiser(settings, [matrix], [vector], 0.01)
     groups = [
         (group["weight_decay"], group["betas"], group["eps"], len(group["params"])) for group in optimiser.param_groups
     ]
     assert groups == [(0.2, (0.5, 0.6), 1e-3, 1), (0.0, (0.5, 0.6), 1e-3, 1)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"train__optim": "adafactor"}, {"method__name": "full"}], ids=str)
+def test_everything_trainable_is_trained_once_and_frozen_parameters_stay_out(
+    changes: dict[str, Any], recipe: Make
+) -> None:
+    """By where it lies in memory: the row of a group stands for the matrices that are views of it."""
+    model, _, arranged = build_model(get_ready(recipe(**changes)))
+
+    def places(parameters: Iterable[torch.nn.Parameter]) -> list[int]:
+        starts = [np.arange(p.numel()) * p.element_size() + p.data_ptr() for p in parameters]
+        return sorted(np.concatenate(starts).tolist()) if starts else []
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    vectors = [p for p in trainable if p.ndim < 2]
+    assert places(arranged.vectors) == places(vectors)
+    assert places(arranged.matrices) == places(p for p in trainable if p.ndim >= 2)
+    assert bool(vectors) == (changes == {"method__name": "full"})
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adafactor", "sgd"])

@@ -143,6 +143,21 @@ def randomise_adapter(model: torch.nn.Module, seed: int = 1) -> None:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
+def gradients(model: torch.nn.Module, trained: list[torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The gradient of each trainable parameter by name. One that is a view into a trained tensor (a group's row) has
+    its part of that tensor's gradient, found by where its memory lies."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            size = parameter.element_size()
+            places = [((parameter.data_ptr() - owner.data_ptr()) // size, owner) for owner in trained]
+            ((start, owner),) = [(start, owner) for start, owner in places if 0 <= start < owner.numel()]
+            assert parameter.is_contiguous()
+            assert owner.grad is not None
+            found[name] = owner.grad.flatten()[start : start + parameter.numel()].view_as(parameter).clone()
+    return found
+
+
 def final_bytes(run: Path) -> dict[str, bytes]:
     """Adapter, last checkpoint and metrics: everything that must not depend on interruptions."""
     last = max((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))

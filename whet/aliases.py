@@ -1,8 +1,8 @@
 """Peers' names for our settings: accepted, rewritten and reported, so that a recipe can be brought along.
 
-Sources: the option names of Hugging Face's TrainingArguments, PEFT, TRL, Axolotl, LLaMA-Factory, ms-swift, LitGPT and
-mlx-lm. A name that means the opposite (`train_on_inputs`) is turned round; one that would mean something else here is
-refused, never guessed.
+Sources: the option names of Hugging Face's TrainingArguments, PEFT, TRL, Axolotl, LLaMA-Factory, ms-swift, LitGPT,
+mlx-lm, torchtune, Unsloth and Megatron-LM. A name that means the opposite (`train_on_inputs`) is turned round; one that
+would mean something else here is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAMES = {
     "model_name_or_path": "model.path", "base_model": "model.path", "model_id": "model.path",
     "name_or_path": "model.path", "tokenizer_name_or_path": "model.tokenizer", "template": "model.chat_template",
     "bnb_4bit_use_double_quant": "base.double_quant", "use_double_quant": "base.double_quant",
-    "double_quantization": "base.double_quant",
+    "double_quantization": "base.double_quant", "keep_fp8_transpose_cache": "base.keep_transposed",
     "peft": "method.name", "adapter": "method.name", "finetuning_type": "method.name", "tuner_type": "method.name",
     "fine_tune_type": "method.name",
     "lora_r": "method.r", "lora_rank": "method.r", "rank": "method.r", "alpha": "method.lora_alpha",
@@ -46,6 +46,9 @@ NAMES = {
     "gradient_clipping": "train.max_grad_norm", "optim": "train.optim", "optimizer": "train.optim",
     "gradient_checkpointing": "train.gradient_checkpointing", "grad_checkpoint": "train.gradient_checkpointing",
     "enable_activation_checkpointing": "train.gradient_checkpointing",
+    "use_gradient_checkpointing": "train.gradient_checkpointing",
+    "activation_offloading": "train.activation_offload", "enable_activation_offloading": "train.activation_offload",
+    "torch_compile": "train.compile", "enable_cuda_graph": "train.cuda_graphs",
     "eval_steps": "train.eval_steps", "save_steps": "train.save_steps", "save_total_limit": "train.save_total_limit",
     "logging_steps": "train.logging_steps", "seed": "train.seed",
     "load_best_model_at_end": "train.load_best_model_at_end",
@@ -69,6 +72,7 @@ OPTIMISERS = {
 SCHEDULES = {"wsd": "warmup_stable_decay", "constant_with_warmup": "constant"}
 SECTIONS = ("model", "base", "method", "data", "train", "eval", "output_dir")
 # Words that mean something else in another section (model.dropout, eval.seed): no alias may move them from there.
+TILE_TOKENS = 4096  # where a peer asks for tiles and leaves their size to its own rule
 AT_HOME = ("path", "rank", "alpha", "dropout", "seed", "columns", "max_length")
 
 Rewritten = list[tuple[str, Any, str | None]]
@@ -117,6 +121,12 @@ def _turned(word: str, value: Any, file: str | None, line: int | None) -> list[t
         return [("data.loss_on", "assistant" if value else "all")]
     if word == "lora_target_linear" and isinstance(value, bool):
         return [("method.target_modules", "all-linear")] if value else []
+    if word in ("tiled_mlp", "unsloth_tiled_mlp") and isinstance(value, bool):
+        return [("train.tile_mlp", TILE_TOKENS)] if value else []
+    if word in ("gradient_checkpointing", "use_gradient_checkpointing") and value in ("unsloth", "offload"):
+        return [("train.gradient_checkpointing", True), ("train.activation_offload", True)]
+    if word == "activation_offloading" and value == "hidden_states":
+        return [("train.activation_offload", True)]
     if word == "bf16" and isinstance(value, bool | None):
         return [("base.compute", {True: "bf16", False: "fp32", None: None}[value])]
     if word in ("trust_remote_code", "hf_token", "token", "api_key", "wandb_api_key"):

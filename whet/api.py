@@ -103,8 +103,8 @@ def chat(target: str, message: str, *, system: str | None = None, max_new_tokens
 
 def bench_speed(
     model: str, *, storage: str | None = None, compute: str | None = None, checkpointing: str = "auto",
-    optim: str = "adamw", fp8_head: bool = False, keep_transposed: bool = False, tile_mlp: int | None = None,
-    compile: bool | None = None, cuda_graphs: bool | None = None, **load: Any,
+    optim: str = "adamw", fp8_head: bool = False, offload_embedding: bool = False, keep_transposed: bool = False,
+    tile_mlp: int | None = None, compile: bool | None = None, cuda_graphs: bool | None = None, **load: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Training speed and memory of LoRA on `model` here; load: fields of `whet.speed.Load`, the rest as in a recipe."""
     import torch
@@ -116,7 +116,8 @@ def bench_speed(
 
     quiet_libraries()
     base = Base(
-        storage=storage, compute=compute, fp8_head=fp8_head, keep_transposed=keep_transposed or None  # type: ignore[arg-type]
+        storage=storage, compute=compute, fp8_head=fp8_head, offload_embedding=offload_embedding,  # type: ignore[arg-type]
+        keep_transposed=keep_transposed or None,
     )  # fmt: skip
     settled = {"optim": optim, "tile_mlp": tile_mlp, "cuda_graphs": cuda_graphs, **MODES[checkpointing]}
     settled["compile"] = torch.cuda.is_available() if compile is None else compile

@@ -144,6 +144,7 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
                        help="what is kept for the backward pass (auto)")  # fmt: skip
     bench.add_argument("--optim", default="adamw", help="as train.optim (adamw)")
     bench.add_argument("--fp8-head", action="store_true", help="as base.fp8_head")
+    bench.add_argument("--offload-embedding", action="store_true", help="as base.offload_embedding")
     bench.add_argument("--keep-transposed", action="store_true", help="as base.keep_transposed")
     bench.add_argument("--tile-mlp", type=_positive, metavar="N", help="as train.tile_mlp")
     bench.add_argument("--no-compile", action="store_true", help="do not compile, as short runs do")
@@ -294,7 +295,7 @@ def _bench(words: argparse.Namespace) -> dict[str, Any]:
     found = api.bench_speed(words.target, **{
         name: getattr(words, name) for name in (
             "rows", "length", "accumulation", "steps", "warm", "lengths", "storage", "compute", "checkpointing",
-            "optim", "fp8_head", "keep_transposed", "tile_mlp",
+            "optim", "fp8_head", "offload_embedding", "keep_transposed", "tile_mlp",
         )
     }, compile=False if words.no_compile else None, cuda_graphs=False if words.no_graphs else None)  # fmt: skip
     say(f"{found['tokens_per_second']:,} tokens a second ({found['median_seconds'] * 1000:.1f} ms a step), "

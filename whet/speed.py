@@ -51,18 +51,16 @@ def measure_speed(model: str, base: Any, train: Any, load: Load) -> dict[str, An
     """tokens_per_second (median of the timed steps) and what stands beside it; see the keys. Raises UserError."""
     import torch
 
-    from whet.engine.attention import fastest_attention
     from whet.engine.config import Model
     from whet.engine.device import device_name, place
     from whet.engine.load import load_config, load_model
     from whet.methods.lora import Lora
-    from whet.train.graph import side_stream
 
     seed_everything(0)
     place_of = Model(path=model, from_config=model.endswith(".json"))
     config = load_config(place_of)
     text = config.get_text_config()
-    method = Lora(r=load.r, lora_alpha=float(load.r))
+    method = Lora(r=load.r)
     placement = place(base, method.capability.storages, getattr(text, "hidden_size", None))
     batches = _batches(load, min(30000, text.vocab_size))
     began = time.perf_counter()
@@ -70,8 +68,7 @@ def measure_speed(model: str, base: Any, train: Any, load: Load) -> dict[str, An
         network = load_model(place_of, placement)
     loaded = time.perf_counter() - began
     attached = method.attach(network)
-    with fastest_attention(placement.device), side_stream(placement.device):
-        found = _run(train, placement, attached.train(), network, batches, load)
+    found = _run(train, placement, attached.train(), network, batches, load)
     return {
         "system": "whet", "model": Path(model).name, "device": device_name(placement.device),
         "torch": torch.__version__, "storage": placement.storage, "compute": placement.arithmetic, **asdict(load),
@@ -119,7 +116,7 @@ def _run(train: Any, placement: Any, model: Any, network: Any, batches: Batches,
     kind = GraphSteps if arranged.graphs else Steps
     runner = kind(model, optimiser, arranged.forward, train.max_grad_norm)
     seconds, losses, tokens, first = [], [], [], None
-    with Progress("measuring", total) as bar:
+    with arranged.running(), Progress("measuring", total) as bar:
         for index in range(total):
             made = arranged.batches.step(index)
             if index == 1 and placement.device.type == "cuda":  # after compilation, before anything is captured

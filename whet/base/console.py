@@ -40,6 +40,7 @@ def quiet_libraries() -> None:
     for name in ("transformers", "peft", "bitsandbytes", "torch.distributed", "httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+    warnings.filterwarnings("ignore", message="Unsupported layer type")  # PEFT, of layers that are handed to it
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
 

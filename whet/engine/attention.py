@@ -95,8 +95,8 @@ def _rows(
     given = query.dtype
     if query.device.type == "cpu":
         query, key, value = query.float(), key.float(), value.float()
-    rows = [t.transpose(1, 2).unflatten(1, (-1, length)).flatten(0, 1).transpose(1, 2) for t in (query, key, value)]
-    output = _one(*rows, None, scaling, 0.0, sliding_window, softcap)
+    q, k, v = (t.transpose(1, 2).unflatten(1, (-1, length)).flatten(0, 1).transpose(1, 2) for t in (query, key, value))
+    output = _one(q, k, v, None, scaling, 0.0, sliding_window, softcap)
     return output.transpose(1, 2).reshape(1, query.shape[2], query.shape[1], -1).to(given)
 
 

@@ -43,4 +43,7 @@ class Base:
         "memory is free.",
     )
     fp8_head: bool = setting(False, "Also multiply with the output head on FP8 tensor cores (fp8 compute only).")
+    offload_embedding: bool = setting(
+        False, "Keep the input embedding in host memory (unless it is the output head too): for the least GPU memory."
+    )
     device: Literal["cuda", "mps", "cpu"] | None = setting(None, "Where to run; auto = cuda, else mps, else cpu.")

@@ -29,6 +29,7 @@ class Placement:
     fp8: bool = False
     keep_transposed: bool | None = None
     fp8_head: bool = False
+    offload_embedding: bool = False
 
     @property
     def autocast(self) -> bool:
@@ -41,9 +42,10 @@ class Placement:
         return "fp8" if self.fp8 else "fp32" if self.compute == torch.float32 else "bf16"
 
 
-def place(base: Base, storages: tuple[str, ...], width: int | None = None) -> Placement:
+def place(base: Base, storages: tuple[str, ...], width: int | None = None, *, stored: str | None = None) -> Placement:
     """Resolve `base` on this machine for a method that trains on `storages` and a model of hidden size `width`.
 
+    stored: what the checkpoint is quantised as, if it is: kept where the recipe leaves it open.
     Raises UserError for a device that is not there and for settings that cannot take effect together.
     """
     reasons: dict[str, str] = {}
@@ -51,6 +53,9 @@ def place(base: Base, storages: tuple[str, ...], width: int | None = None) -> Pl
     _check_device(device)
     compute = base.compute or _compute(base, device, storages, width, reasons)
     storage = base.storage
+    if storage is None and stored in storages:
+        storage = stored
+        reasons["base.storage"] = "how the checkpoint is stored"
     if storage is None:
         natural = "fp8" if compute == "fp8" else compute
         storage = natural if natural in storages else storages[0]
@@ -60,7 +65,7 @@ def place(base: Base, storages: tuple[str, ...], width: int | None = None) -> Pl
     return Placement(
         device, storage, DTYPES[inner],
         base.double_quant if base.double_quant is not None else storage == "nf4",
-        reasons, compute == "fp8", base.keep_transposed, base.fp8_head,
+        reasons, compute == "fp8", base.keep_transposed, base.fp8_head, base.offload_embedding,
     )  # fmt: skip
 
 

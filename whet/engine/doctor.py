@@ -93,7 +93,9 @@ def _nf4(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     from whet.engine.linear import freeze
 
     linear = torch.nn.Linear(256, 256, device=device)
-    return freeze(linear, "nf4").dense(torch.float32), linear.weight.detach()
+    frozen = freeze(linear, "nf4")
+    assert frozen is not None
+    return frozen.dense(torch.float32), linear.weight.detach()
 
 
 def _version(name: str) -> str | None:

@@ -254,6 +254,7 @@ def _group(
 def _side_by_side(bases: list[Any], *, fp8: bool, keep_transposed: bool) -> tuple[str, Tensors]:
     """The weights of layers of one storage as one, without a second copy: each layer keeps a view of its rows."""
     first = bases[0]
+    fp8 = fp8 and all(base.in_features % 16 == 0 and base.out_features % 16 == 0 for base in bases)  # as FP8 cores want
     if isinstance(first, Nf4Linear):
         each = [[*base.tensors(), *([fp8_scale(base.tensors())] if fp8 else [])] for base in bases]
         return ("nf4+fp8" if fp8 else "nf4"), [tensor for tensors in each for tensor in tensors]
@@ -301,10 +302,14 @@ def _sharing(model: nn.Module, adapter: str) -> list[list[Any]]:
         model.train(was_training)
     groups: list[list[Any]] = []
     inputs: list[torch.Tensor] = []
+    grouped: set[Any] = set()
     for layer, x in calls:
+        if layer in grouped:
+            continue
+        grouped.add(layer)
         if groups and inputs[-1] is x and _alike(groups[-1][0], layer, adapter, parents):
             groups[-1].append(layer)
-        elif not any(layer in group for group in groups):
+        else:
             groups.append([layer])
             inputs.append(x)
     return groups

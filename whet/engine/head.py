@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from whet.engine.linear import quantise_fp8
+from whet.engine.linear import freeze
 from whet.engine.product import backward_product, forward_product
 
 CHUNK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 27, "mps": 1 << 25}
@@ -24,10 +24,13 @@ CHUNK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 27, "mps": 1 << 25}
 
 @dataclass(frozen=True)
 class Head:
-    """decoder: gives hidden states [B, T, H]; output: the head's linear layer; softcap: cap tanh(logits / cap)."""
+    """decoder: gives hidden states [B, T, H]; output: the head's linear layer; softcap: cap tanh(logits / cap).
+
+    fp8: None, or the tensors of the FP8 products (see `HeadLoss`).
+    """
 
     decoder: nn.Module
-    output: nn.Linear
+    output: Any
     softcap: float | None
     fp8: tuple[torch.Tensor, ...] | None = None
 
@@ -40,19 +43,32 @@ class Head:
         chosen = hidden.flatten(0, 1).index_select(0, places)
         if torch.is_autocast_enabled(chosen.device.type):
             chosen = chosen.to(torch.get_autocast_dtype(chosen.device.type))
-        return HeadLoss.apply(chosen, self.output.weight, self.output.bias, targets, self.softcap, self.fp8)
+        weight = self.output.weight if self.fp8 is None else self.fp8[0]
+        return HeadLoss.apply(chosen, weight, self.output.bias, targets, self.softcap, self.fp8)
 
-    def in_fp8(self) -> Head:
-        """The same head with its products on FP8 tensor cores: for a frozen head, 2 bytes a weight more."""
-        codes, scale = quantise_fp8(self.output.weight.detach())
-        codes = codes.view(torch.uint8)
-        return Head(self.decoder, self.output, self.softcap, (codes, scale, codes.t().contiguous()))
+    def in_fp8(self, network: nn.Module, *, both_orders: bool) -> Head:
+        """The same head with its products on FP8 tensor cores; it must be frozen.
+
+        A head of its own gives way to its FP8 form in `network` (half the bytes, twice with `both_orders`, which saves
+        turning them round in every chunk); one that is the input embedding too stays beside it.
+        """
+        found = freeze(self.output, "fp8")
+        if found is None:
+            return self
+        codes, scale = found.codes.detach(), found.scale.detach()  # type: ignore[union-attr]
+        output: Any = self.output
+        if network.get_input_embeddings().weight is not output.weight:  # type: ignore[operator,union-attr]
+            network.set_output_embeddings(found)  # type: ignore[operator]
+            output = found
+        turned = (codes.t().contiguous(),) if both_orders else ()
+        return Head(self.decoder, output, self.softcap, (codes, scale, *turned))
 
 
 class HeadLoss(torch.autograd.Function):
     """Sum of -log softmax(h W^T + b)[target]: h [N, H], W [V, H], b [V] or None, targets [N]; float32 scalar.
 
-    fp8: None, or W as e4m3 bytes [V, H], the scale of each row [V], and the bytes turned round [H, V].
+    fp8: None, or W (which is given as its bytes then) as e4m3 bytes [V, H], the scale of each row [V], and, if kept,
+    the bytes turned round [H, V].
     """
 
     @staticmethod

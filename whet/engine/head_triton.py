@@ -6,8 +6,8 @@ The plain form in `engine.head` needs about eight passes over float32 copies. Se
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-not-found]
+import triton.language as tl  # type: ignore[import-not-found]
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def rows_to_gradients(
 ) -> torch.Tensor:
     """Summed loss, float32; `logits` [C, V] are replaced by its gradient. A target below 0 counts for nothing."""
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    _row_kernel[(len(logits),)](
+    _row_kernel[(len(logits),)](  # type: ignore[index]
         logits, logits if bias is None else bias, targets, losses, logits.shape[1], logits.stride(0),
         0.0 if softcap is None else softcap, BIASED=bias is not None, CAPPED=softcap is not None,
         BLOCK=4096, num_warps=8,

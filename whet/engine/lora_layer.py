@@ -75,7 +75,8 @@ class LoraLinear(PeftLinear):
         """Whether this adapter is LoRA and nothing else, and trained."""
         if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name] or self.merged:
             return False
-        return self.lora_A[name].weight.requires_grad and self.lora_A[name].weight.dtype == torch.float32
+        weight = self.lora_A[name].weight
+        return bool(weight.requires_grad) and weight.dtype == torch.float32
 
     def _plain_adapter(self) -> str | None:
         """The one active adapter when nothing but plain LoRA is asked for, else None."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-not-found]
+import triton.language as tl  # type: ignore[import-not-found]
 
 TILE_ROWS, TILE_COLUMNS = 32, 128
 
@@ -71,7 +71,7 @@ def _launch_one(
     packed, absmax, nested_absmax, nested_offset, code, nested_code = tensors
     nested = nested_absmax is not None
     grid = (triton.cdiv(rows, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))
-    _nf4_kernel[grid](
+    _nf4_kernel[grid](  # type: ignore[index]
         packed, absmax, nested_absmax if nested else absmax, nested_offset if nested else absmax, code,
         nested_code if nested else code, scale if scale is not None else code, out, rows, columns, out.stride(0),
         NESTED=nested, SCALED=scale is not None, TRANSPOSED=transposed, R=TILE_ROWS, C=TILE_COLUMNS, num_warps=4,

@@ -13,7 +13,7 @@ import torch
 from whet.base.errors import UserError
 from whet.engine.config import Base, Model
 from whet.engine.device import PACKED, Placement, place
-from whet.engine.load import load_model
+from whet.engine.load import checkpoint_storage, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,10 +38,11 @@ class Opened:
             yield
 
 
-def answering(base: Base) -> Placement:
-    """Where and how a model answers: as it was trained, but in fp32 on a CPU, where exactness costs little."""
+def answering(model: Model, base: Base) -> Placement:
+    """Where and how `model` answers: as it was trained, but in fp32 on a CPU, where exactness costs little."""
     compute = None if base.compute == "fp8" else base.compute
-    placement = place(Base(device=base.device, storage=base.storage, compute=compute), ANSWERING)
+    open_settings = Base(device=base.device, storage=base.storage, compute=compute)
+    placement = place(open_settings, ANSWERING, stored=checkpoint_storage(model))
     if placement.device.type != "cpu":
         return placement
     storage = placement.storage if placement.storage in PACKED else "fp32"
@@ -55,10 +56,11 @@ def open_trained(model: Model, base: Base, trained: Path, *, adapter: bool) -> O
             "this run has not been trained yet", file=str(trained), expected="what whet train writes at the end",
             fix="whet train RECIPE finishes it",
         )  # fmt: skip
-    placement = answering(base)
+    whole = model if adapter else Model(path=str(trained))
+    placement = answering(whole, base)
+    network = load_model(whole, placement)
     if not adapter:
-        return Opened(load_model(Model(path=str(trained)), placement), None, placement)
+        return Opened(network, None, placement)
     from whet.engine.adapter import attach_adapter
 
-    network = load_model(model, placement)
     return Opened(network, attach_adapter(network, trained), placement)

@@ -19,7 +19,6 @@ from whet.engine.linear import FP8_MAX, INT8_MAX, quantise_fp8
 from whet.engine.nf4 import TENSORS, rebuild_nf4, rebuild_nf4_as_fp8
 
 E4M3 = torch.float8_e4m3fn
-SMALLEST = 1 << 24  # below it the output lies in the L2 cache, and cuBLAS is as good
 WIDEST_RANK = 128  # above it the low-rank product is no longer bound by memory, and cuBLAS is as good
 Tensors = Sequence[torch.Tensor | None]
 
@@ -104,7 +103,7 @@ def quantised_rows(x: torch.Tensor, channel: torch.Tensor | None) -> tuple[torch
     if x.is_cuda and not torch.compiler.is_compiling():
         from whet.engine.rows_triton import quantise_rows
 
-        return quantise_rows(x, channel)
+        return quantise_rows(x if x.stride(1) == 1 else x.contiguous(), channel)
     return quantise_fp8(x if channel is None else x.float() * channel)
 
 
@@ -131,7 +130,7 @@ def add_product(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tens
 
 @torch.library.custom_op("whet::add_product_", mutates_args=("y",))
 def _add_product(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    if y.is_cuda and y.dtype != torch.float32 and a.shape[1] <= WIDEST_RANK and y.numel() >= SMALLEST:
+    if y.is_cuda and y.dtype != torch.float32 and a.shape[1] <= WIDEST_RANK:
         from whet.engine.rows_triton import add_low_rank
 
         add_low_rank(y, a if a.stride(1) == 1 else a.contiguous(), b)

@@ -7,8 +7,8 @@ torch does in seven. Their plain forms stand in `engine.product` and `engine.lin
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-not-found]
+import triton.language as tl  # type: ignore[import-not-found]
 
 FP8_MAX = 448.0
 
@@ -44,7 +44,7 @@ def add_low_rank(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     padded = max(16, triton.next_power_of_2(rank))
     tile_rows, tile_columns = (64, 128) if padded <= 64 else (64, 64)
     grid = (triton.cdiv(columns, tile_columns), triton.cdiv(rows, tile_rows))
-    _add_kernel[grid](
+    _add_kernel[grid](  # type: ignore[index]
         y, a, b, rows, columns, y.stride(0), a.stride(0), b.stride(0), b.stride(1),
         RANK=rank, PADDED=padded, R=tile_rows, C=tile_columns, num_warps=4,
     )  # fmt: skip
@@ -65,7 +65,7 @@ def _quantise_kernel(
         if SCALED:
             value = value * tl.load(channel + at, mask=at < columns, other=0.0)
         largest = tl.maximum(largest, tl.max(tl.abs(value), 0))
-    scale = tl.maximum(largest, 1e-12) / 448.0
+    scale = tl.maximum(largest, 1e-30) / 448.0
     tl.store(scales + row, scale)
     if LOOP:
         for start in range(0, columns, BLOCK):
@@ -84,7 +84,7 @@ def quantise_rows(x: torch.Tensor, channel: torch.Tensor | None) -> tuple[torch.
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = min(16384, triton.next_power_of_2(columns))
-    _quantise_kernel[(rows,)](
+    _quantise_kernel[(rows,)](  # type: ignore[index]
         x, scales if channel is None else channel, codes, scales, columns, x.stride(0),
         SCALED=channel is not None, LOOP=columns > block, BLOCK=block, num_warps=8 if block > 2048 else 4,
     )  # fmt: skip

@@ -30,7 +30,7 @@ class Chat:
     max_new_tokens: int = 256
 
     def reply(self, messages: list[Message], streamer: Any = None) -> str:
-        """The greedy answer to a conversation; pieces go to `streamer` as they come."""
+        """The greedy answer to a conversation, less what the template writes itself; pieces go to `streamer`."""
         prompt = self.tokeniser.prompt(messages)
         ids = stream(
             self.network,
@@ -39,7 +39,8 @@ class Chat:
             max_new_tokens=self.max_new_tokens,
             streamer=streamer,
         )
-        return self.tokeniser.tokenizer.decode(ids, skip_special_tokens=False)  # type: ignore[return-value]
+        text = self.tokeniser.tokenizer.decode(ids, skip_special_tokens=False)
+        return self.tokeniser.answered(messages, text)  # type: ignore[arg-type]
 
 
 def open_chat(target: str, *, max_new_tokens: int = 256) -> Chat:
@@ -55,7 +56,7 @@ def open_chat(target: str, *, max_new_tokens: int = 256) -> Chat:
         return Chat(opened.network, tokeniser, max_new_tokens)
     model = Model(path=target)
     tokeniser = Tokeniser(load_tokenizer(model), chat=True)
-    return Chat(load_model(model, answering(Base())), tokeniser, max_new_tokens)
+    return Chat(load_model(model, answering(model, Base())), tokeniser, max_new_tokens)
 
 
 def talk(chat: Chat, first: str | None, system: str | None, *, quiet: bool) -> list[dict[str, str]]:

@@ -30,7 +30,7 @@ from whet.data.goldens import check_contract, write_contract
 from whet.data.prepare import Prepared, prepare
 from whet.data.template import use_template
 from whet.engine.config import Model
-from whet.engine.device import DTYPES, Placement
+from whet.engine.device import DTYPES, PACKED, Placement
 from whet.engine.generate import answer
 from whet.engine.linear import FrozenLinear, dense_weight
 from whet.engine.load import load_config, load_model, load_tokenizer, longest_input
@@ -148,7 +148,7 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
 
 def _candidates(storage: str, network: PreTrainedModel) -> list[tuple[str, str]]:
     """(base, dtype) in the order in which they are tried: what was trained on first, small types first."""
-    bases = ["dequantised", "16-bit"] if storage == "nf4" else ["trained"]
+    bases = ["dequantised", "16-bit"] if storage in PACKED else ["trained"]
     return [(base, dtype) for dtype in ("bf16", "fp32") for base in bases]
 
 

@@ -6,6 +6,8 @@ said, and stands in arrangement.json of the run.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,18 +17,21 @@ from whet.base.console import bytes_text, say
 from whet.base.errors import UserError
 from whet.data.batches import Batches
 from whet.data.forms import choose_forms
-from whet.engine.compile import compile_layers, worth_compiling
+from whet.engine.attention import fastest_attention
+from whet.engine.compile import compile_layers, lean_activations, worth_compiling
 from whet.engine.costs import Mode, choose, keep_bytes, sizes_of
 from whet.engine.device import Placement
 from whet.engine.group import Fused, fuse
 from whet.engine.head import CHUNK_LOGITS
+from whet.engine.offload import offload_embedding
 from whet.engine.recompute import decoder_layers, recompute, tile_mlp
 from whet.settings import Train
+from whet.train.graph import side_stream
 from whet.train.loss import Forward
 
-MAX_FORMS = 3
+MAX_FORMS, MAX_COMPILED_FORMS = 3, 2  # each form of a compiled layer costs its compilation
 CPU_MULTIPLE = 32
-EAGER_KEEPS, COMPILED_KEEPS = 2.6, 1.25  # times the least that a layer must keep, measured on an H100 (docs/log.md)
+EAGER_KEEPS, COMPILED_KEEPS, LEAN_KEEPS = 2.6, 1.6, 1.15  # times the least a layer must keep, measured (docs/log.md)
 SLACK_BYTES = 2 << 30
 TILE_TOKENS = 4096
 KEPT_SHARE = 0.2  # fp8 bytes are kept in both orders where they take less than this share of the free memory
@@ -43,54 +48,97 @@ class Arrangement:
     graphs: bool
     facts: dict[str, Any]
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """What holds while steps run: the fastest attention, a stream for capture, what compiled layers keep."""
+        device = self.forward.device
+        with fastest_attention(device), side_stream(device), lean_activations(self.facts["lean_activations"]):
+            yield
+
+
+@dataclass(frozen=True)
+class Memory:
+    """mode: layers run again, offloaded, tiled; lean: compiled layers keep less."""
+
+    mode: Mode
+    lean: bool
+
 
 def arrange(
     train: Train, placement: Placement, model: torch.nn.Module, network: torch.nn.Module, forward: Forward,
     batches: Batches, *, steps: int,
 ) -> Arrangement:  # fmt: skip
     """Lay out `model` (with its method; `network` inside it) for `steps` steps over `batches`."""
+    check_arrangement(train, placement.device)
     on_gpu = placement.device.type == "cuda"
-    tokens = int(batches.facts(min(steps, batches.steps_per_epoch)).tokens.sum()) * steps
-    tokens //= max(1, min(steps, batches.steps_per_epoch))
-    parameters = sum(p.numel() for p in network.parameters())
-    compiled = train.compile if train.compile is not None else on_gpu and worth_compiling(parameters, tokens)
-    if not on_gpu and (compiled or train.cuda_graphs):
-        raise UserError(
-            "this runs on CUDA only", field="train.compile" if compiled else "train.cuda_graphs", found="true",
-            expected="auto", fix="remove the line",
-        )  # fmt: skip
+    compiled = _compiled(train, network, batches, steps, on_gpu)
     fused = _fused(train, placement, model)
     matrices, vectors = _split(fused, model)
-    free = _free_bytes(matrices + vectors, placement.device) if on_gpu else None
-    batches = _joined(train, batches, network, free, compiled, steps) if on_gpu else batches
-    batches = _formed(batches, steps, on_gpu)
-    mode = _memory_mode(train, batches, network, free, compiled, steps)
-    facts: dict[str, Any] = {
-        "compile": bool(compiled),
-        "memory": asdict(mode),
-        "tokens_in_a_forward_pass": _largest(batches, steps),
-    }
-    _apply(mode, network)
-    if compiled:
-        compile_layers(network)
+    if placement.fp8_head and forward.head is not None:
+        forward = replace(forward, head=forward.head.in_fp8(network, both_orders=_keeps_both(placement)))
+    if placement.offload_embedding:
+        offload_embedding(network)
     if fused is not None:
         forward = replace(forward, prepare=fused.refresh)
-        facts["groups"] = len(fused.groups)
-    if placement.fp8_head and forward.head is not None:
-        forward = replace(forward, head=forward.head.in_fp8())
-    graphs = _graphs(train, batches, mode, on_gpu)
-    facts |= {"cuda_graphs": graphs, "micro_batches": batches.accumulate, "forms": [asdict(f) for f in batches.forms]}
+    free = _free_bytes(matrices + vectors, placement.device) if on_gpu else None
+    batches = _joined(train, batches, network, free, compiled, steps) if on_gpu else batches
+    batches = _formed(batches, steps, on_gpu, MAX_COMPILED_FORMS if compiled else MAX_FORMS)
+    memory = _memory(train, batches, network, free, compiled, steps)
+    tokens = _largest(batches, steps)
+    if memory.mode.recompute:
+        recompute(network, range(memory.mode.recompute), offload=memory.mode.offload)
+    if memory.mode.tile_tokens:
+        tile_mlp(network, memory.mode.tile_tokens)
+    if compiled:
+        compile_layers(network, tokens=tokens, whole=not memory.mode.tile_tokens)
+    graphs = _graphs(train, batches, memory.mode, on_gpu and not placement.offload_embedding)
+    facts: dict[str, Any] = {
+        "groups": 0 if fused is None else len(fused.groups), "compile": compiled, "cuda_graphs": graphs,
+        "micro_batches": batches.accumulate, "tokens_in_a_forward_pass": tokens, "memory": asdict(memory.mode),
+        "lean_activations": memory.lean, "forms": [asdict(form) for form in batches.forms],
+    }  # fmt: skip
     if on_gpu:
-        _say(facts, mode)
+        _say(facts, memory.mode)
     return Arrangement(forward, batches, matrices, vectors, graphs, facts)
+
+
+def check_arrangement(train: Train, device: torch.device) -> None:
+    """Raise UserError for a setting that could not take effect on the device, or beside another one."""
+    for name in ("compile", "cuda_graphs", "join_micro_batches"):
+        if getattr(train, name) and device.type != "cuda":
+            raise UserError(
+                "this runs on CUDA only", field=f"train.{name}", found="true", expected="auto", fix="remove the line"
+            )
+    if (train.activation_offload or train.tile_mlp) and train.gradient_checkpointing is False:
+        raise UserError(
+            "this needs recomputed layers", field="train.gradient_checkpointing", found="false",
+            expected="true or auto", fix="train.gradient_checkpointing=true",
+        )  # fmt: skip
+
+
+def _compiled(train: Train, network: torch.nn.Module, batches: Batches, steps: int, on_gpu: bool) -> bool:
+    """Whether layers are compiled: as set, else where the whole run is long enough."""
+    if train.compile is not None or not on_gpu:
+        return bool(train.compile)
+    epoch = min(steps, batches.steps_per_epoch)
+    tokens = int(batches.facts(epoch).tokens.sum()) * steps // max(1, epoch)
+    return worth_compiling(sum(p.numel() for p in network.parameters()), tokens)
 
 
 def _fused(train: Train, placement: Placement, model: torch.nn.Module) -> Fused | None:
     """The LoRA layers in groups, unless the optimiser needs to see each matrix or there are none."""
     if train.optim == "adafactor" or not hasattr(model, "peft_config"):
         return None
-    found = fuse(model, compute=placement.compute, fp8=placement.fp8, keep_transposed=placement.keep_transposed)
+    found = fuse(model, compute=placement.compute, fp8=placement.fp8, keep_transposed=_keeps_both(placement))
     return found if found.groups else None
+
+
+def _keeps_both(placement: Placement) -> bool:
+    """Whether FP8 bytes are kept in both orders: as set, else where they are small beside the free memory."""
+    if placement.keep_transposed is not None or placement.device.type != "cuda" or not placement.fp8:
+        return bool(placement.keep_transposed)
+    held = torch.cuda.memory_allocated(placement.device)
+    return held < KEPT_SHARE * torch.cuda.mem_get_info(placement.device)[0]
 
 
 def _split(fused: Fused | None, model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
@@ -119,7 +167,7 @@ def _joined(
     """Several micro-batches as one, as many as surely fit: fewer, larger products."""
     if train.join_micro_batches is False or batches.accumulate == 1 or not batches.flat or free is None:
         return batches
-    keeps = COMPILED_KEEPS if compiled else EAGER_KEEPS
+    _, keeps = _keeps(batches, compiled)
     sizes = sizes_of(network.config)  # type: ignore[arg-type]
     for joined in range(batches.accumulate, 1, -1):
         if batches.accumulate % joined == 0:
@@ -137,39 +185,39 @@ def replace_sizes(batches: Batches, size: int, accumulate: int, multiple: int = 
     )  # fmt: skip
 
 
-def _formed(batches: Batches, steps: int, on_gpu: bool) -> Batches:
+def _formed(batches: Batches, steps: int, on_gpu: bool, limit: int) -> Batches:
     """Batches that are filled up: to a few forms on a GPU, to a multiple on a CPU."""
     if not on_gpu or not batches.flat:
         return replace_sizes(batches, batches.size, batches.accumulate, 1 if on_gpu else CPU_MULTIPLE)
-    forms = choose_forms(batches.facts(steps), MAX_FORMS)
+    forms = choose_forms(batches.facts(steps), limit)
     return replace_sizes(batches, batches.size, batches.accumulate, 1, forms)
 
 
-def _memory_mode(
+def _memory(
     train: Train, batches: Batches, network: torch.nn.Module, free: int | None, compiled: bool, steps: int
-) -> Mode:
-    """What the settings ask for, and where they leave it open, the fastest mode that fits."""
+) -> Memory:
+    """What the settings ask for, and where they leave it open, the fastest that fits."""
     wanted = train.gradient_checkpointing
-    if (train.activation_offload or train.tile_mlp) and wanted is False:
-        raise UserError(
-            "this needs recomputed layers", field="train.gradient_checkpointing", found="false",
-            expected="true or auto", fix="train.gradient_checkpointing=true",
-        )  # fmt: skip
     if wanted or train.activation_offload or train.tile_mlp:
-        return Mode(len(decoder_layers(network)) - 1, bool(train.activation_offload), train.tile_mlp or 0)
-    if wanted is False or free is None:
-        return Mode()
-    sizes = sizes_of(network.config)  # type: ignore[arg-type]
-    keeps = COMPILED_KEEPS if compiled else EAGER_KEEPS
-    tokens = _largest(batches, steps)
-    return choose(int(free / keeps), sizes, tokens, tokens, tile_tokens=TILE_TOKENS).mode
+        mode = Mode(len(decoder_layers(network)) - 1, bool(train.activation_offload), train.tile_mlp or 0)
+        return Memory(mode, lean=compiled)
+    if free is None:
+        return Memory(Mode(), lean=False)
+    sizes, tokens = sizes_of(network.config), _largest(batches, steps)  # type: ignore[arg-type]
+    full, lean = _keeps(batches, compiled)
+    if full * keep_bytes(sizes, tokens) <= free:
+        return Memory(Mode(), lean=False)
+    if wanted is False:
+        return Memory(Mode(), lean=compiled)
+    return Memory(choose(int(free / lean), sizes, tokens, tokens, tile_tokens=TILE_TOKENS).mode, lean=compiled)
 
 
-def _apply(mode: Mode, network: torch.nn.Module) -> None:
-    if mode.recompute:
-        recompute(network, range(mode.recompute), offload=mode.offload)
-    if mode.tile_tokens:
-        tile_mlp(network, mode.tile_tokens)
+def _keeps(batches: Batches, compiled: bool) -> tuple[float, float]:
+    """What a layer keeps, as a multiple of the least, with everything kept and at its leanest."""
+    if not compiled:
+        return EAGER_KEEPS, EAGER_KEEPS
+    dense = bool(batches.forms) and all(form.row for form in batches.forms)
+    return (COMPILED_KEEPS, LEAN_KEEPS) if dense else (1.15 * COMPILED_KEEPS, 1.2 * LEAN_KEEPS)
 
 
 def _graphs(train: Train, batches: Batches, mode: Mode, on_gpu: bool) -> bool:
@@ -191,5 +239,6 @@ def _say(facts: dict[str, Any], mode: Mode) -> None:
     words += ["steps captured as CUDA graphs"] if facts["cuda_graphs"] else []
     words += [f"{mode.recompute} layers run again in the backward pass"] if mode.recompute else []
     words += ["their inputs in host memory"] if mode.offload else []
+    words += ["lean activations"] if facts["lean_activations"] else []
     free, total = torch.cuda.mem_get_info()
     say(", ".join(words) + f"; {bytes_text(total - free)} of {bytes_text(total)} in use", style="dim")

@@ -8,7 +8,7 @@ import torch
 
 from whet.engine.device import place
 from whet.engine.head import CHUNK_LOGITS
-from whet.engine.load import empty_model, longest_input
+from whet.engine.load import checkpoint_storage, empty_model, longest_input
 from whet.engine.plan import Sizes, plan_memory
 from whet.recipe import Recipe
 
@@ -22,7 +22,8 @@ def plan(recipe: Recipe, *, tokens: int | None = None) -> dict[str, Any]:
     """
     model = empty_model(recipe.model, "fp32")
     width = getattr(model.config.get_text_config(), "hidden_size", None)
-    placement = place(recipe.base, recipe.method.capability.storages, width)
+    stored = checkpoint_storage(recipe.model)
+    placement = place(recipe.base, recipe.method.capability.storages, width, stored=stored)
     readable = longest_input(model.config)
     length = recipe.data.max_length or min(readable or USUAL_LENGTH, USUAL_LENGTH)
     with torch.device("meta"):

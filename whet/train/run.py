@@ -20,14 +20,13 @@ from whet.base.files import whole_directory
 from whet.data.batches import Batches
 from whet.data.goldens import FILE as CONTRACT
 from whet.data.goldens import write_contract
-from whet.engine.attention import fastest_attention
 from whet.engine.memory import keep_freed_memory, peak_bytes, used_bytes
 from whet.recipe import Parsed, fingerprint
 from whet.runs import Run
 from whet.train import checkpoint
 from whet.train.arrange import Arrangement
 from whet.train.checkpoint import Identity
-from whet.train.graph import GraphSteps, side_stream
+from whet.train.graph import GraphSteps
 from whet.train.optim import build_optimiser, set_rate
 from whet.train.record import Recorder
 from whet.train.schedule import learning_rate
@@ -79,9 +78,8 @@ def train(parsed: Parsed) -> Run:
     show_ledger(ready.prepared.ledger)
     model, ready, arranged = build_model(ready)
     loop = Loop(ready, model, arranged)
-    device = arranged.forward.device
     try:
-        with fastest_attention(device), side_stream(device):
+        with arranged.running():
             loop.fit()
     except NotFinite as problem:
         raise _not_finite(problem, ready) from problem

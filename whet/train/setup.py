@@ -26,10 +26,10 @@ from whet.engine.device import Placement, device_name, place
 from whet.engine.head import find_head
 from whet.engine.isolation import check_isolation
 from whet.engine.linear import count_parameters
-from whet.engine.load import load_config, load_model, load_tokenizer, longest_input
+from whet.engine.load import checkpoint_storage, load_config, load_model, load_tokenizer, longest_input
 from whet.recipe import Parsed, Recipe, to_yaml
 from whet.runs import Run
-from whet.train.arrange import Arrangement, arrange
+from whet.train.arrange import Arrangement, arrange, check_arrangement
 from whet.train.loss import Forward
 from whet.train.optim import check_optimiser
 from whet.train.plan import plan
@@ -56,8 +56,10 @@ def get_ready(parsed: Parsed) -> Ready:
     recipe = parsed.recipe
     config = load_config(recipe.model)
     width = getattr(config.get_text_config(), "hidden_size", None)
-    placement = place(recipe.base, recipe.method.capability.storages, width)
+    stored = checkpoint_storage(recipe.model)
+    placement = place(recipe.base, recipe.method.capability.storages, width, stored=stored)
     check_optimiser(recipe.train, placement.device)
+    check_arrangement(recipe.train, placement.device)
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.model.chat_template)
     prepared = prepare(recipe.data, tokenizer, longest_input(config))

@@ -1,0 +1,129 @@
+"""Small random models of several families with LoRA on them, whole or plain: shared by the tests of the fast engine."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from whet.engine.attention import ATTENTION
+from whet.engine.group import Fused
+from whet.engine.linear import FrozenLinear, freeze_linears
+
+VOCABULARY = 256
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.08,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 1024}
+
+
+def network(kind: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", **changes: Any) -> Any:
+    """A random model of transformers' family `kind` ("Llama", "Qwen3", ...), with whet's attention."""
+    import transformers
+
+    sizes = GPT2 if kind == "GPT2" else SIZES
+    config = getattr(transformers, f"{kind}Config")(**(sizes | changes))
+    torch.manual_seed(0)
+    with torch.device(device):
+        net = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)
+    for name, parameter in net.named_parameters():
+        if name.endswith(".bias"):  # families start them at 0, where a forgotten one would not be seen
+            nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+def adapted(net: Any, *, plain: bool = False, **lora: Any) -> Any:
+    """PEFT's model around `net` in training mode, no lora_B zero. plain: PEFT's own LoRA layers, not whet's."""
+    import peft
+    from peft.tuners.lora.layer import Linear
+
+    from whet.engine.linear import linear_names
+    from whet.engine.lora_layer import LoraLinear
+
+    targets = sorted({name.rsplit(".", 1)[-1] for name in linear_names(net)})
+    settings = peft.LoraConfig(
+        **({"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 4, "target_modules": targets} | lora)  # type: ignore[arg-type]
+    )
+    kind = Linear if plain else LoraLinear
+    settings._register_custom_module({nn.Linear: kind, FrozenLinear: kind})
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModelForCausalLM(net, settings)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.train()
+
+
+def made(kind: str, storage: str = "dense", *, double_quant: bool = True, plain: bool = False, **lora: Any) -> Any:
+    """A model of `kind` in `storage` with adapters, on the CPU in fp32; the same weights however it is made."""
+    net = network(kind)
+    if storage != "dense":
+        freeze_linears(net, storage, double_quant)
+    return adapted(net, plain=plain, **lora)
+
+
+def ids(rows: int = 2, length: int = 24, seed: int = 3) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Summed loss of predicting each token from itself: any function of all logits will do."""
+    logits = model(input_ids=tokens, use_cache=False).logits.float()
+    return cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum")
+
+
+def lora_parameters(model: Any) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if "lora_" in name}
+
+
+def gradients(model: Any, fused: Fused | None = None) -> dict[str, torch.Tensor]:
+    """The gradient of every LoRA matrix by its PEFT name, wherever it is kept."""
+    kept: dict[int, torch.Tensor] = {}
+    for group in [] if fused is None else fused.groups:
+        start = 0
+        assert group.leaf.grad is not None
+        for which in ("lora_A", "lora_B"):
+            for layer in group.layers:
+                weight = getattr(layer, which)["default"].weight
+                kept[id(weight)] = group.leaf.grad[start : start + weight.numel()].view_as(weight)
+                start += weight.numel()
+        assert start == group.leaf.numel()
+    named = lora_parameters(model)
+    found = {name: kept.get(id(p), p.grad) for name, p in named.items()}
+    assert all(grad is not None for grad in found.values()), [name for name, grad in found.items() if grad is None]
+    return {name: grad.detach().clone() for name, grad in found.items() if grad is not None}
+
+
+def clear(model: Any, fused: Fused | None = None) -> None:
+    for parameter in [*model.parameters(), *([] if fused is None else fused.leaves)]:
+        parameter.grad = None
+
+
+def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """Distance by the length of `exact`, both as float64; 0 where both are zero."""
+    apart, size = float((ours.double() - exact.double()).norm()), float(exact.double().norm())
+    return apart / size if size else apart
+
+
+def apart(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """The largest relative distance of two sets of gradients."""
+    assert ours.keys() == exact.keys()
+    return max(relative(ours[name], exact[name]) for name in ours)

@@ -1,0 +1,89 @@
+"""Every setting of the arrangement does what it says as far as a CPU can show; what needs CUDA is in bad_recipes.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from whet.engine.group import Group
+from whet.engine.lora_layer import LoraLinear
+from whet.engine.recompute import Checkpoint, decoder_layers
+from whet.recipe import Parsed
+from whet.train.arrange import Arrangement
+from whet.train.setup import build_model, get_ready
+
+Make = Callable[..., Parsed]
+FP8 = {"base__storage": "fp8", "base__compute": "fp8"}
+
+
+def built(parsed: Parsed) -> tuple[Any, Arrangement]:
+    model, _, arranged = build_model(get_ready(parsed))
+    tiny.randomise_adapter(model)
+    return model, arranged
+
+
+def step(parsed: Parsed) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss of the first batch, and its gradients."""
+    model, arranged = built(parsed)
+    assert arranged.forward.prepare is not None
+    arranged.forward.prepare()
+    loss = arranged.forward.loss(model, arranged.batches.step(0)[0])
+    loss.backward()
+    return float(loss), tiny.gradients(model, arranged.matrices)
+
+
+def groups(model: Any) -> list[Group]:
+    return [layer.group for layer in model.modules() if isinstance(layer, LoraLinear) and layer.group is not None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode"),
+    [({}, (0, False, 0)), ({"train__gradient_checkpointing": False}, (0, False, 0)),
+     ({"train__gradient_checkpointing": True}, (1, False, 0)), ({"train__activation_offload": True}, (1, True, 0)),
+     ({"train__gradient_checkpointing": True, "train__activation_offload": False}, (1, False, 0)),
+     ({"train__tile_mlp": 16}, (1, False, 16))],
+    ids=str,
+)  # fmt: skip
+def test_the_memory_mode_is_the_one_that_is_asked_for(
+    changes: dict[str, Any], mode: tuple[int, bool, int], recipe: Make
+) -> None:
+    model, arranged = built(recipe(**changes))
+    assert tuple(arranged.facts["memory"][name] for name in ("recompute", "offload", "tile_tokens")) == mode
+    layers: list[Any] = decoder_layers(model.base_model.model)
+    calls = [layer._gradient_checkpointing_func for layer in layers if layer.gradient_checkpointing]
+    assert len(calls) == mode[0]
+    assert all(isinstance(call, Checkpoint) and (call.stash is not None) == mode[1] for call in calls)
+    assert all(type(layer.mlp).__name__.startswith("Tiled") == bool(mode[2]) for layer in layers)
+
+
+def test_fp8_multiplies_in_fp8_and_little_changes(recipe: Make) -> None:
+    model, _ = built(recipe("fp8", **FP8))
+    assert {group.kind for group in groups(model)} == {"fp8+fp8"}
+    model, _ = built(recipe("stored", base__storage="fp8"))
+    assert {group.kind for group in groups(model)} == {"fp8"}
+    stored, _ = step(recipe("stored", base__storage="fp8"))
+    computed, gradients = step(recipe("fp8", **FP8))
+    assert 0 < abs(stored - computed) < 0.02 * stored
+    assert all(bool(gradient.isfinite().all()) and bool(gradient.any()) for gradient in gradients.values())
+
+
+def test_kept_in_both_orders_the_bytes_double_and_nothing_changes(recipe: Make) -> None:
+    sizes, results = [], []
+    for name, kept in (("once", False), ("twice", True)):
+        made = recipe(name, base__keep_transposed=kept, **FP8)
+        model, _ = built(made)
+        sizes.append(sum(w.numel() for group in groups(model) for w in group.weights if w is not None and w.ndim == 2))
+        results.append(step(made))
+    assert sizes[1] == 2 * sizes[0]
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(one, results[1][1][name]) for name, one in results[0][1].items())
+
+
+def test_the_head_in_fp8_is_another_head(recipe: Make) -> None:
+    plain, _ = step(recipe("plain", **FP8))
+    quantised, _ = step(recipe("head", base__fp8_head=True, **FP8))
+    assert 0 < abs(plain - quantised) < 0.02 * plain

@@ -1,0 +1,260 @@
+"""Batches filled up to a few forms: never too small, never counted, and the step they make is the same step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import nets
+import numpy as np
+import pytest
+import torch
+
+from whet.data.batches import Batch, Batches
+from whet.data.forms import TOKEN_MULTIPLE, Facts, Form, choose_forms, fitting
+from whet.data.forms import _best_sizes as best_sizes  # noqa: PLC2701
+from whet.data.pack import best_fit
+from whet.data.rows import Rows
+from whet.engine.head import find_head
+from whet.train.arrange import replace_sizes
+from whet.train.loss import Forward, show
+from whet.train.step import train_step
+
+
+def rows_of(lengths: Sequence[int], seed: int = 0) -> Rows:
+    """Random rows; each learns some of its tokens, and at least its last."""
+    draw = np.random.default_rng(seed)
+    parts = []
+    for index, length in enumerate(lengths):
+        learned = draw.random(length) < 0.4
+        learned[-1] = True
+        parts.append((index, draw.integers(3, nets.VOCABULARY, length), learned))
+    return Rows.gather(iter(parts))
+
+
+def uneven(count: int, seed: int = 1, longest: int = 400) -> list[int]:
+    draw = np.random.default_rng(seed)
+    return np.clip(draw.lognormal(4.2, 0.8, count).astype(int), 2, longest).tolist()
+
+
+def batches_of(
+    lengths: Sequence[int], *, size: int = 4, accumulate: int = 1, capacity: int = 0, epochs: int = 3, limit: int = 3
+) -> tuple[Batches, int]:
+    """Batches with forms for some epochs, and the number of steps; capacity: of packed rows, if they are packed."""
+    rows = rows_of(lengths)
+    bins = best_fit(lengths, capacity) if capacity else None
+    plain = Batches(rows, bins, size=size, accumulate=accumulate, flat=True, seed=5)
+    steps = epochs * plain.steps_per_epoch
+    return replace_sizes(plain, size, accumulate, 1, choose_forms(plain.facts(steps), limit)), steps
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "rows": {"lengths": uneven(50)},
+    "rows, last batch of one": {"lengths": uneven(49)},
+    "accumulated": {"lengths": uneven(53), "accumulate": 3},
+    "packed": {"lengths": uneven(200), "capacity": 512, "size": 2},
+    "packed alone": {"lengths": uneven(90), "capacity": 512, "size": 1},
+    "one row": {"lengths": [37], "size": 2},
+    "all alike": {"lengths": [128] * 20},
+    "all alike, not a multiple": {"lengths": [100] * 20},
+    "all alike, last batch smaller": {"lengths": [128] * 21},
+    "one form": {"lengths": uneven(60), "limit": 1},
+    "many values": {"lengths": uneven(400, longest=20000), "size": 8},
+}
+
+
+def drawn(case: str) -> tuple[Batches, list[Batch]]:
+    batches, steps = batches_of(**CASES[case])
+    return batches, [batch for step in range(steps) for batch in batches.step(step)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_batch_of_a_run_fits_its_form(case: str) -> None:
+    batches, every = drawn(case)
+    assert 1 <= len(batches.forms) <= 3
+    for batch in every:
+        form, bounds = batch.form, batch.bounds
+        assert form is not None
+        assert bounds is not None
+        lengths = np.diff(bounds)
+        assert batch.ids.shape == batch.positions.shape == (1, form.tokens)
+        assert bounds[-1] == form.tokens
+        assert len(lengths) <= form.documents
+        assert len(batch.targets) <= form.targets
+        assert lengths.max() <= form.longest
+        assert all(length == form.row for length in lengths) or not form.row
+    assert {batch.form for batch in every} == set(batches.forms)  # none is made in vain
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_shown_has_the_size_of_the_form(case: str) -> None:
+    for batch in drawn(case)[1]:
+        form, shown = batch.form, show(batch, torch.device("cpu"))
+        assert form is not None
+        assert shown.documents is not None
+        assert shown.documents.cu.shape == (form.documents + 1,)
+        assert shown.places.shape == shown.targets.shape == (form.targets,)
+        assert int((shown.targets >= 0).sum()) == len(batch.targets)
+        assert shown.documents.longest == form.longest
+        assert shown.documents.row == form.row
+        assert shown.documents.cu[-1] == form.tokens
+        ends = shown.documents.cu
+        assert bool((ends.diff() >= 0).all())
+        assert torch.equal((shown.positions[0] == 0).nonzero().flatten(), ends[:-1][ends.diff() > 0].long())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_filler_is_never_counted(case: str) -> None:
+    batches, every = drawn(case)
+    plain = replace_sizes(batches, batches.size, batches.accumulate)
+    count = 0
+    for step in range(len(every)):
+        if count == len(every):
+            break
+        for bare in plain.step(step):
+            filled = every[count]
+            count += 1
+            real = bare.ids.shape[1]
+            assert filled.tokens == bare.tokens == real
+            assert filled.sources == bare.sources
+            assert np.array_equal(filled.ids[:, :real], bare.ids)
+            assert not filled.ids[:, real:].any()
+            assert np.array_equal(filled.positions[:, :real], bare.positions)
+            assert np.array_equal(filled.targets, bare.targets)
+            assert np.array_equal(filled.places, bare.places)
+    assert count == len(every)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forms_waste_no_more_than_the_best_single_size(case: str) -> None:
+    _, every = drawn(case)
+    tokens = [batch.tokens for batch in every]
+    largest = -(-max(tokens) // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    shown = sum(batch.ids.shape[1] for batch in every)
+    coarse = largest // 64 if len({-(-t // TOKEN_MULTIPLE) for t in tokens}) > 64 else 0  # candidates are then rounded
+    assert shown <= (largest + coarse + TOKEN_MULTIPLE * bool(coarse)) * len(every)
+    if case == "rows":
+        assert shown < 0.95 * largest * len(every)
+
+
+def test_rows_are_dense_only_where_all_documents_are_alike() -> None:
+    def rows(case: str) -> set[int]:
+        return {form.row for form in drawn(case)[0].forms}
+
+    assert rows("all alike") == {128}
+    assert rows("all alike, last batch smaller") == {128}  # a form of its own for the batch of one
+    assert rows("all alike, not a multiple") == {0}
+    assert rows("rows") == {0}
+    assert {form.row for form in batches_of([128] * 20 + [256] * 2, limit=1)[0].forms} == {0}
+    assert {form.row for form in batches_of([128] * 19 + [127], limit=1)[0].forms} == {0}
+
+
+def test_one_batch_that_is_shorter_spoils_its_form_alone() -> None:
+    facts = Facts(*(np.array(column) for column in ([512, 512, 256], [4, 4, 2], [9, 8, 7], [128] * 3, [128, 128, 128])))
+    small, large = choose_forms(facts, 2)
+    assert (small.row, large.row) == (128, 128)
+    (only,) = choose_forms(facts, 1)
+    assert only == Form(512, 4, 9, 128, 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_sizes_are_the_best_there_are(seed: int) -> None:
+    """Against every choice of sizes."""
+    draw = np.random.default_rng(seed)
+    values = np.unique(draw.integers(1, 40, 8)) * TOKEN_MULTIPLE
+    counts = draw.integers(1, 9, len(values))
+    limit = int(draw.integers(1, 5))
+
+    def cost(sizes: Sequence[int]) -> int:
+        return sum(int(n) * min(s for s in sizes if s >= v) for v, n in zip(values, counts, strict=True))
+
+    found = best_sizes(values, counts, limit)
+    assert found == sorted(set(found))
+    assert len(found) <= limit
+    choices = (
+        [*below, int(values[-1])]
+        for used in range(min(limit, len(values)))
+        for below in itertools.combinations(values[:-1].tolist(), used)
+    )
+    assert cost(found) == min(cost(sizes) for sizes in choices)
+
+
+def test_the_smallest_form_that_holds_is_taken() -> None:
+    forms = [Form(128, 1, 1, 128), Form(512, 1, 1, 128)]
+    assert fitting(forms, 128) is forms[0]
+    assert fitting(forms, 129) is forms[1]
+    assert fitting(forms, 513) is None
+
+
+def measured(kind: str, batches: Sequence[Batch]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """One optimiser step of a small model on the CPU: what it says of itself, and the weights after it."""
+    model = nets.made(kind)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    head = find_head(model.get_base_model())
+    assert head is not None
+    forward = Forward(torch.device("cpu"), torch.float32, False, head)
+    done = train_step(model, torch.optim.SGD(trained, lr=1.0), batches, forward, max_grad_norm=0.0, step=1)
+    return done, {name: p.detach().clone() for name, p in nets.lora_parameters(model).items()}
+
+
+def assert_same_step(kind: str, one: Sequence[Batch], other: Sequence[Batch]) -> None:
+    (a, weights), (b, others) = measured(kind, one), measured(kind, other)
+    assert a.tokens == b.tokens
+    assert a.targets == b.targets
+    assert abs(a.loss - b.loss) < 1e-5 * b.loss
+    assert abs(a.grad_norm - b.grad_norm) < 1e-5 * b.grad_norm
+    start = nets.lora_parameters(nets.made(kind))
+    moved = {name: weights[name] - start[name] for name in weights}
+    assert nets.apart(moved, {name: others[name] - start[name] for name in others}) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("case", ["rows", "packed", "all alike", "all alike, not a multiple"])
+def test_a_step_filled_up_to_its_form_is_the_same_step(kind: str, case: str) -> None:
+    batches, _ = batches_of(**(CASES[case] | {"lengths": CASES[case]["lengths"][:12]}))
+    plain = replace_sizes(batches, batches.size, batches.accumulate)
+    filled = batches.step(0)
+    assert filled[0].ids.shape[1] > plain.step(0)[0].ids.shape[1] or filled[0].form.row  # type: ignore[union-attr]
+    assert_same_step(kind, filled, plain.step(0))
+
+
+def test_filler_that_is_learned_would_be_seen() -> None:
+    import dataclasses
+
+    batches, _ = batches_of(CASES["rows"]["lengths"][:12])
+    plain, filled = replace_sizes(batches, 4, 1).step(0), batches.step(0)[0]
+    last = filled.ids.shape[1] - 2
+    wrong = dataclasses.replace(
+        filled, form=None, targets=np.append(filled.targets, 0), places=np.append(filled.places, last),
+        rows=np.append(filled.rows, 0),
+    )  # fmt: skip
+    with pytest.raises(AssertionError):
+        assert_same_step("Llama", [wrong], plain)
+
+
+@pytest.mark.parametrize("formed", [False, True])
+def test_joined_micro_batches_make_the_same_step(formed: bool) -> None:
+    batches, steps = batches_of(uneven(22), size=2, accumulate=4)
+    joined = replace_sizes(batches, 8, 1)
+    if formed:
+        joined = replace_sizes(joined, 8, 1, 1, choose_forms(joined.facts(steps), 2))
+    assert joined.steps_per_epoch == batches.steps_per_epoch
+    for step in (0, batches.steps_per_epoch - 1, batches.steps_per_epoch):  # full, partial, of the next epoch
+        parts, (whole,) = batches.step(step), joined.step(step)
+        assert [row for part in parts for row in part.sources] == list(whole.sources)
+        assert_same_step("Llama", [whole], parts)
+
+
+def test_facts_are_those_of_the_batches() -> None:
+    for case in CASES.values():
+        batches, steps = batches_of(**case)
+        plain = replace_sizes(batches, batches.size, batches.accumulate)
+        facts = plain.facts(steps)
+        every = [batch for step in range(steps) for batch in plain.step(step)]
+        lengths = [np.diff(batch.bounds) for batch in every]  # type: ignore[arg-type]
+        assert facts.tokens.tolist() == [batch.tokens for batch in every]
+        assert facts.targets.tolist() == [len(batch.targets) for batch in every]
+        assert facts.documents.tolist() == [len(found) for found in lengths]
+        assert facts.longest.tolist() == [found.max() for found in lengths]
+        assert facts.shortest.tolist() == [found.min() for found in lengths]
