@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from whet.data.rows import Rows
 from whet.engine.attention import ATTENTION
 from whet.engine.group import Fused
 from whet.engine.linear import FrozenLinear, freeze_linears
@@ -82,6 +85,17 @@ def made(kind: str, storage: str = "dense", *, double_quant: bool = True, plain:
 
 def ids(rows: int = 2, length: int = 24, seed: int = 3) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def rows_of(lengths: Sequence[int], seed: int = 0) -> Rows:
+    """Random rows without the last token of the vocabulary; each learns some of its tokens, and at least its last."""
+    draw = np.random.default_rng(seed)
+    parts = []
+    for index, length in enumerate(lengths):
+        learned = draw.random(length) < 0.4
+        learned[-1] = True
+        parts.append((index, draw.integers(3, VOCABULARY - 1, length), learned))
+    return Rows.gather(iter(parts))
 
 
 def loss_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:

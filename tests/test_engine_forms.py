@@ -10,27 +10,16 @@ import nets
 import numpy as np
 import pytest
 import torch
+from nets import rows_of
 
 from whet.data.batches import Batch, Batches
 from whet.data.forms import TOKEN_MULTIPLE, Facts, Form, choose_forms, fitting
 from whet.data.forms import _best_sizes as best_sizes  # noqa: PLC2701
 from whet.data.pack import best_fit
-from whet.data.rows import Rows
 from whet.engine.head import find_head
 from whet.train.arrange import replace_sizes
 from whet.train.loss import Forward, show
 from whet.train.step import train_step
-
-
-def rows_of(lengths: Sequence[int], seed: int = 0) -> Rows:
-    """Random rows; each learns some of its tokens, and at least its last."""
-    draw = np.random.default_rng(seed)
-    parts = []
-    for index, length in enumerate(lengths):
-        learned = draw.random(length) < 0.4
-        learned[-1] = True
-        parts.append((index, draw.integers(3, nets.VOCABULARY, length), learned))
-    return Rows.gather(iter(parts))
 
 
 def uneven(count: int, seed: int = 1, longest: int = 400) -> list[int]:

@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def _run(train: Any, placement: Any, model: Any, network: Any, batches: Batches,
             if index == 1 and placement.device.type == "cuda":  # after compilation, before anything is captured
                 torch.cuda.reset_peak_memory_stats()
             start = _now(placement.device)
-            stepped = runner.step(made, index + 1).read()
+            stepped = arranged.first(partial(runner.step, made, index + 1)).read()
             seconds.append(_now(placement.device) - start)
             if first is None:
                 first = (_process_seconds(), time.perf_counter() - began)

@@ -34,13 +34,13 @@ class Finder:
         return None
 
 sys.meta_path.insert(0, Finder)
-import whet.train.run
 from whet.recipe import parse
+from whet.train.run import train
 
 data, out, storage = sys.argv[1:]
 settings = ["model.path=builtin:tiny", f"data.dataset={data}", f"output_dir={out}", "train.max_steps=1",
             "base.device=cpu", f"base.storage={storage}", "data.val_size=0", "method.r=4"]
-whet.train.run.train(parse(None, settings))
+train(parse(None, settings))
 own = [name for name in asked if Path(name).parent.parent.name == "whet"]
 kernels = [name for name in sys.modules if name.startswith("whet.") and name.endswith("_triton")]
 print("RESULT", own, kernels)
@@ -149,8 +149,7 @@ def test_the_classes_of_transformers_stay_as_they_are(kind: str) -> None:
     fuse(model, compute=torch.float32, fp8=True)
     compile_layers(net)
     recompute(net)
-    nets_loss = nets.made(kind)  # a second model of the family, trained while the first is arranged
-    nets.loss_of(nets_loss, nets.ids()).backward()
+    nets.loss_of(nets.made(kind), nets.ids()).backward()  # a second model of the family is trained beside it
     assert differences(before) == []
     others = [m for m in decoder_layers(net)[0].modules() if not type(m).__module__.startswith(("peft", "torch"))]
     ours = [m for m in others if type(m).__module__.startswith("whet")]

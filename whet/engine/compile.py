@@ -50,6 +50,12 @@ def lean_activations(lean: bool) -> Iterator[None]:
         yield
 
 
+def forget_compilation(network: nn.Module) -> None:
+    """Let the layers of `network` run as they were written again."""
+    for layer in decoder_layers(network):
+        layer._compiled_call_impl = None
+
+
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
     """Inside, compiled layers run as they were written: for shapes that would each be compiled anew."""

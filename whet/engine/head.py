@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from whet.engine.linear import freeze
-from whet.engine.product import backward_product, forward_product
+from whet.engine.product import backward_product, dense, forward_product
 
+SLICE_ROWS = 1 << 14
 CHUNK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 27, "mps": 1 << 25}
 
 
@@ -97,7 +98,7 @@ class HeadLoss(torch.autograd.Function):
             if grad_hidden is not None and fp8 is None:
                 torch.mm(logits, matrix, out=grad_hidden[start : start + rows])
             elif grad_hidden is not None:
-                grad_hidden[start : start + rows] = backward_product("fp8+fp8", logits, fp8)  # type: ignore[arg-type]
+                grad_hidden[start : start + rows] = _times_fp8(logits, fp8)  # type: ignore[arg-type]
             if grad_weight is not None:
                 grad_weight += logits.t() @ part
             if grad_bias is not None:
@@ -124,6 +125,19 @@ def chunk_rows(device: str, vocabulary: int) -> int:
     """How many rows get their logits at once: a bound on the memory, whole tiles where a GPU multiplies."""
     rows = max(1, CHUNK_LOGITS.get(device, 1 << 19) // vocabulary)
     return rows if rows < 256 or device == "cpu" else rows // 128 * 128
+
+
+def _times_fp8(grad: torch.Tensor, fp8: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """grad [C, V] times the head [V, H]. Bytes that are not kept turned round are rebuilt dense, a slice at a time:
+    turning all of them would take more memory than the logits."""
+    if len(fp8) == 3:
+        return backward_product("fp8+fp8", grad, fp8)
+    codes, scale = fp8
+    total = torch.zeros(grad.shape[0], codes.shape[1], dtype=torch.float32, device=grad.device)
+    for start in range(0, codes.shape[0], SLICE_ROWS):
+        part = slice(start, start + SLICE_ROWS)
+        total += grad[:, part] @ dense("fp8", (codes[part], scale[part]), grad.dtype)
+    return total.to(grad.dtype)
 
 
 def _gradients(

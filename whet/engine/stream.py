@@ -213,11 +213,8 @@ def forget_quantiser(network: PreTrainedModel, quantiser: HfQuantizer) -> None:
     """Make `network` an ordinary model again, which may be moved, cast and saved."""
     quantiser.remove_quantization_config(network)
     packing = {type(step) for conversion in quantiser.get_weight_conversions() for step in conversion.operations}
-    network._weight_conversions = [  # saving would turn them round, and bitsandbytes' cannot be
-        conversion
-        for conversion in network._weight_conversions or []
-        if packing.isdisjoint(map(type, getattr(conversion, "operations", ())))
-    ]
+    used: list[Any] = vars(network).get("_weight_conversions", [])  # saving turns them round: not all can be
+    used[:] = [one for one in used if packing.isdisjoint(map(type, getattr(one, "operations", ())))]
     for mark in vars(network).keys() & MARKS:
         delattr(network, mark)
     for module in network.modules():

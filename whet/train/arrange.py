@@ -7,18 +7,19 @@ said, and stands in arrangement.json of the run.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from whet.base.console import bytes_text, say
 from whet.base.errors import UserError
 from whet.data.batches import Batches
 from whet.data.forms import choose_forms
 from whet.engine.attention import fastest_attention
-from whet.engine.compile import compile_layers, lean_activations, worth_compiling
+from whet.engine.compile import compile_layers, forget_compilation, lean_activations, worth_compiling
 from whet.engine.costs import Mode, choose, keep_bytes, sizes_of
 from whet.engine.device import Placement
 from whet.engine.group import Fused, fuse
@@ -29,6 +30,7 @@ from whet.settings import Train
 from whet.train.graph import side_stream
 from whet.train.loss import Forward
 
+T = TypeVar("T")
 MAX_FORMS, MAX_COMPILED_FORMS = 3, 2  # each form of a compiled layer costs its compilation
 CPU_MULTIPLE = 32
 EAGER_KEEPS, COMPILED_KEEPS, LEAN_KEEPS = 2.6, 1.6, 1.15  # times the least a layer must keep, measured (docs/log.md)
@@ -47,6 +49,7 @@ class Arrangement:
     vectors: list[torch.nn.Parameter]
     graphs: bool
     facts: dict[str, Any]
+    network: torch.nn.Module
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -54,6 +57,20 @@ class Arrangement:
         device = self.forward.device
         with fastest_attention(device), side_stream(device), lean_activations(self.facts["lean_activations"]):
             yield
+
+    def first(self, step: Callable[[], T]) -> T:
+        """Run the first step of this process; where a layer cannot be compiled, say so and run it uncompiled."""
+        try:
+            return step()
+        except TorchDynamoException as problem:
+            if not self.facts["compile"]:
+                raise
+            reason = str(problem).strip().splitlines()[0]
+            say(f"this model's layers cannot be compiled, so they run as they are ({reason})", style="yellow")
+            forget_compilation(self.network)
+            for parameter in (*self.matrices, *self.vectors):
+                parameter.grad = None
+            return step()
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,7 @@ def arrange(
     }  # fmt: skip
     if on_gpu:
         _say(facts, memory.mode)
-    return Arrangement(forward, batches, matrices, vectors, graphs, facts)
+    return Arrangement(forward, batches, matrices, vectors, graphs, facts, network)
 
 
 def check_arrangement(train: Train, device: torch.device) -> None:
@@ -118,7 +135,12 @@ def check_arrangement(train: Train, device: torch.device) -> None:
 
 def _compiled(train: Train, network: torch.nn.Module, batches: Batches, steps: int, on_gpu: bool) -> bool:
     """Whether layers are compiled: as set, else where the whole run is long enough."""
-    if train.compile is not None or not on_gpu:
+    if train.compile and not batches.flat:
+        raise UserError(
+            "padded batches have too many shapes to compile layers for", field="train.compile", found="true",
+            expected="auto", fix="data.padding_free=true, or remove the line",
+        )  # fmt: skip
+    if train.compile is not None or not on_gpu or not batches.flat:
         return bool(train.compile)
     epoch = min(steps, batches.steps_per_epoch)
     tokens = int(batches.facts(epoch).tokens.sum()) * steps // max(1, epoch)
@@ -135,6 +157,8 @@ def _fused(train: Train, placement: Placement, model: torch.nn.Module) -> Fused 
 
 def _keeps_both(placement: Placement) -> bool:
     """Whether FP8 bytes are kept in both orders: as set, else where they are small beside the free memory."""
+    if placement.offload_embedding:  # who asks for that wants the least memory
+        return False
     if placement.keep_transposed is not None or placement.device.type != "cuda" or not placement.fp8:
         return bool(placement.keep_transposed)
     held = torch.cuda.memory_allocated(placement.device)

@@ -9,6 +9,7 @@ import math
 import signal
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -92,7 +93,7 @@ class Loop:
     """The state of a run in progress and the few things that are done with it."""
 
     def __init__(self, ready: Ready, model: torch.nn.Module, arranged: Arrangement) -> None:
-        self.ready, self.model, self.forward = ready, model, arranged.forward
+        self.ready, self.model, self.arranged, self.forward = ready, model, arranged, arranged.forward
         self.run, self.settings = ready.run, ready.recipe.train
         self.batches, self.plain_batches = arranged.batches, batches_of(ready)
         self.total = self.settings.max_steps or 0
@@ -142,7 +143,8 @@ class Loop:
         )
         set_rate(self.optimiser, rate)
         batches = self.batches.step(index)
-        pending = self.steps.step(batches, index + 1)
+        launch = partial(self.steps.step, batches, index + 1)
+        pending = self.arranged.first(launch) if self.launched is None else launch()
         self._settle(bar)
         self.state.step += 1
         self.state.tokens += sum(batch.tokens for batch in batches)
