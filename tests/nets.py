@@ -133,8 +133,9 @@ def clear(model: Any, fused: Fused | None = None) -> None:
 
 def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
     """Distance by the length of `exact`, both as float64; 0 where both are zero."""
-    apart, size = float((ours.double() - exact.double()).norm()), float(exact.double().norm())
-    return apart / size if size else apart
+    wide, other = exact.detach().double(), ours.detach().double()
+    distance, size = float((other - wide).norm()), float(wide.norm())
+    return distance / size if size else distance
 
 
 def apart(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:

@@ -14,7 +14,7 @@ from nets import rows_of
 
 from whet.data.batches import Batch, Batches
 from whet.data.forms import TOKEN_MULTIPLE, Facts, Form, choose_forms, fitting
-from whet.data.forms import _best_sizes as best_sizes  # noqa: PLC2701
+from whet.data.forms import _best_sizes as best_sizes
 from whet.data.pack import best_fit
 from whet.engine.head import find_head
 from whet.train.arrange import replace_sizes

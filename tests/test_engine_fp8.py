@@ -184,9 +184,7 @@ def test_a_weight_with_a_row_of_zeros() -> None:
 def test_nf4_is_rebuilt_as_bitsandbytes_does_it(double_quant: bool, dtype: torch.dtype) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = (draw(96, 640, seed=4) * spread(96)[:, None]).to(dtype)
-    packed, state = functional.quantize_4bit(
-        weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4"
-    )
+    packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
     layer = Nf4Linear(640, 96, double_quant=double_quant)
     layer.take(packed, state)
     assert torch.equal(plain_rebuild(layer.tensors(), None, dtype), functional.dequantize_4bit(packed, state))

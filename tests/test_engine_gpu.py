@@ -20,7 +20,7 @@ from whet.engine.attention import Documents, attend, fastest_attention
 from whet.engine.compile import FEW_TOKENS, compile_layers
 from whet.engine.group import Fused, fuse
 from whet.engine.head import HeadLoss
-from whet.engine.linear import Nf4Linear, freeze, freeze_linears, quantise_fp8
+from whet.engine.linear import freeze, freeze_linears, quantise_fp8
 from whet.engine.nf4 import fp8_scale, plain_rebuild, rebuild_nf4, rebuild_nf4_as_fp8
 from whet.engine.product import backward_product, forward_product, quantised_rows
 

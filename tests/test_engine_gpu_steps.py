@@ -79,17 +79,19 @@ class Made:
 
 def rows_and_batches(count: int, *, accumulate: int = 1, alike: bool = False, forms: int = 2) -> tuple[Rows, Batches]:
     """Rows of two lengths by turns (or of one), each a batch, in as many forms."""
-    rows = nets.rows_of([128 if alike else (90, 300)[index % 2] + index for index in range(count)])
+    rows = nets.rows_of([128 if alike else (60, 260)[index % 2] + 7 * (index % 8) for index in range(count)])
     plain = Batches(rows, None, size=1, accumulate=accumulate, flat=True, seed=5)
     chosen = choose_forms(plain.facts(plain.steps_per_epoch), forms)
     return rows, replace_sizes(plain, 1, accumulate, 1, chosen)
 
 
-def assert_alike(one: Any, other: Any, start: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor]) -> None:
+def assert_alike(
+    one: Any, other: Any, start: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor], bound: float = 0.05
+) -> None:
     for (loss, norm), (expected, expected_norm) in zip(one, other, strict=True):
-        assert abs(loss - expected) < 5e-3 * expected
+        assert abs(loss - expected) < bound / 20 * expected
         assert abs(norm - expected_norm) < 0.03 * expected_norm
-    assert nets.relative(weights[0] - start, weights[1] - start) < 0.05
+    assert nets.relative(weights[0] - start, weights[1] - start) < bound
     assert float((weights[1] - start).norm()) > 0
 
 
@@ -114,7 +116,8 @@ def test_captured_steps_are_the_same_steps(accumulate: int, compiled: bool, alik
         assert replayed >= len(steps) - WARM_STEPS * len(kinds)
         assert replayed > 0
         assert len(batches.forms) == (1 if alike else 2)
-        assert_alike(found, expected, start, (captured.weights(), plain.weights()))
+        weights = captured.weights(), plain.weights()
+        assert_alike(found, expected, start, weights, bound=0.1 if compiled else 0.05)
         assert ("update" in captured.steps.graphs) == (accumulate > 1)
 
 

@@ -1,4 +1,4 @@
-"""Layers that share an input as one product: found by running, gradients equal to PEFT's own path, PEFT's files kept."""
+"""Layers that share an input as one product: found by running, with PEFT's gradients, in PEFT's files."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def test_biases_go_with_their_layers(storage: str) -> None:
     assert_like_peft(lambda **options: made("Qwen2", storage, **options))
     model = made("Qwen2", storage)
     fused = fused_of(model)
-    biased = {names[0]: group.bias is not None for names, group in zip(names_of(model, fused), fused.groups, strict=True)}
+    firsts = [names[0] for names in names_of(model, fused)]
+    biased = {first: group.bias is not None for first, group in zip(firsts, fused.groups, strict=True)}
     assert biased == {"q_proj": True, "o_proj": False, "gate_proj": False, "down_proj": False}
 
 

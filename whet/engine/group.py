@@ -32,7 +32,8 @@ class GroupProduct(torch.autograd.Function):
     """y = x W^T + bias + scale (low A^T) B^T.
 
     x [T, K]; low: what A reads, x after dropout, or None for x itself; leaf: float32, the row of the bank, read only by
-    its copies a [G r, K] and b [N, G r] block-diagonal; sizes: N of each layer; weights: as `kind` lists them.
+    its copies a [G r, K], which has the scale in it, and b [N, G r] block-diagonal; sizes: N of each layer; weights: as
+    `kind` lists them.
     """
 
     @staticmethod
@@ -41,7 +42,7 @@ class GroupProduct(torch.autograd.Function):
         bias: torch.Tensor | None, kind: str, sizes: tuple[int, ...], scale: float, *weights: torch.Tensor | None,
     ):  # fmt: skip
         y = forward_product(kind, x, weights, bias)
-        reduced = _times((x if low is None else low) @ a.t(), scale)
+        reduced = (x if low is None else low) @ a.t()
         y = add_product(y, reduced, b)
         ctx.save_for_backward(x if low is None else low, reduced, a, b, *weights)
         ctx.kind, ctx.sizes, ctx.scale, ctx.dropped = kind, sizes, scale, low is not None
@@ -51,7 +52,7 @@ class GroupProduct(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor):
         low, reduced, a, b, *weights = ctx.saved_tensors
         grad = grad_outputs[0]
-        grad_reduced = _times(grad @ b, ctx.scale)
+        grad_reduced = grad @ b
         grad_x = grad_low = None
         if ctx.needs_input_grad[0]:
             grad_x = backward_product(ctx.kind, grad, weights)
@@ -59,18 +60,14 @@ class GroupProduct(torch.autograd.Function):
                 grad_low = grad_reduced @ a
             else:
                 grad_x = add_product(grad_x, grad_reduced, a.t())
-        grad_leaf = _leaf_gradient(grad_reduced.t() @ low, grad.t() @ reduced, ctx.sizes)
+        grad_leaf = _leaf_gradient(grad_reduced.t() @ low, grad.t() @ reduced, ctx.sizes, ctx.scale)
         return (grad_x, grad_low, grad_leaf, *([None] * (6 + len(weights))))
 
 
-def _times(reduced: torch.Tensor, scale: float) -> torch.Tensor:
-    return reduced if scale == 1.0 else reduced * scale
-
-
-def _leaf_gradient(grad_a: torch.Tensor, grad_b: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+def _leaf_gradient(grad_a: torch.Tensor, grad_b: torch.Tensor, sizes: tuple[int, ...], scale: float) -> torch.Tensor:
     """The gradient of a bank's row, float32: A [G r, K], then the diagonal blocks [N, r] of B [sum of N, G r]."""
     r = grad_a.shape[0] // len(sizes)
-    blocks, start = [grad_a.flatten().float()], 0
+    blocks, start = [grad_a.flatten().float() * scale], 0
     for index, size in enumerate(sizes):
         blocks.append(grad_b[start : start + size, index * r : (index + 1) * r].float().flatten())
         start += size
@@ -79,11 +76,12 @@ def _leaf_gradient(grad_a: torch.Tensor, grad_b: torch.Tensor, sizes: tuple[int,
 
 @dataclass(frozen=True)
 class Shape:
-    """What groups must agree on to share a bank. sizes: outputs N of each layer; inputs: K."""
+    """What groups must agree on to share a bank. sizes: outputs N of each layer; inputs: K; scale: of the update."""
 
     inputs: int
     sizes: tuple[int, ...]
     r: int
+    scale: float
 
     @property
     def a_numbers(self) -> int:
@@ -95,7 +93,8 @@ class Shape:
 
 
 class Bank:
-    """master float32 [L, numbers]; a [L, G r, K] and b [L, N, G r], its copies in the arithmetic's type."""
+    """master float32 [L, numbers]; a [L, G r, K] (times the scale) and b [L, N, G r], its copies in the
+    arithmetic's type."""
 
     def __init__(self, shape: Shape, count: int, device: torch.device, dtype: torch.dtype) -> None:
         wide = len(shape.sizes) * shape.r
@@ -108,7 +107,7 @@ class Bank:
     def refresh(self) -> None:
         """Bring the copies up to the master weights."""
         shape, count = self.shape, len(self.master)
-        self.a.copy_(self.master[:, : shape.a_numbers].view_as(self.a))
+        torch.mul(self.master[:, : shape.a_numbers].view_as(self.a), shape.scale, out=self.a)
         start, place = 0, shape.a_numbers
         for index, size in enumerate(shape.sizes):
             block = self.b[:, start : start + size, index * shape.r : (index + 1) * shape.r]
@@ -199,7 +198,7 @@ def fuse(
     shapes: dict[Shape, list[list[Any]]] = {}
     for layers in found:
         sizes = tuple(layer.out_features for layer in layers)
-        shapes.setdefault(Shape(layers[0].in_features, sizes, layers[0].r[adapter]), []).append(layers)
+        shapes.setdefault(_shape(layers, sizes, adapter), []).append(layers)
     banks, groups = [], []
     for shape, members in shapes.items():
         bank = Bank(shape, len(members), members[0][0].lora_A[adapter].weight.device, compute)
@@ -215,6 +214,11 @@ def fuse(
     fused = Fused(banks, groups, rest)
     fused.refresh()
     return fused
+
+
+def _shape(layers: list[Any], sizes: tuple[int, ...], adapter: str) -> Shape:
+    first = layers[0]
+    return Shape(first.in_features, sizes, first.r[adapter], float(first.scaling[adapter]))
 
 
 def _matrices(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -246,7 +250,7 @@ def _group(
         filled = [bank.a.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases]
         bias = torch.cat([one.detach().to(bank.a.dtype) for one in filled])
     return Group(
-        layers=layers, kind=kind, scale=float(layers[0].scaling[adapter]), dropout=_rate(layers[0], adapter),
+        layers=layers, kind=kind, scale=bank.shape.scale, dropout=_rate(layers[0], adapter),
         sizes=bank.shape.sizes, weights=weights, bias=bias, leaf=leaf, a=bank.a[index], b=bank.b[index],
     )  # fmt: skip
 
