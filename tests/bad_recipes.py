@@ -157,7 +157,7 @@ PAIRS = [
     given("full_on_bf16", "method=full base.storage=bf16", "field base.storage", "found:    bf16"),
     given("bf16_computed_in_fp32", "base.storage=bf16 base.compute=fp32", "field base.compute", "base.storage=fp32"),
     *(given(f"{name}_on_cpu", f"train.{name}=true", f"field train.{name}", "CUDA only", "found:    true")
-      for name in ("compile", "cuda_graphs", "join_micro_batches")),
+      for name in ("compile", "cuda_graphs", "fit_micro_batches")),
     given("turned_without_fp8", "base.keep_transposed=true", "field base.keep_transposed", "fp8 compute"),
     given("head_without_fp8", "base.fp8_head=true", "field base.fp8_head", "fp8 compute", "found:    true"),
     given("fp8_on_dense", "base.storage=fp32 base.compute=fp8", "field base.compute", "fp8 with fp32 storage"),

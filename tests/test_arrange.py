@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
+from whet.data.batches import Batches
+from whet.data.rows import Rows
 from whet.engine.group import Group
 from whet.engine.lora_layer import LoraLinear
 from whet.engine.recompute import Checkpoint, decoder_layers
 from whet.recipe import Parsed
-from whet.train.arrange import Arrangement
+from whet.train.arrange import Arrangement, cut
 from whet.train.setup import build_model, get_ready
 
 Make = Callable[..., Parsed]
@@ -87,3 +90,18 @@ def test_the_head_in_fp8_is_another_head(recipe: Make) -> None:
     plain, _ = step(recipe("plain", **FP8))
     quantised, _ = step(recipe("head", base__fp8_head=True, **FP8))
     assert 0 < abs(plain - quantised) < 0.02 * plain
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulate", "room", "expected"),
+    [(2, 4, 1 << 20, (8, 1)), (2, 4, 8192, (4, 2)), (8, 1, 8192, (4, 2)), (8, 1, 16384, (8, 1)), (8, 1, 4096, (2, 4)),
+     (8, 1, 2048, (8, 1)), (1, 8, 2048, (1, 8)), (2, 4, 0, (2, 4))],
+)  # fmt: skip
+def test_a_step_is_cut_into_what_fits(size: int, accumulate: int, room: int, expected: tuple[int, int]) -> None:
+    parts = ((index, np.full(2048, 5, np.int32), np.ones(2048, bool)) for index in range(20))
+    batches = Batches(Rows.gather(parts), None, size=size, accumulate=accumulate, flat=True, seed=3)
+    found = cut(batches, lambda candidate: int(candidate.facts(1).tokens.max()) <= room, 2)
+    assert (found.size, found.accumulate) == expected
+    for step in range(3):  # the last window holds four rows alone
+        before, after = ([source for batch in made.step(step) for source in batch.sources] for made in (batches, found))
+        assert before == after

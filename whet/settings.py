@@ -67,8 +67,8 @@ class Train:
     cuda_graphs: bool | None = setting(
         None, "Replay whole steps as CUDA graphs: the GPU no longer waits for Python; auto = wherever they can."
     )
-    join_micro_batches: bool | None = setting(
-        None, "Run the micro-batches of a step as one where memory allows; the result is the same; auto = yes on CUDA."
+    fit_micro_batches: bool | None = setting(
+        None, "Join or cut the micro-batches of a step to what the memory holds best; same result; auto = yes on CUDA."
     )
     eval_steps: Count | None = setting(None, "Measure held-out loss every so many steps; auto = once an epoch.")
     save_steps: Count | None = setting(None, "Checkpoint every so many steps; auto = with every evaluation.")

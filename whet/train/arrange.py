@@ -36,6 +36,7 @@ CPU_MULTIPLE = 32
 EAGER_KEEPS, COMPILED_KEEPS, LEAN_KEEPS = 2.6, 1.6, 1.15  # times the least a layer must keep, measured (docs/log.md)
 SLACK_BYTES = 2 << 30
 TILE_TOKENS = 4096
+LEAST_TOKENS = 4096  # a forward pass of fewer leaves a large model's products waiting
 KEPT_SHARE = 0.2  # fp8 bytes are kept in both orders where they take less than this share of the free memory
 
 
@@ -98,7 +99,7 @@ def arrange(
     if fused is not None:
         forward = replace(forward, prepare=fused.refresh)
     free = _free_bytes(matrices + vectors, placement.device) if on_gpu else None
-    batches = _joined(train, batches, network, free, compiled, steps) if on_gpu else batches
+    batches = _fitted(train, batches, network, free, compiled, steps)
     batches = _formed(batches, steps, on_gpu, MAX_COMPILED_FORMS if compiled else MAX_FORMS)
     memory = _memory(train, batches, network, free, compiled, steps)
     tokens = _largest(batches, steps)
@@ -121,7 +122,7 @@ def arrange(
 
 def check_arrangement(train: Train, device: torch.device) -> None:
     """Raise UserError for a setting that could not take effect on the device, or beside another one."""
-    for name in ("compile", "cuda_graphs", "join_micro_batches"):
+    for name in ("compile", "cuda_graphs", "fit_micro_batches"):
         if getattr(train, name) and device.type != "cuda":
             raise UserError(
                 "this runs on CUDA only", field=f"train.{name}", found="true", expected="auto", fix="remove the line"
@@ -185,20 +186,35 @@ def _largest(batches: Batches, steps: int) -> int:
     return int(batches.facts(min(steps, batches.steps_per_epoch)).tokens.max())
 
 
-def _joined(
+def cut(batches: Batches, fits: Callable[[Batches], bool], steps: int) -> Batches:
+    """The micro-batches of a step as few and large as fit: joined, or cut down to LEAST_TOKENS; the result is the same.
+
+    Where nothing fits they stay as they are, and a memory mode has to help.
+    """
+    together = batches.size * batches.accumulate
+    for size in (n for n in range(together, 0, -1) if together % n == 0):
+        found = replace_sizes(batches, size, together // size)
+        if size < batches.size and _largest(found, steps) < LEAST_TOKENS:
+            break
+        if fits(found):
+            return found
+    return batches
+
+
+def _fitted(
     train: Train, batches: Batches, network: torch.nn.Module, free: int | None, compiled: bool, steps: int
 ) -> Batches:
-    """Several micro-batches as one, as many as surely fit: fewer, larger products."""
-    if train.join_micro_batches is False or batches.accumulate == 1 or not batches.flat or free is None:
+    """Batches cut to what fits with all activations kept, where whet may decide."""
+    if train.fit_micro_batches is False or not batches.flat or free is None or _asked(train):
         return batches
-    _, keeps = _keeps(batches, compiled)
     sizes = sizes_of(network.config)  # type: ignore[arg-type]
-    for joined in range(batches.accumulate, 1, -1):
-        if batches.accumulate % joined == 0:
-            wider = replace_sizes(batches, batches.size * joined, batches.accumulate // joined)
-            if keeps * keep_bytes(sizes, _largest(wider, steps)) <= free:
-                return wider
-    return batches
+    keeps, _ = _keeps(batches, compiled)
+    return cut(batches, lambda found: keeps * keep_bytes(sizes, _largest(found, steps)) <= free, steps)
+
+
+def _asked(train: Train) -> bool:
+    """Whether the recipe asks for a memory mode."""
+    return bool(train.gradient_checkpointing or train.activation_offload or train.tile_mlp)
 
 
 def replace_sizes(batches: Batches, size: int, accumulate: int, multiple: int = 1, forms: Any = ()) -> Batches:
@@ -222,7 +238,7 @@ def _memory(
 ) -> Memory:
     """What the settings ask for, and where they leave it open, the fastest that fits."""
     wanted = train.gradient_checkpointing
-    if wanted or train.activation_offload or train.tile_mlp:
+    if _asked(train):
         mode = Mode(len(decoder_layers(network)) - 1, bool(train.activation_offload), train.tile_mlp or 0)
         return Memory(mode, lean=compiled)
     if free is None:
@@ -240,7 +256,8 @@ def _keeps(batches: Batches, compiled: bool) -> tuple[float, float]:
     """What a layer keeps, as a multiple of the least, with everything kept and at its leanest."""
     if not compiled:
         return EAGER_KEEPS, EAGER_KEEPS
-    dense = bool(batches.forms) and all(form.row for form in batches.forms)
+    lengths = batches.rows.lengths
+    dense = bool(lengths.min() == lengths.max())
     return (COMPILED_KEEPS, LEAN_KEEPS) if dense else (1.15 * COMPILED_KEEPS, 1.2 * LEAN_KEEPS)
 
 
