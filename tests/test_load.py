@@ -178,6 +178,7 @@ print(peak - before, stored)
 """
 
 ONE_LAYER = 4 * (3 * 1024 * 1024 + 3 * 1024 * 3072)  # fp32 bytes of a decoder layer of `large`
+SLACK = 8 << 20  # what the allocator holds beyond what is asked for; the planted fault is 40 MB over
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +204,7 @@ def test_the_host_holds_the_final_bytes_and_one_layer(loader: str, large: Path, 
     command = [sys.executable, "-c", script, loader]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     peak, stored = map(int, done.stdout.split()[-2:])
-    assert (peak <= stored + ONE_LAYER) == (loader == "stream"), (peak, stored)
+    assert (peak <= stored + ONE_LAYER + SLACK) == (loader == "stream"), (peak, stored)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

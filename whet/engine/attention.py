@@ -77,6 +77,8 @@ def attend(
         return _varlen(query, key, value, documents, scaling, sliding_window), None
     lengths = [query.shape[2]] if documents is None else documents.lengths()
     given = query.dtype
+    if not query.is_cuda:  # once for all documents
+        key, value = _repeated(query, key, value)
     if query.device.type == "cpu" and given == torch.bfloat16:  # its backward pass takes twice as long in bf16
         query, key, value = query.float(), key.float(), value.float()
     pieces = [
