@@ -136,13 +136,14 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
         ("accumulation", 1, "forward passes in a step"), ("steps", 15, "timed steps"),
     ):  # fmt: skip
         bench.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"{what} ({default})")
-    bench.add_argument("--warm", type=int, default=5, metavar="N", help="steps before the timed ones (5)")
+    bench.add_argument("--warm", type=_count, default=5, metavar="N", help="steps before the timed ones (5)")
     bench.add_argument("--lengths", metavar="FILE", help="JSON list of document lengths to pack into rows x length")
     bench.add_argument("--storage", choices=["fp32", "bf16", "fp8", "int8", "nf4"], help="as base.storage (auto)")
     bench.add_argument("--compute", choices=["fp32", "bf16", "fp8"], help="as base.compute (auto)")
     bench.add_argument("--checkpointing", choices=["auto", "off", "recompute", "offload"], default="auto",
                        help="what is kept for the backward pass (auto)")  # fmt: skip
-    bench.add_argument("--optim", default="adamw", help="as train.optim (adamw)")
+    bench.add_argument("--optim", choices=["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"],
+                       default="adamw", help="as train.optim (adamw)")  # fmt: skip
     bench.add_argument("--fp8-head", action="store_true", help="as base.fp8_head")
     bench.add_argument("--offload-embedding", action="store_true", help="as base.offload_embedding")
     bench.add_argument("--keep-transposed", action="store_true", help="as base.keep_transposed")
@@ -168,6 +169,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
     return number
 
 

@@ -56,6 +56,8 @@ def measure_speed(model: str, base: Any, train: Any, load: Load) -> dict[str, An
     from whet.engine.device import device_name, place
     from whet.engine.load import load_config, load_model
     from whet.methods.lora import Lora
+    from whet.train.arrange import check_arrangement
+    from whet.train.optim import check_optimiser
 
     seed_everything(0)
     place_of = Model(path=model, from_config=model.endswith(".json"))
@@ -63,6 +65,8 @@ def measure_speed(model: str, base: Any, train: Any, load: Load) -> dict[str, An
     text = config.get_text_config()
     method = Lora(r=load.r)
     placement = place(base, method.capability.storages, getattr(text, "hidden_size", None))
+    check_optimiser(train, placement.device)
+    check_arrangement(train, placement.device)
     batches = _batches(load, min(30000, text.vocab_size))
     began = time.perf_counter()
     with torch.device(placement.device):  # random weights of a config are drawn where they stay
@@ -85,7 +89,7 @@ def _batches(load: Load, vocabulary: int) -> Batches:
         lengths = [load.length] * (load.rows * load.accumulation * 4)
     else:
         budget = load.rows * load.length
-        lengths = [int(number) for number in json.loads(Path(load.lengths).read_text(encoding="utf-8"))]
+        lengths = _read_lengths(load.lengths)
         if max(lengths) > budget:
             raise UserError(
                 "a document is longer than a forward pass", file=load.lengths, found=str(max(lengths)),
@@ -95,6 +99,23 @@ def _batches(load: Load, vocabulary: int) -> Batches:
     draw = np.random.default_rng(1)
     parts = ((i, draw.integers(3, vocabulary, n, dtype=np.int32), np.ones(n, bool)) for i, n in enumerate(lengths))
     return Batches(Rows.gather(parts), bins, size=size, accumulate=load.accumulation, flat=True, seed=0)
+
+
+def _read_lengths(file: str) -> list[int]:
+    """The document lengths in a JSON file. Raises UserError when it is no list of whole numbers from 1."""
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the lengths cannot be read: {error}", file=file, expected="a JSON list of whole numbers",
+            fix="write one, e.g. [120, 340, 85]",
+        ) from error  # fmt: skip
+    if not isinstance(found, list) or not found or not all(type(n) is int and n > 0 for n in found):
+        raise UserError(
+            "these are no document lengths", file=file, found=str(found)[:60],
+            expected="a JSON list of whole numbers from 1", fix="write one, e.g. [120, 340, 85]",
+        )  # fmt: skip
+    return found
 
 
 def _run(train: Any, placement: Any, model: Any, network: Any, batches: Batches, load: Load) -> dict[str, Any]:
