@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
+from whet.base.errors import UserError
 from whet.data.batches import Batches
 from whet.data.rows import Rows
+from whet.engine.compile import compile_layers
 from whet.engine.group import Group
 from whet.engine.lora_layer import LoraLinear
 from whet.engine.recompute import Checkpoint, decoder_layers
 from whet.recipe import Parsed
-from whet.train.arrange import Arrangement, cut
+from whet.settings import Train
+from whet.train.arrange import Arrangement, check_arrangement, cut
 from whet.train.setup import build_model, get_ready
 
 Make = Callable[..., Parsed]
@@ -105,3 +110,32 @@ def test_a_step_is_cut_into_what_fits(size: int, accumulate: int, room: int, exp
     for step in range(3):  # the last window holds four rows alone
         before, after = ([source for batch in made.step(step) for source in batch.sources] for made in (batches, found))
         assert before == after
+
+
+def test_layers_that_cannot_be_compiled_run_as_they_are(recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first step falls back and says so; a run that compiles nothing hides no failure."""
+    model, arranged = built(recipe())
+    calls: list[Any] = []
+
+    def once() -> str:
+        calls.append([layer._compiled_call_impl for layer in decoder_layers(model.base_model.model)])
+        if len(calls) == 1:
+            raise TorchDynamoException("no such thing as this loop")
+        return "done"
+
+    with pytest.raises(TorchDynamoException):
+        arranged.first(once)
+    calls.clear()
+    compile_layers(model.base_model.model)
+    assert replace(arranged, facts=arranged.facts | {"compile": True}).first(once) == "done"
+    assert all(calls[0])
+    assert not any(calls[1])
+    assert "no such thing as this loop" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["compile", "cuda_graphs", "fit_micro_batches"])
+def test_what_padding_rules_out_is_refused(name: str) -> None:
+    wanted = Train(**{name: True})
+    check_arrangement(wanted, torch.device("cuda"), padded=False)
+    with pytest.raises(UserError, match="padded"):
+        check_arrangement(wanted, torch.device("cuda"), padded=True)

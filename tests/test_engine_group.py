@@ -276,17 +276,6 @@ def test_recomputed_layers_draw_the_same_mask() -> None:
     assert apart(*found) <= EXACT
 
 
-def test_released_layers_go_their_own_way() -> None:
-    model = made("Llama")
-    fused = fused_of(model)
-    fused.release()
-    assert all(layer.group is None for group in fused.groups for layer in group.layers)
-    before = loss_of(model, nets.ids()).item()
-    with torch.no_grad():
-        fused.leaves[0].mul_(2.0)  # no copy stands between
-    assert loss_of(model, nets.ids()).item() != before
-
-
 def compiled_graphs(model: Any) -> int:
     import torch._dynamo as dynamo
 

@@ -66,7 +66,7 @@ def measure_speed(model: str, base: Any, train: Any, load: Load) -> dict[str, An
     method = Lora(r=load.r)
     placement = place(base, method.capability.storages, getattr(text, "hidden_size", None))
     check_optimiser(train, placement.device)
-    check_arrangement(train, placement.device)
+    check_arrangement(train, placement.device, padded=False)
     batches = _batches(load, min(30000, text.vocab_size))
     began = time.perf_counter()
     with torch.device(placement.device):  # random weights of a config are drawn where they stay

@@ -174,12 +174,6 @@ class Fused:
         for bank in self.banks:
             bank.refresh()
 
-    def release(self) -> None:
-        """Take the groups off their layers: PEFT's own path again, e.g. for a model that will be switched."""
-        for group in self.groups:
-            for layer in group.layers:
-                layer.group = None
-
 
 def fuse(
     model: nn.Module,

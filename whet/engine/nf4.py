@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import library
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -35,7 +36,7 @@ def _stack(parts: Sequence[Packed], scales: list[torch.Tensor], dtype: torch.dty
     return torch.ops.whet.nf4_rebuild(*present, scales, dtype, transposed)
 
 
-@torch.library.custom_op("whet::nf4_rebuild", mutates_args=())
+@library.custom_op("whet::nf4_rebuild", mutates_args=())
 def _rebuild(
     packed: list[torch.Tensor], absmax: list[torch.Tensor], nested_absmax: list[torch.Tensor],
     nested_offset: list[torch.Tensor], code: list[torch.Tensor], nested_code: list[torch.Tensor],

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import library
 from torch.nn.functional import linear
 
 from whet.engine.linear import FP8_MAX, INT8_MAX, quantise_fp8
@@ -128,7 +129,7 @@ def add_product(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tens
     return y
 
 
-@torch.library.custom_op("whet::add_product_", mutates_args=("y",))
+@library.custom_op("whet::add_product_", mutates_args=("y",))
 def _add_product(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     if y.is_cuda and y.dtype != torch.float32 and a.shape[1] <= WIDEST_RANK:
         from whet.engine.rows_triton import add_low_rank

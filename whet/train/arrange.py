@@ -87,7 +87,7 @@ def arrange(
     batches: Batches, *, steps: int,
 ) -> Arrangement:  # fmt: skip
     """Lay out `model` (with its method; `network` inside it) for `steps` steps over `batches`."""
-    check_arrangement(train, placement.device)
+    check_arrangement(train, placement.device, padded=not batches.flat)
     on_gpu = placement.device.type == "cuda"
     compiled = _compiled(train, network, batches, steps, on_gpu)
     fused = _fused(train, placement, model)
@@ -120,13 +120,21 @@ def arrange(
     return Arrangement(forward, batches, matrices, vectors, graphs, facts, network)
 
 
-def check_arrangement(train: Train, device: torch.device) -> None:
-    """Raise UserError for a setting that could not take effect on the device, or beside another one."""
+def check_arrangement(train: Train, device: torch.device, *, padded: bool) -> None:
+    """Raise UserError for a setting that could not take effect on the device, or beside another one.
+
+    padded: batches are laid out with padding, so their shapes are many.
+    """
     for name in ("compile", "cuda_graphs", "fit_micro_batches"):
         if getattr(train, name) and device.type != "cuda":
             raise UserError(
                 "this runs on CUDA only", field=f"train.{name}", found="true", expected="auto", fix="remove the line"
             )
+        if getattr(train, name) and padded:
+            raise UserError(
+                "padded batches have too many shapes for this", field=f"train.{name}", found="true", expected="auto",
+                fix="data.padding_free=true, or remove the line",
+            )  # fmt: skip
     if (train.activation_offload or train.tile_mlp) and train.gradient_checkpointing is False:
         raise UserError(
             "this needs recomputed layers", field="train.gradient_checkpointing", found="false",
@@ -136,11 +144,6 @@ def check_arrangement(train: Train, device: torch.device) -> None:
 
 def _compiled(train: Train, network: torch.nn.Module, batches: Batches, steps: int, on_gpu: bool) -> bool:
     """Whether layers are compiled: as set, else where the whole run is long enough."""
-    if train.compile and not batches.flat:
-        raise UserError(
-            "padded batches have too many shapes to compile layers for", field="train.compile", found="true",
-            expected="auto", fix="data.padding_free=true, or remove the line",
-        )  # fmt: skip
     if train.compile is not None or not on_gpu or not batches.flat:
         return bool(train.compile)
     epoch = min(steps, batches.steps_per_epoch)

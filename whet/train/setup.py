@@ -59,7 +59,7 @@ def get_ready(parsed: Parsed) -> Ready:
     stored = checkpoint_storage(recipe.model)
     placement = place(recipe.base, recipe.method.capability.storages, width, stored=stored)
     check_optimiser(recipe.train, placement.device)
-    check_arrangement(recipe.train, placement.device)
+    check_arrangement(recipe.train, placement.device, padded=recipe.data.padding_free is False)
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.model.chat_template)
     prepared = prepare(recipe.data, tokenizer, longest_input(config))
