@@ -17,11 +17,11 @@ from torch import nn
 
 from whet.engine.recompute import decoder_layers
 
-COMPILE_SECONDS = 40.0
+COMPILE_SECONDS = 40.0  # two forms; one took 10 to 25 s on an H100 (docs/log.md)
 FEW_TOKENS = 4096  # up to here starting a kernel costs as much as running it
 LEAN_BUDGET = 0.8  # share of the activations that the compiler may keep, of what it would keep by itself
-GAIN = 0.35  # share of an uncompiled step that compiling saves, measured on an H100 (docs/log.md)
-USUAL_RATE = 3e14  # operations a second of an uncompiled step on a data centre GPU
+GAIN = 0.35  # share of an uncompiled step that compiling saves: assumed, not yet measured
+USUAL_RATE = 3e14  # operations a second of an uncompiled step on a data centre GPU: assumed as well
 
 
 def compile_layers(network: nn.Module, *, tokens: int = FEW_TOKENS + 1, whole: bool = True) -> int:
@@ -40,7 +40,8 @@ def compile_layers(network: nn.Module, *, tokens: int = FEW_TOKENS + 1, whole: b
 @contextlib.contextmanager
 def lean_activations(lean: bool) -> Iterator[None]:
     """Layers that are compiled inside keep less for the backward pass, and make cheap things again: the product of gate
-    and up, normed inputs. On an H100 that saves 30 % of an 8B layer's activations for 0.8 % of its time."""
+    and up, normed inputs. On an H100 that saves 30 % of an 8B layer's activations for 0.8 % of its time at 8,192
+    tokens; a whole model at 16,384 was 10 % slower, for a reason that is not known yet (docs/log.md)."""
     if not lean:
         yield
         return

@@ -33,7 +33,8 @@ from whet.train.loss import Forward
 T = TypeVar("T")
 MAX_FORMS, MAX_COMPILED_FORMS = 3, 2  # each form of a compiled layer costs its compilation
 CPU_MULTIPLE = 32
-EAGER_KEEPS, COMPILED_KEEPS, LEAN_KEEPS = 2.6, 1.6, 1.15  # times the least a layer must keep, measured (docs/log.md)
+# Times the least that a layer must keep. The last two are measured on an H100 (docs/log.md), the first is assumed.
+EAGER_KEEPS, COMPILED_KEEPS, LEAN_KEEPS = 2.6, 1.6, 1.15
 SLACK_BYTES = 2 << 30
 TILE_TOKENS = 4096
 LEAST_TOKENS = 4096  # a forward pass of fewer leaves a large model's products waiting
