@@ -57,11 +57,13 @@ DEFAULT, KEEP4, KEEP16 = peer("Unsloth", 4), peer("Unsloth", 4, "off"), peer("Un
 FP8, BF16, NF4 = whet("fp8", "fp8"), whet("bf16", "bf16"), whet("nf4", "fp8")
 HEAD = whet("fp8", "fp8", "--fp8-head", note="head too")
 LEAST = ("--optim", "adamw_8bit", "--checkpointing", "offload", "--offload-embedding")
+TILED = ("--tile-mlp", "2048")
 GRAPHS = {"UNSLOTH_BLOCK_CUDAGRAPHS": "1"}  # Unsloth's own option for static shapes
 FLAT, SORTED, IN_ROWS = ("--packing", "flat"), ("--packing", "sorted"), ("--packing", "rows")
 CASES = {
     "llama8b-2048": Case(
-        "Llama-3.1-8B shape, 8 x 2048", "Llama-3.1-8B", 8, 2048, 1, (HEAD, KEEP16, FP8, BF16, KEEP4, NF4, DEFAULT)
+        "Llama-3.1-8B shape, 8 x 2048", "Llama-3.1-8B", 8, 2048, 1,
+        (HEAD, KEEP16, DEFAULT, BF16, FP8, KEEP4, NF4),
     ),
     "qwen4b-2048": Case("Qwen3-4B shape, 2 x 2048 x 4", "Qwen3-4B", 2, 2048, 4, (HEAD, KEEP4, FP8, BF16, DEFAULT, NF4)),
     "qwen06b-512": Case(
@@ -86,14 +88,15 @@ CASES = {
     "llama8b-4096-memory": Case(
         "Llama-3.1-8B shape, 1 x 4096, least memory", "Llama-3.1-8B", 1, 4096, 1,
         (
-            whet("nf4", "fp8", "--fp8-head", *LEAST, note="least"), DEFAULT,
+            whet("nf4", "fp8", "--fp8-head", *LEAST, *TILED, note="least, tiled"), DEFAULT,
+            whet("nf4", "fp8", "--fp8-head", *LEAST, note="least"),
             whet("nf4", "fp8", "--checkpointing", "recompute", note="recompute"),
             whet("nf4", "bf16", *LEAST, note="least"),
         ),
     ),
     "llama8b-first-step": Case(
         "Llama-3.1-8B shape from disk to the end of the first step, 1 x 2048", "Llama-3.1-8B", 1, 2048, 1,
-        (FP8, NF4, BF16, DEFAULT, KEEP16, peer("PEFT", 4, "default", "peft")), first_step=True,
+        (FP8, DEFAULT, NF4, BF16, KEEP16, peer("PEFT", 4, "default", "peft")), first_step=True,
     ),
 }  # fmt: skip
 

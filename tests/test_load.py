@@ -272,7 +272,7 @@ def test_auto_keeps_the_storage_of_the_checkpoint_from_plan_to_merge(
     assert (run.read("origins.json") or {})["base.storage"]["reason"] == "how the checkpoint is stored"
     assert answering(Model(path=str(path)), Base(device="cpu")).storage == storage
     assert answering(Model(path=str(tmp_path / "dense")), Base(device="cpu")).storage == "fp32"
-    trained = open_trained(run.recipe.model, run.recipe.base, run.adapter, adapter=True).network
+    trained = open_trained(run.recipe.model, run.recipe.base, run.adapter, run.recipe.method).network
     assert [module.storage for module in trained.modules() if isinstance(module, FrozenLinear)] == [storage] * 14
     certificate = merge(run, tmp_path / "merged")
     assert certificate["kl"] <= MEAN_KL_LIMIT

@@ -33,7 +33,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def live_logits(run: Run) -> torch.Tensor:
-    return logits(open_trained(run.recipe.model, run.recipe.base, run.adapter, adapter=True).network)
+    return logits(open_trained(run.recipe.model, run.recipe.base, run.adapter, run.recipe.method).network)
 
 
 def read(path: Path) -> Any:

@@ -89,7 +89,7 @@ def test_a_saved_adapter_opens_in_plain_peft_on_a_plain_model(storage: str, reci
     from transformers import AutoModelForCausalLM
 
     run = train(recipe(train__max_steps=3, **pair("lora", storage)))
-    live = open_trained(run.recipe.model, run.recipe.base, run.adapter, adapter=True)
+    live = open_trained(run.recipe.model, run.recipe.base, run.adapter, run.recipe.method)
     base = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32)
     if storage in PACKED:
         quantised = load_model(Model(path=str(model_dir)), placed(storage))
@@ -113,7 +113,7 @@ def test_a_fully_trained_model_opens_in_plain_transformers(save_dtype: str, reci
     plain = AutoModelForCausalLM.from_pretrained(str(run.model))
     assert plain.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[save_dtype]
     assert plain.lm_head.weight.data_ptr() == plain.model.embed_tokens.weight.data_ptr()
-    live = open_trained(run.recipe.model, run.recipe.base, run.model, adapter=False)
+    live = open_trained(run.recipe.model, run.recipe.base, run.model, run.recipe.method)
     assert torch.equal(logits(plain.float(), IDS), logits(live.network, IDS))
     assert AutoTokenizer.from_pretrained(str(run.model)).chat_template
 
@@ -130,7 +130,7 @@ def test_it_learns_four_rows_by_heart_and_stops_by_itself(
     parsed = tiny.recipe(model_dir, data, tmp_path / "run", **settings)
     run = train(parsed)
     tokeniser = get_ready(parsed).prepared.tokeniser
-    live = open_trained(run.recipe.model, run.recipe.base, run.trained, adapter=method != "full")
+    live = open_trained(run.recipe.model, run.recipe.base, run.trained, run.recipe.method)
     prompts = [tokeniser.prompt([Message("user", str(record["instruction"]))]) for record in records]
     stop = tokeniser.stop_ids()
     found = answer(live.network, prompts, stop_ids=stop, max_new_tokens=40, batch_size=4)  # type: ignore[arg-type]

@@ -42,7 +42,7 @@ class Run:
     @property
     def trained(self) -> Path:
         """The adapter or the model, whichever the method writes."""
-        return self.model if self.recipe.method.name == "full" else self.adapter
+        return self.model if self.recipe.method.can.whole_model else self.adapter
 
     @property
     def checkpoints(self) -> Path:

@@ -64,7 +64,7 @@ def measure_speed(model: str, base: Any, train: Any, load: Load) -> dict[str, An
     config = load_config(place_of)
     text = config.get_text_config()
     method = Lora(r=load.r)
-    placement = place(base, method.capability.storages, getattr(text, "hidden_size", None))
+    placement = place(base, method.can.storages, getattr(text, "hidden_size", None))
     check_optimiser(train, placement.device)
     check_arrangement(train, placement.device, padded=False)
     batches = _batches(load, min(30000, text.vocab_size))
@@ -130,10 +130,14 @@ def _run(train: Any, placement: Any, model: Any, network: Any, batches: Batches,
     from whet.train.step import Steps
 
     autocast = placement.compute if placement.autocast else None
-    forward = Forward(placement.device, placement.compute, placement.autocast, find_head(network, autocast=autocast))
     total = load.warm + load.steps
     began = time.perf_counter()
-    arranged = arrange(train, placement, model, network, forward, batches, steps=total)
+    # No name for what goes in: a head that gives way to its FP8 form must be let go.
+    arranged = arrange(
+        train, placement, model, network,
+        Forward(placement.device, placement.compute, placement.autocast, find_head(network, autocast=autocast)),
+        batches, steps=total,
+    )  # fmt: skip
     optimiser = build_optimiser(train, arranged.matrices, arranged.vectors, 2e-4, captured=arranged.graphs)
     kind = GraphSteps if arranged.graphs else Steps
     runner = kind(model, optimiser, arranged.forward, train.max_grad_norm)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from whet.engine.linear import freeze
-from whet.engine.product import backward_product, dense, forward_product
+from whet.engine.product import backward_product, forward_product
 
 SLICE_ROWS = 1 << 14
 CHUNK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 27, "mps": 1 << 25}
@@ -85,12 +85,13 @@ class HeadLoss(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         # Buffers are used again for every chunk: fresh memory costs a CPU more than the arithmetic on it.
-        raw = hidden.new_empty(min(rows, hidden.shape[0]), weight.shape[0])
-        wide = raw if hidden.is_cuda else torch.empty_like(raw, dtype=torch.float32)
+        room = (min(rows, hidden.shape[0]), weight.shape[0])
+        raw = hidden.new_empty(room if fp8 is None else 0)
+        wide = raw if hidden.is_cuda else hidden.new_empty(room, dtype=torch.float32)
         for start in range(0, hidden.shape[0], rows):
             part, wanted = hidden[start : start + rows], targets[start : start + rows]
-            logits = raw[: part.shape[0]]
             if fp8 is None:
+                logits = raw[: part.shape[0]]
                 torch.mm(part, matrix.t(), out=logits)
             else:
                 logits = forward_product("fp8+fp8", part, fp8, None)
@@ -128,15 +129,15 @@ def chunk_rows(device: str, vocabulary: int) -> int:
 
 
 def _times_fp8(grad: torch.Tensor, fp8: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """grad [C, V] times the head [V, H]. Bytes that are not kept turned round are rebuilt dense, a slice at a time:
-    turning all of them would take more memory than the logits."""
+    """grad [C, V] times the head [V, H]. Bytes that are not kept turned round are turned a slice at a time: turning all
+    of them would take more memory than the logits."""
     if len(fp8) == 3:
         return backward_product("fp8+fp8", grad, fp8)
     codes, scale = fp8
     total = torch.zeros(grad.shape[0], codes.shape[1], dtype=torch.float32, device=grad.device)
     for start in range(0, codes.shape[0], SLICE_ROWS):
         part = slice(start, start + SLICE_ROWS)
-        total += grad[:, part] @ dense("fp8", (codes[part], scale[part]), grad.dtype)
+        total += backward_product("fp8+fp8", grad[:, part], (codes[part], scale[part]))
     return total.to(grad.dtype)
 
 

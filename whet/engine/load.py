@@ -12,6 +12,7 @@ from whet.base.errors import UserError, nearest
 from whet.engine import attention
 from whet.engine.config import Model
 from whet.engine.device import DTYPES, PACKED, Placement
+from whet.engine.task import CAUSAL, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -85,7 +86,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_model(model: Model, placement: Placement) -> PreTrainedModel:
+def load_model(model: Model, placement: Placement, task: Task = CAUSAL) -> PreTrainedModel:
     """The model on its device, weights stored as `placement` says, in evaluation mode, attention for training.
 
     Host and device hold the final weights and one dense layer at most. Raises UserError for what cannot be opened and
@@ -94,7 +95,7 @@ def load_model(model: Model, placement: Placement) -> PreTrainedModel:
     dense = torch.float32 if placement.storage == "fp32" else placement.compute
     config = load_config(model)
     if model.from_config:
-        return _random_model(config, placement, dense).eval()
+        return _random_model(config, placement, dense, task).eval()
     from whet.engine.prequantised import load_quantised, stored_as
     from whet.engine.stream import load_frozen, load_plain
 
@@ -102,19 +103,19 @@ def load_model(model: Model, placement: Placement) -> PreTrainedModel:
     options: dict[str, Any] = {
         "revision": model.revision or "main",
         "dtype": dense,
-        "attn_implementation": attention.ATTENTION,
+        "attn_implementation": attention_of(task),
     }
     if placement.device.type != "cpu":
         options["device_map"] = {"": placement.device}
     stored = stored_as(config, source)
     if stored is not None:
         network = _opened(
-            lambda: load_quantised(source, stored, storage, placement.double_quant, options), source, "model"
+            lambda: load_quantised(source, stored, storage, placement.double_quant, options, task), source, "model"
         )
     elif storage in PACKED:
-        network = _opened(lambda: load_frozen(source, storage, placement.double_quant, options), source, "model")
+        network = _opened(lambda: load_frozen(source, storage, placement.double_quant, options, task), source, "model")
     else:
-        network = _opened(lambda: load_plain(source, options), source, "model")
+        network = _opened(lambda: load_plain(source, options, task), source, "model")
     return network.to(placement.device).eval()  # type: ignore[arg-type]
 
 
@@ -125,27 +126,35 @@ def checkpoint_storage(model: Model) -> str | None:
     return None if model.from_config else stored_as(load_config(model), model.path)
 
 
-def _random_model(config: PreTrainedConfig, placement: Placement, dense: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+def attention_of(task: Task) -> str:
+    """The attention to load a model with: whet's own reads the documents of a row, other tasks have padded rows."""
+    return attention.ATTENTION if task.name == "causal" else "sdpa"
 
+
+def _random_model(
+    config: PreTrainedConfig, placement: Placement, dense: torch.dtype, task: Task = CAUSAL
+) -> PreTrainedModel:
+    for name, value in task.config_values().items():
+        setattr(config, name, value)
+    make = task.auto_class().from_config
     if placement.storage not in PACKED:
-        network = AutoModelForCausalLM.from_config(config, attn_implementation=attention.ATTENTION, dtype=dense)
+        network = make(config, attn_implementation=attention_of(task), dtype=dense)
         return network.to(placement.device)
     from whet.engine.stream import random_frozen
 
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, attn_implementation=attention.ATTENTION, dtype=dense)
+        network = make(config, attn_implementation=attention_of(task), dtype=dense)
     random_frozen(network, placement.device, placement.storage, placement.double_quant)
     return network
 
 
-def empty_model(model: Model, dtype: str = "bf16") -> PreTrainedModel:
+def empty_model(model: Model, dtype: str = "bf16", task: Task = CAUSAL) -> PreTrainedModel:
     """The model without memory (meta device), from its config alone: for counting."""
-    from transformers import AutoModelForCausalLM
-
     config = load_config(model)
+    for name, value in task.config_values().items():
+        setattr(config, name, value)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+        return task.auto_class().from_config(config, dtype=DTYPES[dtype])
 
 
 def longest_input(config: PreTrainedConfig) -> int | None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -14,6 +13,7 @@ from whet.base.errors import UserError
 from whet.engine.config import Base, Model
 from whet.engine.device import PACKED, Placement, place
 from whet.engine.load import checkpoint_storage, load_model
+from whet.engine.task import CAUSAL, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,21 +21,33 @@ if TYPE_CHECKING:
 ANSWERING = ("fp32", "bf16", "fp8", "int8", "nf4")
 
 
+class Opens(Protocol):
+    """What opening needs of the method that was trained (see `methods.method.Method`)."""
+
+    @property
+    def can(self) -> Any: ...
+    def load(self, network: PreTrainedModel, directory: Path, task: Task) -> Any: ...
+    def base_only(self, model: Any) -> contextlib.AbstractContextManager[None]: ...
+
+
 @dataclass(frozen=True)
 class Opened:
-    """network: the transformers model, its layers wrapped when there is an adapter; wrapped: PEFT's model or None."""
+    """network: the transformers model, its layers changed when there is an adapter; wrapped: what the method made of
+    it, or None for a whole model of its own."""
 
     network: PreTrainedModel
-    wrapped: object | None
+    wrapped: Any | None
     placement: Placement
+    method: Opens
 
-    @contextlib.contextmanager
-    def base_only(self) -> Iterator[None]:
-        """The model without its adapter, inside the block."""
-        if self.wrapped is None:
-            raise UserError("a fully trained model has no adapter to switch off", fix="compare with the base model")
-        with self.wrapped.disable_adapter():  # type: ignore[attr-defined]
-            yield
+    def base_only(self) -> contextlib.AbstractContextManager[None]:
+        """The model without what was trained, inside the block."""
+        return self.method.base_only(self.wrapped)
+
+    @property
+    def answering(self) -> Any:
+        """The model to ask: the network itself, unless the method works through a wrapper of its own."""
+        return self.network if self.wrapped is None or self.method.can.inside else self.wrapped
 
 
 def answering(model: Model, base: Base) -> Placement:
@@ -49,18 +61,16 @@ def answering(model: Model, base: Base) -> Placement:
     return Placement(placement.device, storage, torch.float32, base.double_quant is not False, placement.reasons)
 
 
-def open_trained(model: Model, base: Base, trained: Path, *, adapter: bool) -> Opened:
-    """The base model with the adapter in `trained`, or the model in `trained`. UserError when it is not there."""
+def open_trained(model: Model, base: Base, trained: Path, method: Opens, task: Task = CAUSAL) -> Opened:
+    """The base model with what `method` left in `trained`, or that model. UserError when nothing is there."""
     if not trained.is_dir():
         raise UserError(
             "this run has not been trained yet", file=str(trained), expected="what whet train writes at the end",
             fix="whet train RECIPE finishes it",
         )  # fmt: skip
-    whole = model if adapter else Model(path=str(trained))
+    whole = Model(path=str(trained)) if method.can.whole_model else model
     placement = answering(whole, base)
-    network = load_model(whole, placement)
-    if not adapter:
-        return Opened(network, None, placement)
-    from whet.engine.adapter import attach_adapter
-
-    return Opened(network, attach_adapter(network, trained), placement)
+    network = load_model(whole, placement, task)
+    if method.can.whole_model:
+        return Opened(network, None, placement, method)
+    return Opened(network, method.load(network, trained, task), placement, method)

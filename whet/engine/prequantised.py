@@ -29,6 +29,7 @@ from whet.engine.linear import (
     freeze_linears,
 )
 from whet.engine.stream import forget_quantiser, load_plain
+from whet.engine.task import CAUSAL, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -58,14 +59,14 @@ def stored_as(config: PreTrainedConfig, source: str) -> str | None:
 
 
 def load_quantised(
-    source: str, stored: str, storage: str, double_quant: bool, options: dict[str, Any]
+    source: str, stored: str, storage: str, double_quant: bool, options: dict[str, Any], task: Task = CAUSAL
 ) -> PreTrainedModel:
     """The checkpoint `source`, which is `stored` as nf4 or int8, in `storage`.
 
     options: more arguments of `from_pretrained`, among them the dtype of what is dense.
     """
     require("bitsandbytes", "a checkpoint that bitsandbytes quantised")
-    network = load_plain(source, options)
+    network = load_plain(source, options, task)
     quantiser: Any = network.hf_quantizer
     head = network.get_output_embeddings()
     for name in [name for name, _ in network.named_modules()]:

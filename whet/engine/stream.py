@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from whet.base.errors import UserError
 from whet.base.extras import require
 from whet.engine.linear import BLOCK, FrozenLinear, freeze_linears, hollow, linear_names
+from whet.engine.task import CAUSAL, Task, head_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -135,7 +136,9 @@ register_quantization_config(METHOD)(FrozenConfig)
 register_quantizer(METHOD)(FrozenQuantizer)
 
 
-def load_frozen(source: str, storage: str, double_quant: bool, options: dict[str, Any]) -> PreTrainedModel:
+def load_frozen(
+    source: str, storage: str, double_quant: bool, options: dict[str, Any], task: Task = CAUSAL
+) -> PreTrainedModel:
     """The checkpoint `source` with its linear layers in `storage`; `options`: more arguments of `from_pretrained`.
 
     Raises UserError where bitsandbytes is missing or the weights do not fit, and what transformers raises.
@@ -144,22 +147,26 @@ def load_frozen(source: str, storage: str, double_quant: bool, options: dict[str
         require("bitsandbytes.functional", "base.storage: nf4")
     settings = FrozenConfig(storage, double_quant)
     try:
-        return load_plain(source, options | {"quantization_config": settings})
+        return load_plain(source, options | {"quantization_config": settings}, task)
     except RuntimeError as error:
         if settings.failure is not None:
             raise settings.failure from error
         raise
 
 
-def load_plain(source: str, options: dict[str, Any]) -> PreTrainedModel:
-    """`from_pretrained`, refusing a checkpoint whose weights do not fit; transformers would fill in random ones."""
-    from transformers import AutoModelForCausalLM
+def load_plain(source: str, options: dict[str, Any], task: Task = CAUSAL) -> PreTrainedModel:
+    """`from_pretrained`, refusing a checkpoint whose weights do not fit; transformers would fill in random ones.
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **options
-    )
+    The head of a labelled task may be absent or made for other labels: it is new then.
+    """
+    loaded: Any = task.auto_class().from_pretrained(
+        source, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **options,
+        **task.config_values(),
+    )  # fmt: skip
     network, report = loaded
-    _refuse_misfits(source, {name: shapes for name, *shapes in report["mismatched_keys"]}, report["missing_keys"])
+    new = tuple(f"{name}." for name in head_names(network))
+    wrong = {name: shapes for name, *shapes in report["mismatched_keys"] if not name.startswith(new)}
+    _refuse_misfits(source, wrong, {name for name in report["missing_keys"] if not name.startswith(new)})
     return network
 
 
@@ -174,7 +181,7 @@ def _refuse_misfits(source: str, shapes: Mapping[str, Sequence[torch.Size]], mis
             file=source,
             field="model.path",
             found=", ".join(wrong or absent),
-            expected="a checkpoint of a causal language model with all its weights",
+            expected="a checkpoint of the kind of model that the task needs, with all its weights",
             fix="fetch the model again, or give the whole model where this is an adapter or another kind of model",
         )
 

@@ -46,10 +46,10 @@ def evaluate(run: Run, *, max_rows: int | None = None) -> dict[str, Any]:
     prompts = [tokeniser.prompt(example.question) for example in examples]
     references = [example.answer for example in examples]
     limit = recipe.eval.max_new_tokens or max(8, int(1.25 * tokeniser.longest_reply(examples)) + 1)
-    opened = open_trained(recipe.model, recipe.base, run.trained, adapter=recipe.method.name != "full")
+    opened = open_trained(recipe.model, recipe.base, run.trained, recipe.method)
     options = {"stop_ids": tokeniser.stop_ids(), "max_new_tokens": limit}
     with Progress("answering", 2 * len(examples)) as bar:
-        tuned = _answers(opened.network, prompts, tokeniser, recipe, bar, "tuned", options)
+        tuned = _answers(opened.answering, prompts, tokeniser, recipe, bar, "tuned", options)
         base = _base_answers(opened, prompts, tokeniser, recipe, bar, options)
     base, tuned = (
         [tokeniser.answered(example.question, text) for example, text in zip(examples, texts, strict=True)]
@@ -102,7 +102,7 @@ def _base_answers(
 ) -> list[str]:  # fmt: skip
     if opened.wrapped is not None:
         with opened.base_only():
-            return _answers(opened.network, prompts, tokeniser, recipe, bar, "base", options)
+            return _answers(opened.answering, prompts, tokeniser, recipe, bar, "base", options)
     network = load_model(recipe.model, opened.placement)
     return _answers(network, prompts, tokeniser, recipe, bar, "base", options)
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DENSE = ("fp32", "bf16")
+ANY = ("fp32", "bf16", "fp8", "int8", "nf4")
+LABEL_TASKS = ("classification", "multi_label", "regression")
+ALL_TASKS = ("causal", *LABEL_TASKS, "seq2seq")
+
 
 @dataclass(frozen=True)
 class Capability:
@@ -11,6 +16,11 @@ class Capability:
 
     storages: base storages on which it trains. mergeable: folds into plain weights. peft_format: the saved adapter
     opens in plain PEFT. vllm: vLLM serves it unmerged. learning_rate: the usual peak rate when the recipe says none.
+    tasks: what it can be trained for. inside: what it trains lies inside of the layers, so that the layers can be
+    called without the method's own wrapper: documents can share a row, losses are fused, decoding is whet's own.
+    composable: adapters of it can be combined into one. gguf: its adapter can be exported to GGUF unmerged.
+    compiles: its layers compile as whole graphs. shardable: it trains on a sharded base. whole_model: what is saved is
+    a model, not an adapter.
     """
 
     storages: tuple[str, ...]
@@ -18,3 +28,10 @@ class Capability:
     peft_format: bool
     vllm: bool
     learning_rate: float
+    tasks: tuple[str, ...] = ALL_TASKS
+    inside: bool = True
+    composable: bool = False
+    gguf: bool = False
+    compiles: bool = True
+    shardable: bool = True
+    whole_model: bool = False

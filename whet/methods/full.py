@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from whet.base.config import config, setting
+from whet.engine.task import CAUSAL, Task
 from whet.methods.capability import Capability
+from whet.methods.method import Method
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @config
-class Full:
+class Full(Method):
     """Train every weight."""
 
     name: Literal["full"] = setting("full", "Train every weight of the model.")
@@ -26,13 +28,14 @@ class Full:
     save_dtype: Literal["fp32", "bf16"] = setting("bf16", "Type in which the trained model is written.")
 
     capability: ClassVar[Capability] = Capability(
-        storages=("fp32",), mergeable=False, peft_format=False, vllm=True, learning_rate=2e-5
-    )
+        storages=("fp32",), mergeable=False, peft_format=False, vllm=True, learning_rate=2e-5,
+        gguf=True, whole_model=True,
+    )  # fmt: skip
 
-    def attach(self, model: PreTrainedModel) -> PreTrainedModel:
+    def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> PreTrainedModel:
         """Make every parameter trainable; returns the same model."""
-        model.requires_grad_(True)
-        return model
+        network.requires_grad_(True)
+        return network
 
     def save(self, model: PreTrainedModel, directory: Path) -> None:
         """Write the whole model; it is left as it was."""

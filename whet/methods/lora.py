@@ -13,17 +13,17 @@ from annotated_types import Ge, Gt, Lt
 
 from whet.base.config import config, setting
 from whet.base.errors import UserError, nearest
-from whet.methods.capability import Capability
+from whet.engine.task import Task
+from whet.methods.capability import ANY, Capability
+from whet.methods.method import PeftMethod
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from peft import PeftModel
+    import peft
     from transformers import PreTrainedModel
 
 
 @config
-class Lora:
+class Lora(PeftMethod):
     """Train a low-rank update of every linear layer."""
 
     name: Literal["lora"] = setting("lora", "Train a low-rank update of the linear layers.")
@@ -39,36 +39,22 @@ class Lora:
     )
 
     capability: ClassVar[Capability] = Capability(
-        storages=("fp32", "bf16", "fp8", "int8", "nf4"), mergeable=True, peft_format=True, vllm=True, learning_rate=2e-4
+        storages=ANY, mergeable=True, peft_format=True, vllm=True, learning_rate=2e-4, composable=True, gguf=True
     )
 
-    def attach(self, model: PreTrainedModel) -> PeftModel:
-        """Freeze `model`, wrap its target layers on the instance and return PEFT's model around it.
-
-        Raises UserError when no layer matches `target_modules`.
-        """
+    def peft_config(self, network: PreTrainedModel, task: Task) -> peft.LoraConfig:
+        """PEFT's config. Raises UserError when no layer matches `target_modules`."""
         import peft
-        from torch import nn
-
-        from whet.engine.linear import FrozenLinear
-        from whet.engine.lora_layer import LoraLinear
 
         lora_alpha = self.lora_alpha if self.lora_alpha is not None else 2 * self.r
-        settings = peft.LoraConfig(
-            task_type=peft.TaskType.CAUSAL_LM,
+        return peft.LoraConfig(
             r=self.r,
             lora_alpha=lora_alpha,  # type: ignore[arg-type]
             lora_dropout=self.lora_dropout,
-            target_modules=self._targets(model),
+            target_modules=self._targets(network),
             use_rslora=self.use_rslora,
             init_lora_weights=True if self.init_lora_weights == "kaiming" else "gaussian",
         )
-        settings._register_custom_module({nn.Linear: LoraLinear, FrozenLinear: LoraLinear})
-        return peft.PeftModelForCausalLM(model, settings)
-
-    def save(self, model: PeftModel, directory: Path) -> None:
-        """Write the adapter in PEFT's format."""
-        model.save_pretrained(str(directory), safe_serialization=True)
 
     def _targets(self, model: PreTrainedModel) -> str | list[str]:
         """Names for PEFT, found in the model's own structure."""

@@ -32,7 +32,7 @@ from whet.data.template import use_template
 from whet.engine.config import Model
 from whet.engine.device import DTYPES, PACKED, Placement
 from whet.engine.generate import answer
-from whet.engine.linear import FrozenLinear, dense_weight
+from whet.engine.linear import FrozenLinear
 from whet.engine.load import load_config, load_model, load_tokenizer, longest_input
 from whet.engine.open import Opened, open_trained
 from whet.runs import Run
@@ -94,7 +94,7 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
     Raises UserError when the method cannot be merged, `out` is in the way, or no candidate is near enough.
     """
     recipe = run.recipe
-    if not recipe.method.capability.mergeable:
+    if not recipe.method.can.mergeable:
         raise UserError(
             f"a {recipe.method.name} run has no adapter to merge", file=str(run.path), field="method.name",
             expected="lora", fix=f"{run.model} is a plain model already",
@@ -109,8 +109,8 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
     use_template(tokenizer, recipe.model.chat_template)
     prepared = prepare(recipe.data, tokenizer, longest_input(load_config(recipe.model)))
     check_contract(prepared.tokeniser, run.adapter / CONTRACT)
-    live = open_trained(recipe.model, recipe.base, run.adapter, adapter=True)
-    reference = _reference(live.network, prepared)
+    live = open_trained(recipe.model, recipe.base, run.adapter, recipe.method)
+    reference = _reference(live.answering, prepared)
     tried: list[Agreement] = []
     best: tuple[Agreement, Path] | None = None
     with tempfile.TemporaryDirectory() as scratch:
@@ -153,35 +153,24 @@ def _candidates(storage: str, network: PreTrainedModel) -> list[tuple[str, str]]
 
 
 def _write_candidate(run: Run, live: Opened, base_kind: str, dtype: str, place: Path, stop_ids: list[int]) -> None:
-    """base + update, summed in fp32, as a plain model in `dtype`."""
+    """base and what was trained, folded together in fp32, as a plain model in `dtype`."""
     target = Placement(torch.device("cpu"), "fp32", torch.float32, False, {})
     plain = load_model(run.recipe.model, target)
     with torch.no_grad():
-        for name, layer in _adapted(live):
-            linear = plain.get_submodule(name)
-            source = layer.base_layer if base_kind == "dequantised" else linear
-            weight = dense_weight(source, torch.float32).to("cpu")
-            update = layer.get_delta_weight("default").float().to("cpu")
-            linear.weight.copy_(weight + update)  # type: ignore[union-attr,operator]
         if base_kind == "dequantised":
-            _copy_untouched(live.network, plain)
+            _copy_dequantised(live.network, plain)
+        plain = run.recipe.method.fold(plain, run.trained)
     plain.to(DTYPES[dtype])  # type: ignore[arg-type]
     plain.set_attn_implementation("sdpa")
     plain.generation_config.eos_token_id = stop_ids  # type: ignore[union-attr]
     plain.save_pretrained(str(place), safe_serialization=True)
 
 
-def _adapted(live: Opened) -> list[tuple[str, Any]]:
-    """Name in the plain model, and PEFT's layer, of every adapted linear."""
-    from peft.tuners.lora.layer import LoraLayer
-
-    return [(name, module) for name, module in live.network.named_modules() if isinstance(module, LoraLayer)]
-
-
-def _copy_untouched(source: PreTrainedModel, plain: PreTrainedModel) -> None:
-    """Quantised layers that carry no adapter, dequantised."""
-    for name, module in source.named_modules():
-        if isinstance(module, FrozenLinear) and not name.endswith("base_layer"):
+def _copy_dequantised(source: PreTrainedModel, plain: PreTrainedModel) -> None:
+    """Give `plain` the weights of every quantised layer as they are computed with."""
+    for found, module in source.named_modules():
+        if isinstance(module, FrozenLinear):
+            name = found.removesuffix(".base_layer")
             plain.get_submodule(name).weight.copy_(module.dense(torch.float32).to("cpu"))  # type: ignore[union-attr,operator]
 
 

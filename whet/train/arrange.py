@@ -91,10 +91,11 @@ def arrange(
     check_arrangement(train, placement.device, padded=not batches.flat)
     on_gpu = placement.device.type == "cuda"
     compiled = _compiled(train, network, batches, steps, on_gpu)
-    fused = _fused(train, placement, model)
+    both = _keeps_both(placement)
+    fused = _fused(train, placement, model, both)
     matrices, vectors = _split(fused, model)
     if placement.fp8_head and forward.head is not None:
-        forward = replace(forward, head=forward.head.in_fp8(network, both_orders=_keeps_both(placement)))
+        forward = replace(forward, head=forward.head.in_fp8(network, both_orders=both))
     if placement.offload_embedding:
         offload_embedding(network)
     if fused is not None:
@@ -152,11 +153,11 @@ def _compiled(train: Train, network: torch.nn.Module, batches: Batches, steps: i
     return worth_compiling(sum(p.numel() for p in network.parameters()), tokens)
 
 
-def _fused(train: Train, placement: Placement, model: torch.nn.Module) -> Fused | None:
+def _fused(train: Train, placement: Placement, model: torch.nn.Module, both: bool) -> Fused | None:
     """The LoRA layers in groups, unless the optimiser needs to see each matrix or there are none."""
     if train.optim == "adafactor" or not hasattr(model, "peft_config"):
         return None
-    found = fuse(model, compute=placement.compute, fp8=placement.fp8, keep_transposed=_keeps_both(placement))
+    found = fuse(model, compute=placement.compute, fp8=placement.fp8, keep_transposed=both)
     return found if found.groups else None
 
 

@@ -23,7 +23,7 @@ def plan(recipe: Recipe, *, tokens: int | None = None) -> dict[str, Any]:
     model = empty_model(recipe.model, "fp32")
     width = getattr(model.config.get_text_config(), "hidden_size", None)
     stored = checkpoint_storage(recipe.model)
-    placement = place(recipe.base, recipe.method.capability.storages, width, stored=stored)
+    placement = place(recipe.base, recipe.method.can.storages, width, stored=stored)
     readable = longest_input(model.config)
     length = recipe.data.max_length or min(readable or USUAL_LENGTH, USUAL_LENGTH)
     with torch.device("meta"):

@@ -57,7 +57,7 @@ def get_ready(parsed: Parsed) -> Ready:
     config = load_config(recipe.model)
     width = getattr(config.get_text_config(), "hidden_size", None)
     stored = checkpoint_storage(recipe.model)
-    placement = place(recipe.base, recipe.method.capability.storages, width, stored=stored)
+    placement = place(recipe.base, recipe.method.can.storages, width, stored=stored)
     check_optimiser(recipe.train, placement.device)
     check_arrangement(recipe.train, placement.device, padded=recipe.data.padding_free is False)
     tokenizer = load_tokenizer(recipe.model)
@@ -169,7 +169,7 @@ def _decided(recipe: Recipe, prepared: Prepared, placement: Placement) -> dict[s
     if recipe.base.double_quant is None and placement.storage == "nf4":
         decided["base.double_quant"] = (True, "usual for nf4")
     if train.learning_rate is None:
-        decided["train.learning_rate"] = (method.capability.learning_rate, f"usual for {method.name}")
+        decided["train.learning_rate"] = (method.can.learning_rate, f"usual for {method.name}")
     if method.name == "lora" and method.lora_alpha is None:
         decided["method.lora_alpha"] = (2.0 * method.r, "2 * r")
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps

@@ -1,0 +1,95 @@
+"""What every method offers, and what most of them share: a PEFT adapter around the model.
+
+A method is a frozen config with its behaviour; training, evaluation and shipping know no more of it than this. A new
+method is one file with one class and one name in `methods.all`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from whet.base.errors import UserError
+from whet.engine.task import CAUSAL, Task
+from whet.methods.capability import Capability
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+class Method:
+    """The behaviour of a method. Subclasses are configs (`base.config.config`) with a Literal `name`."""
+
+    name: Any
+    capability: ClassVar[Capability]
+
+    @property
+    def can(self) -> Capability:
+        """The capability of the method with these settings."""
+        return self.capability
+
+    def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> nn.Module:
+        """Freeze `network`, add what is trained, and return the model to train. Raises UserError."""
+        raise NotImplementedError
+
+    def save(self, model: Any, directory: Path) -> None:
+        """Write what was trained to an existing directory, as safetensors and JSON."""
+        raise NotImplementedError
+
+    def load(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> nn.Module:
+        """Put what `save` wrote on a freshly loaded `network`; returns the model, in evaluation mode."""
+        raise NotImplementedError
+
+    def base_only(self, model: Any) -> contextlib.AbstractContextManager[None]:
+        """Inside, a model that `load` returned answers as the base model does."""
+        raise UserError(f"a {self.name} run has nothing to switch off", fix="compare with the base model")
+
+    def fold(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> PreTrainedModel:
+        """`network`, plain and dense, with what `save` wrote folded into its weights: a plain model."""
+        raise NotImplementedError
+
+    def penalty(self, model: Any) -> torch.Tensor | None:
+        """What is added to the loss of a step, a scalar with its gradient, or None."""
+        return None
+
+    def settle(self, model: Any) -> None:
+        """Called once after the last step, before the weights are written."""
+
+
+class PeftMethod(Method):
+    """A method that PEFT owns: its adapter format, its switching, its merging."""
+
+    def peft_config(self, network: PreTrainedModel, task: Task) -> Any:
+        """PEFT's config for `network`. Raises UserError."""
+        raise NotImplementedError
+
+    def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> nn.Module:
+        """PEFT's model around `network`; `network` itself is frozen, its layers are wrapped on the instance."""
+        from whet.engine.adapter import wrap
+
+        return wrap(network, self.peft_config(network, task), task)
+
+    def save(self, model: Any, directory: Path) -> None:
+        """Write the adapter in PEFT's format."""
+        model.save_pretrained(str(directory), safe_serialization=True)
+
+    def load(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> nn.Module:
+        """PEFT's model with the adapter in `directory`."""
+        from whet.engine.adapter import attach_adapter
+
+        return attach_adapter(network, directory, task)
+
+    @contextlib.contextmanager
+    def base_only(self, model: Any) -> Iterator[None]:
+        """Inside, the adapter is off."""
+        with model.disable_adapter():
+            yield
+
+    def fold(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> PreTrainedModel:
+        """The plain model with the adapter merged by PEFT."""
+        return self.load(network, directory, task).merge_and_unload()  # type: ignore[operator]
