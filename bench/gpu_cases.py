@@ -57,7 +57,6 @@ DEFAULT, KEEP4, KEEP16 = peer("Unsloth", 4), peer("Unsloth", 4, "off"), peer("Un
 FP8, BF16, NF4 = whet("fp8", "fp8"), whet("bf16", "bf16"), whet("nf4", "fp8")
 HEAD = whet("fp8", "fp8", "--fp8-head", note="head too")
 LEAST = ("--optim", "adamw_8bit", "--checkpointing", "offload", "--offload-embedding")
-TILED = ("--tile-mlp", "2048")
 GRAPHS = {"UNSLOTH_BLOCK_CUDAGRAPHS": "1"}  # Unsloth's own option for static shapes
 FLAT, SORTED, IN_ROWS = ("--packing", "flat"), ("--packing", "sorted"), ("--packing", "rows")
 CASES = {
@@ -88,8 +87,7 @@ CASES = {
     "llama8b-4096-memory": Case(
         "Llama-3.1-8B shape, 1 x 4096, least memory", "Llama-3.1-8B", 1, 4096, 1,
         (
-            whet("nf4", "fp8", "--fp8-head", *LEAST, *TILED, note="least, tiled"), DEFAULT,
-            whet("nf4", "fp8", "--fp8-head", *LEAST, note="least"),
+            whet("nf4", "fp8", "--fp8-head", *LEAST, note="least"), DEFAULT,
             whet("nf4", "fp8", "--checkpointing", "recompute", note="recompute"),
             whet("nf4", "bf16", *LEAST, note="least"),
         ),

@@ -104,6 +104,7 @@ class HeadLoss(torch.autograd.Function):
                 grad_weight += logits.t() @ part
             if grad_bias is not None:
                 grad_bias += logits.float().sum(0)
+            del logits  # before the next ones are made
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.types = (weight.dtype, None if bias is None else bias.dtype)
         return total
