@@ -107,6 +107,10 @@ def two_class_mcc(predictions: Any, references: Any) -> float:
     return theirs.matthews_corrcoef(references == 0, predictions == 0)
 
 
+def order_of(values: Any) -> Any:
+    return np.argsort(np.argsort(values))
+
+
 FAULTS = {
     "classes: macro and micro swapped": (0, lambda s: renamed(s, macro_f1="micro_f1", micro_f1="macro_f1")),
     "classes: macro weighted by support": (
@@ -129,7 +133,7 @@ FAULTS = {
     "labels: hamming loss": (1, lambda s: replaced(s, "hamming_accuracy", lambda p, r: np.mean(p != r))),
     "values: pearson and spearman swapped": (2, lambda s: renamed(s, pearson="spearman", spearman="pearson")),
     "values: ranks without ties": (
-        2, lambda s: replaced(s, "spearman", lambda p, r: np.corrcoef(p.argsort().argsort(), r.argsort().argsort())[0, 1]),
+        2, lambda s: replaced(s, "spearman", lambda p, r: np.corrcoef(order_of(p), order_of(r))[0, 1]),
     ),
     "values: root of mse": (2, lambda s: replaced(s, "mse", lambda p, r: np.sqrt(np.mean((p - r) ** 2)))),
     "values: r2 is pearson squared": (2, lambda s: replaced(s, "r2", lambda p, r: np.corrcoef(p, r)[0, 1] ** 2)),
@@ -429,6 +433,14 @@ def test_details_of_labels_and_of_many_classes() -> None:
     assert (
         ours.details(expected[:300], expected[:300], many[:100])["confusion"] == (3 * np.eye(100, dtype=int)).tolist()
     )
+
+
+def test_the_most_frequent_confusions_come_first() -> None:
+    expected, predicted = np.array([0] * 6 + [2] * 4 + [1] * 3), np.array([1, 1, 1, 2, 2, 0, 0, 0, 0, 2, 0, 0, 0])
+    found = ours.details(predicted, expected, ["a", "b", "c"])["most_confused"]
+    assert [(row["reference"], row["predicted"], row["rows"]) for row in found] == [
+        ("a", "b", 3), ("b", "a", 3), ("c", "a", 3), ("a", "c", 2),
+    ]  # fmt: skip
 
 
 def test_a_class_without_a_name_is_refused() -> None:

@@ -18,7 +18,7 @@ _MODELS = {
 }  # fmt: skip
 
 
-def wrap(network: PreTrainedModel, config: Any, task: Task = CAUSAL) -> PeftModel:
+def wrap(network: PreTrainedModel, config: Any, task: Task = CAUSAL, name: str = "default") -> PeftModel:
     """PEFT's model around `network` with a new adapter of `config`; a new head is trained and saved with it.
 
     LoRA is computed by whet's own layer, also on frozen storages.
@@ -34,13 +34,16 @@ def wrap(network: PreTrainedModel, config: Any, task: Task = CAUSAL) -> PeftMode
         config._register_custom_module({nn.Linear: LoraLinear, FrozenLinear: LoraLinear})
     if task.labelled and hasattr(config, "modules_to_save"):
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *head_names(network)})
-    return getattr(peft, _MODELS[task.peft_type])(network, config)
+    return getattr(peft, _MODELS[task.peft_type])(network, config, adapter_name=name)
 
 
-def attach_adapter(network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> PeftModel:
-    """PEFT's model around `network` with the adapter in `directory`, in evaluation mode.
+def attach_adapter(
+    network: PreTrainedModel, directory: Path, task: Task = CAUSAL, *, name: str = "default",
+    beside: PeftModel | None = None,
+) -> PeftModel:  # fmt: skip
+    """PEFT's model around `network` with the adapter in `directory` as `name`, in evaluation mode.
 
-    Raises UserError when tensors of the adapter find no place in the model, or the model misses some.
+    beside: PEFT's model with other adapters of the same kind, which gets this one too and is returned. Raises UserError when tensors of the adapter find no place in the model, or the model misses some.
     """
     import peft
 
@@ -49,8 +52,10 @@ def attach_adapter(network: PreTrainedModel, directory: Path, task: Task = CAUSA
             "this is no adapter", file=str(directory), expected="adapter_config.json and adapter_model.safetensors",
             fix="give the adapter/ directory of a run",
         )  # fmt: skip
-    wrapped = wrap(network, peft.PeftConfig.from_pretrained(str(directory)), task)
-    found = wrapped.load_adapter(str(directory), "default", torch_device=str(next(network.parameters()).device))
+    wrapped = beside
+    if wrapped is None:
+        wrapped = wrap(network, peft.PeftConfig.from_pretrained(str(directory)), task, name)
+    found = wrapped.load_adapter(str(directory), name, torch_device=str(next(network.parameters()).device))
     prefix = getattr(wrapped.base_model, "prefix", "prompt_encoder")
     missing = [key for key in found.missing_keys if prefix in key or "modules_to_save" in key]
     if missing or found.unexpected_keys:

@@ -22,6 +22,7 @@ weights, and probabilities (log loss, AUC): these metrics see decisions alone.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -158,10 +159,10 @@ def details(predictions: ArrayLike, references: ArrayLike, names: Sequence[str])
         table["confusion"] = counts.tolist()
     else:
         table["confusion"] = None
-    wrong, rows = np.unique(pairs[predicted != expected], return_counts=True)
+    wrong = Counter(pairs[predicted != expected].tolist())
     table["most_confused"] = [
-        {"reference": names[wrong[i] // len(names)], "predicted": names[wrong[i] % len(names)], "rows": int(rows[i])}
-        for i in np.argsort(-rows, kind="stable")[:MOST_CONFUSED]
+        {"reference": names[pair // len(names)], "predicted": names[pair % len(names)], "rows": rows}
+        for pair, rows in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:MOST_CONFUSED]
     ]
     return table
 

@@ -1,0 +1,180 @@
+"""Several adapters on one base: each answers as it does alone, composing adds up, names and files stay whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from whet.base.errors import UserError
+from whet.engine.adapter import attach_adapter
+from whet.engine.config import Model
+from whet.engine.device import Placement
+from whet.engine.load import load_model
+from whet.methods.lora import Lora
+from whet.ship.adapters import Adapters, delete_on_disk, describe, find, rename_on_disk
+
+CPU = Placement(torch.device("cpu"), "fp32", torch.float32, True, {})
+IDS = torch.randint(3, tiny.VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(3))
+
+
+def fresh(model_dir: Path) -> Any:
+    return load_model(Model(path=str(model_dir)), CPU)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS, use_cache=False).logits.float()
+
+
+@pytest.fixture
+def pair(model_dir: Path, tmp_path: Path) -> list[Path]:
+    """Two adapters of different rank with random weights, as runs leave them."""
+    for index, rank in enumerate((2, 3)):
+        torch.manual_seed(index)
+        method = Lora(r=rank)
+        model = method.attach(fresh(model_dir))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=0.1)
+        place = tmp_path / "runs" / f"run{index}" / "adapter"
+        place.mkdir(parents=True)
+        (place.parent / "recipe.yaml").write_text("", encoding="utf-8")
+        method.save(model, place)
+    return [tmp_path / "runs" / f"run{index}" for index in range(2)]
+
+
+def alone(model_dir: Path, run: Path) -> torch.Tensor:
+    return logits(attach_adapter(fresh(model_dir), run / "adapter"))
+
+
+def deltas(adapters: Adapters, name: str) -> list[torch.Tensor]:
+    from peft.tuners.lora.layer import LoraLayer
+
+    inside = adapters._known(name)
+    return [m.get_delta_weight(inside).detach() for m in adapters.network.modules() if isinstance(m, LoraLayer)]
+
+
+def both(model_dir: Path, pair: list[Path]) -> Adapters:
+    adapters = Adapters(fresh(model_dir))
+    adapters.load("one", pair[0])
+    adapters.load("two", pair[1])
+    return adapters
+
+
+def test_each_answers_as_alone_and_none_is_the_base(model_dir: Path, pair: list[Path]) -> None:
+    adapters = both(model_dir, pair)
+    base = logits(fresh(model_dir))
+    for name, run in (("one", pair[0]), ("two", pair[1]), ("one", pair[0])):
+        with adapters.using(name) as network:
+            torch.testing.assert_close(logits(network), alone(model_dir, run), rtol=0, atol=1e-6)
+    with adapters.using(None) as network:
+        assert torch.equal(logits(network), base)
+    assert not torch.allclose(alone(model_dir, pair[0]), alone(model_dir, pair[1]), atol=1e-3)
+    assert not torch.allclose(alone(model_dir, pair[0]), base, atol=1e-3)
+
+
+def test_cat_is_the_weighted_sum_and_linear_is_not(model_dir: Path, pair: list[Path]) -> None:
+    adapters = both(model_dir, pair)
+    adapters.compose("sum", ["one", "two"], [0.5, 2.0])
+    wanted = [0.5 * a + 2.0 * b for a, b in zip(deltas(adapters, "one"), deltas(adapters, "two"), strict=True)]
+    for found, want in zip(deltas(adapters, "sum"), wanted, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    adapters.compose("best", ["one", "two"], [0.5, 2.0], how="svd", rank=5)  # 5 = 2 + 3: nothing is lost
+    for found, want in zip(deltas(adapters, "best"), wanted, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-4)
+    adapters.compose("small", ["one", "two"], [0.5, 2.0], how="svd", rank=1)
+    worst = max(float((f - w).norm() / w.norm()) for f, w in zip(deltas(adapters, "small"), wanted, strict=True))
+    assert worst > 0.05
+
+
+def test_linear_mixes_the_factors(model_dir: Path, pair: list[Path], tmp_path: Path) -> None:
+    adapters = Adapters(fresh(model_dir))
+    adapters.load("one", pair[0])
+    adapters.load("same", pair[0])
+    adapters.compose("mean", ["one", "same"], [0.5, 0.5], how="linear")  # of equal parts it is that part
+    for found, want in zip(deltas(adapters, "mean"), deltas(adapters, "one"), strict=True):
+        torch.testing.assert_close(found, 2 * want, rtol=1e-4, atol=1e-5)  # (sqrt .5 + sqrt .5)^2, not .5 + .5
+
+
+@pytest.mark.parametrize("how", ["ties", "dare"])
+def test_thinned_compositions_of_one_dense_adapter_are_it(model_dir: Path, pair: list[Path], how: Any) -> None:
+    adapters = both(model_dir, pair)
+    adapters.compose("same", ["one"], [1.0], how=how, density=1.0)
+    for found, want in zip(deltas(adapters, "same"), deltas(adapters, "one"), strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_written_composition_opens_alone(model_dir: Path, pair: list[Path], tmp_path: Path) -> None:
+    adapters = both(model_dir, pair)
+    adapters.compose("sum", ["one", "two"])
+    with adapters.using("sum") as network:
+        live = logits(network)
+    out = adapters.write("sum", tmp_path / "sum", {"parts": ["one", "two"]})
+    torch.testing.assert_close(logits(attach_adapter(fresh(model_dir), out)), live, rtol=0, atol=1e-5)
+    assert json.loads((out / "whet_composed.json").read_text())["parts"] == ["one", "two"]
+    assert describe(out).rank == 5
+    with pytest.raises(UserError, match="in the way"):
+        adapters.write("sum", out)
+
+
+def test_rename_and_delete(model_dir: Path, pair: list[Path]) -> None:
+    adapters = both(model_dir, pair)
+    adapters.use("one")
+    adapters.rename("one", "first")
+    assert adapters.in_use == "first"
+    torch.testing.assert_close(logits(adapters.network), alone(model_dir, pair[0]), rtol=0, atol=1e-6)
+    adapters.delete("first")
+    assert adapters.names == ["two"]
+    with adapters.using("two") as network:
+        torch.testing.assert_close(logits(network), alone(model_dir, pair[1]), rtol=0, atol=1e-6)
+    adapters.delete("two")
+    assert torch.equal(logits(adapters.network), logits(fresh(model_dir)))
+    adapters.load("two", pair[1])
+    with adapters.using("two") as network:
+        torch.testing.assert_close(logits(network), alone(model_dir, pair[1]), rtol=0, atol=1e-6)
+
+
+def test_bad_names_and_parts_are_refused(model_dir: Path, pair: list[Path], tmp_path: Path) -> None:
+    adapters = both(model_dir, pair)
+    for bad, words in (
+        (lambda: adapters.load("one", pair[1]), "taken"),
+        (lambda: adapters.load("three", tmp_path), "no adapter here"),
+        (lambda: adapters.use("onw"), "no such adapter"),
+        (lambda: adapters.compose("two", ["one"]), "taken"),
+        (lambda: adapters.compose("x", ["one", "two"], [1.0]), "one weight"),
+        (lambda: adapters.compose("x", ["one", "tow"]), "no such adapter"),
+        (lambda: adapters.compose("x", ["one"], how="tie"), "no such way"),  # type: ignore[arg-type]
+        (lambda: adapters.compose("x", ["one"], how="ties", density=0.0), "share"),
+        (lambda: adapters.compose("x", ["one", "two"], [1.0, -1.0], how="linear"), "square root"),
+        (lambda: adapters.compose("x", ["one", "two"], how="linear"), "composed"),  # ranks differ
+    ):
+        with pytest.raises(UserError, match=words):
+            bad()
+    assert adapters.names == ["one", "two"]
+
+
+def test_on_disk(model_dir: Path, pair: list[Path], tmp_path: Path) -> None:
+    found = find(tmp_path / "runs")
+    assert [one.name for one in found] == ["run0", "run1"]
+    assert [one.rank for one in found] == [2, 3]
+    assert all(one.kind == "lora" and one.parameters > 0 for one in found)
+    with pytest.raises(UserError, match="belongs to its run"):
+        delete_on_disk(pair[0])
+    adapters = both(model_dir, pair)
+    adapters.write("one", tmp_path / "copy")
+    moved = rename_on_disk(tmp_path / "copy", tmp_path / "kept")
+    (moved / "thesis.docx").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="other files"):
+        delete_on_disk(moved)
+    (moved / "thesis.docx").unlink()
+    delete_on_disk(moved)
+    assert not moved.exists()
+    (pair[0] / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="cannot be read"):
+        describe(pair[0])

@@ -1,0 +1,119 @@
+"""Which classes a model takes for which: a matrix for up to 20 classes, beyond that its most frequent confusions.
+
+The matrix is a grid of HTML cells with table roles and not an SVG: counts stay text that keeps its size and can be
+selected, and the theme's colours follow by themselves. Shade is the share of the row, so that a rare class shows as
+plainly as a common one; it ends at 45 % of the colour, where text on it still has a contrast of over 4.5 in both
+themes. Columns are headed by numbers, which the rows repeat beside the names: twenty slanted names are hard to read.
+On a narrow screen the grid scrolls sideways under its names. Given up: ordering classes by likeness.
+
+It reads what `evaluate.label_metrics.details` wrote, as JSON that may be damaged, and draws nothing from what is not
+a square of counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from whet.report.charts import Record, as_number, plain
+from whet.report.page import objects, safe, score_text, table, visible
+
+LARGEST_DRAWN = 20  # classes
+LISTED = 20  # confusions
+STRONGEST = 45  # % of the colour in a cell that holds its whole row
+
+STYLE = """
+.confusion .scroll { overflow-x: auto; }
+.confusion .cells { display: grid; gap: 2px; width: max-content; min-width: min(100%, 40rem);
+  font-size: 0.84rem; line-height: 1.3; }
+.confusion [role="row"] { display: contents; }
+.confusion .cells span { padding: 0.4rem 0.2rem; text-align: center; min-width: 1.9rem; border-radius: 3px; }
+.confusion .cells .name { position: sticky; left: 0; max-width: 14rem; padding-left: 0; text-align: left;
+  background: var(--card); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; border-radius: 0; }
+.confusion .cells .head { color: var(--soft); }
+.confusion .cells .right { background: color-mix(in srgb, var(--accent) var(--share), var(--wash)); }
+.confusion .cells .wrong { background: color-mix(in srgb, var(--bad) var(--share), var(--wash)); }
+.confusion .cells .none { color: transparent; }
+"""  # belongs behind page.css
+
+
+def confusion(found: Record, title: str = "Confusions") -> str:
+    """An HTML figure from {"names", "confusion", "most_confused"}; empty where these hold nothing that can be shown.
+
+    With over 20 classes, or without a matrix, the table of the most frequent confusions.
+    """
+    names = found.get("names")
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    counts = _square(found.get("confusion"), len(names))
+    if counts and len(counts) <= LARGEST_DRAWN:
+        return _figure(title, "rows: reference; columns: answer of the tuned model", _matrix(names, counts, title))
+    return _table(title, found, counts)
+
+
+def _square(value: object, size: int) -> list[list[int]]:
+    """`value` if it is size x size numbers of rows, at least one of them above 0; otherwise an empty list."""
+    lines = [line for line in value if isinstance(line, list)] if isinstance(value, list) else []
+    numbers = [[as_number(cell) for cell in line] for line in lines]
+    counts = [[int(cell) for cell in line if cell is not None and cell >= 0 and cell.is_integer()] for line in numbers]
+    whole = len(counts) == size and all(
+        len(line) == len(given) == size for line, given in zip(counts, lines, strict=True)
+    )
+    return counts if whole and any(map(any, counts)) else []
+
+
+def _figure(title: str, note: str, body: str) -> str:
+    return (
+        f'<figure class="chart confusion"><figcaption><h3>{safe(title)}</h3><span class="unit">{safe(note)}</span>'
+        f"</figcaption>{body}</figure>"
+    )
+
+
+def _matrix(names: Sequence[str], counts: Sequence[Sequence[int]], title: str) -> str:
+    """The grid: a number and name per row, a cell per answer, and at the end the share of the row that is right."""
+    numbers = "".join(
+        f'<span role="columnheader" class="head" title="{_attribute(name)}">{column}</span>'
+        for column, name in enumerate(names, 1)
+    )
+    lines = f'<span role="columnheader" class="name head">Reference</span>{numbers}'
+    lines = f'<div role="row">{lines}<span role="columnheader" class="head">Right</span></div>'
+    for place, (name, line) in enumerate(zip(names, counts, strict=True)):
+        cells = "".join(_cell(count, sum(line), column == place) for column, count in enumerate(line))
+        label = f'<span role="rowheader" class="name" title="{_attribute(name)}">{place + 1} · {safe(name, 60)}</span>'
+        recall = score_text(line[place] / sum(line), True) if sum(line) else "–"
+        lines += f'<div role="row">{label}{cells}<span role="cell" class="head">{recall}</span></div>'
+    total, right = sum(map(sum, counts)), sum(line[place] for place, line in enumerate(counts))
+    summary = f"{title}: {plain(right)} of {plain(total)} right"
+    columns = f"grid-template-columns: auto repeat({len(names)}, minmax(1.9rem, 1fr)) auto"
+    grid = f'<div class="cells" role="table" aria-label="{_attribute(summary)}" style="{columns}">{lines}</div>'
+    return f'<div class="scroll" tabindex="0">{grid}</div>'
+
+
+def _attribute(text: str) -> str:
+    """`safe` marks a cut with a tag, which would end the attribute."""
+    return escape(visible(text[:300]))
+
+
+def _cell(count: int, rows: int, is_right: bool) -> str:
+    if not count:
+        return '<span role="cell" class="none">0</span>'
+    share = f"--share:{STRONGEST * count / rows:.1f}%"
+    return f'<span role="cell" class="{"right" if is_right else "wrong"}" style="{share}">{plain(count)}</span>'
+
+
+def _table(title: str, found: Record, counts: Sequence[Sequence[int]]) -> str:
+    """Most frequent first; of the reference's rows, the share that was so taken, where the matrix gives it."""
+    names = found.get("names")
+    rows_of = {name: sum(line) for name, line in zip(names if isinstance(names, list) else [], counts, strict=False)}
+    rows: list[list[object]] = []
+    for item in objects(found, "most_confused")[:LISTED]:
+        reference, rows_wrong = item.get("reference"), as_number(item.get("rows"))
+        if not isinstance(reference, str) or not rows_wrong:
+            continue
+        of = rows_of.get(reference, 0)
+        rows.append(
+            [reference, item.get("predicted"), plain(rows_wrong), score_text(rows_wrong / of, True) if of else "–"]
+        )
+    if not rows:
+        return ""
+    columns = {"Reference": "key", "Taken for": "", "Rows": "num", "Of the reference's rows": "num"}
+    return _figure(title, f"the {len(rows)} most frequent", table(columns, rows))
