@@ -52,8 +52,9 @@ def page() -> str:
         if section != "method":
             parts.append("\n" + field_table(schema["$defs"][section.capitalize()]["properties"]))
             continue
-        for name, cls in METHODS.items():
-            parts.append(f"\n### method.name: {name}\n\n{(cls.__doc__ or '').strip()}\n\n")
+        for cls in dict.fromkeys(METHODS.values()):
+            names = " | ".join(name for name, owner in METHODS.items() if owner is cls)
+            parts.append(f"\n### method.name: {names}\n\n{(cls.__doc__ or '').strip()}\n\n")
             parts.append(field_table(schema["$defs"][cls.__name__]["properties"]))
     alone = {name: part for name, part in schema["properties"].items() if name not in SECTIONS}
     parts += ["\n## Outside the sections\n\n", field_table(alone), METHODS_HEAD]

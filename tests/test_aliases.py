@@ -22,7 +22,7 @@ SAMPLES = {
     "model.chat_template": "chatml", "model.tokenizer": "t", "model.path": "m", "data.max_length": 64,
     "base.double_quant": True, "data.packing": True, "data.padding_free": False, "base.keep_transposed": True,
     "train.gradient_checkpointing": True, "train.activation_offload": True, "train.compile": True,
-    "train.cuda_graphs": True,
+    "train.cuda_graphs": True, "model.task": "seq2seq",
 }  # fmt: skip
 
 

@@ -98,8 +98,8 @@ def test_a_scale_on_the_wrong_side_would_be_seen(monkeypatch: pytest.MonkeyPatch
         kept[:] = [] if channel is None else [channel]
         return quantise_fp8(rows)
 
-    def multiplied(rows, row_scale, codes, scale, bias, dtype):
-        return scaled(rows, row_scale, codes, kept[0] if kept else scale, bias, dtype)
+    def multiplied(rows, row_scale, codes, scale, bias, dtype, update):
+        return scaled(rows, row_scale, codes, kept[0] if kept else scale, bias, dtype, update)
 
     monkeypatch.setattr(product, "quantised_rows", quantised)
     monkeypatch.setattr(product, "scaled_product", multiplied)

@@ -22,13 +22,16 @@ from whet.engine.group import Fused, fuse
 from whet.engine.head import HeadLoss
 from whet.engine.linear import freeze, freeze_linears, quantise_fp8
 from whet.engine.nf4 import fp8_scale, plain_rebuild, rebuild_nf4, rebuild_nf4_as_fp8
-from whet.engine.product import backward_product, forward_product, quantised_rows
+from whet.engine.product import LONG, backward_product, forward_product, quantised_rows
+from whet.engine.swiglu import plain_swiglu_backward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CUDA = torch.device("cuda")
 hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs FP8 tensor cores"
 )
+if torch.cuda.is_available():
+    from whet.engine.swiglu_triton import swiglu_rows
 E4M3 = torch.float8_e4m3fn
 LENGTHS = [100, 300, 7, 105]
 
@@ -158,6 +161,39 @@ def test_fp8_products(storage: str, bound: float, tokens: int) -> None:
     assert relative(dx, dy.double() @ exact) < bound
     if storage == "fp8":
         assert torch.equal(backward_product("fp8+fp8", dy, [*weights, layer.codes.t().contiguous()]), dx)
+
+
+@hopper
+@pytest.mark.parametrize("columns", [4096, LONG])
+def test_an_update_is_added_to_fp8_products(columns: int) -> None:
+    """Long rows are multiplied without scales, which the update brings with it; both ways, and turned round."""
+    layer, r = frozen("fp8", 528, columns), 16
+    weights, exact = [layer.codes, layer.scale], layer.dense(torch.float32).double()
+    x, dy, a, b = draw(300, columns, seed=1), draw(300, 528, seed=2), draw(300, r, seed=3), draw(528, r, seed=4)
+    y = forward_product("fp8+fp8", x, weights, None, (a, 30 * b))
+    assert relative(y, x.double() @ exact.t() + 30 * (a.double() @ b.double().t())) < 0.03
+    wide = frozen("fp8", columns, 528)
+    dx = backward_product("fp8+fp8", draw(300, columns, seed=5), [wide.codes, wide.scale], (a, 30 * b))
+    product = draw(300, columns, seed=5).double() @ wide.dense(torch.float32).double()
+    assert relative(dx, product + 30 * (a.double() @ b.double().t())) < 0.03
+    assert relative(backward_product("fp8+fp8", dy, weights, (a, draw(columns, r, seed=6))), dy.double() @ exact
+                    + a.double() @ draw(columns, r, seed=6).double().t()) < 0.03  # fmt: skip
+
+
+@hopper
+@pytest.mark.parametrize("width", [14336, 3072, 500, 18000])
+def test_swiglu_backward_equals_its_twin(width: int) -> None:
+    y, dh = draw(37, 2 * width, seed=1), draw(37, width, seed=2)
+    channel = draw(2 * width, seed=3, dtype=torch.float32).abs() + 0.1
+    gate, up = y[:, :width], y[:, width:]
+    ours, codes, scales = swiglu_rows(dh, gate, up, channel)
+    twin, other, wanted = plain_swiglu_backward(dh, gate, up, channel)
+    assert relative(ours, twin) < 1e-3
+    assert float((ours != twin).float().mean()) < 1e-2  # bf16 rounded the other way
+    assert relative(scales, wanted) < 4e-3
+    again = ours.float() * channel
+    assert relative(codes.float() * scales[:, None], again) < 0.035
+    assert relative(other.float() * wanted[:, None], codes.float() * scales[:, None]) < 0.01
 
 
 @hopper

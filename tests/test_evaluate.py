@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
+from whet import runs
 from whet.evaluate import metrics
 from whet.evaluate.run import evaluate
 from whet.recipe import Parsed
@@ -40,7 +41,7 @@ def test_the_block_that_was_learned_before_an_answer_is_not_scored(
 
     from whet.evaluate import run as evaluation
 
-    prepared = evaluation._prepared(run.recipe)
+    prepared = runs.prepared(run.recipe)
     answers = {
         tuple(prepared.tokeniser.prompt(example.question)): tokenizer.encode(LEAD + example.answer)
         for example in prepared.held_out

@@ -184,9 +184,19 @@ def test_a_system_field_beside_turns_comes_first_and_content_is_not_changed() ->
 
 
 def test_text() -> None:
-    (example,) = examples([{"text": " raw\n", "label": 1}])
+    (example,) = examples([{"text": " raw\n", "source": 1}])
     assert (example.text, example.messages) == (" raw\n", None)
-    assert recognise([Record({"text": "a", "label": 1}, "f", 1)], {}).reason == "fields text; ignored: label"
+    assert recognise([Record({"text": "a", "source": 1}, "f", 1)], {}).reason == "fields text; ignored: source"
+
+
+def test_a_text_with_a_label_is_for_classification_unless_something_else_is_asked_for() -> None:
+    row = {"text": "a", "label": 1}
+    (example,) = examples([row])
+    assert (example.text, example.label, example.text_pair) == ("a", 1, None)
+    assert recognise([Record(row, "f", 1)], {}).reason == "fields text, label"
+    assert recognise([Record(row, "f", 1)], {}, "text").reason == "fields text; ignored: label"
+    assert recognise([Record(row, "f", 1)], {"prompt": "text", "completion": "label"}).name == "prompt_completion"
+    assert recognise([Record({**row, "messages": TURNS}, "f", 1)], {}).name == "messages"
 
 
 def test_columns_rename_and_errors_speak_the_files_names() -> None:

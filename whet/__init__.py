@@ -12,7 +12,7 @@ import whet.methods
 import whet.train  # noqa: F401
 
 if TYPE_CHECKING:
-    from whet.api import chat, check, doctor, init, merge, plan, quickstart
+    from whet.api import chat, check, doctor, init, merge, plan, predict, quickstart
     from whet.base.errors import UserError
     from whet.recipe import Recipe
     from whet.runs import Run
@@ -30,6 +30,7 @@ __all__ = [
     "merge",
     "methods",
     "plan",
+    "predict",
     "quickstart",
     "train",
 ]

@@ -15,7 +15,8 @@ from whet.base.errors import UserError
 # A peer's name, alone or inside a section, to ours.
 NAMES = {
     "model_name_or_path": "model.path", "base_model": "model.path", "model_id": "model.path",
-    "name_or_path": "model.path", "tokenizer_name_or_path": "model.tokenizer", "template": "model.chat_template",
+    "name_or_path": "model.path", "task_type": "model.task", "problem_type": "model.task", "task": "model.task",
+    "tokenizer_name_or_path": "model.tokenizer", "template": "model.chat_template",
     "bnb_4bit_use_double_quant": "base.double_quant", "use_double_quant": "base.double_quant",
     "double_quantization": "base.double_quant", "keep_fp8_transpose_cache": "base.keep_transposed",
     "peft": "method.name", "adapter": "method.name", "finetuning_type": "method.name", "tuner_type": "method.name",
@@ -69,7 +70,14 @@ OPTIMISERS = {
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw_bnb_8bit": "adamw_8bit",
     "adamw8bit": "adamw_8bit", "paged_adamw8bit": "paged_adamw_8bit",
 }  # fmt: skip
+# PEFT's and ms-swift's names of tasks, and transformers' of problems; a head for labels leaves the kind to the rows.
+TASKS = {
+    "causal_lm": "causal", "seq_2_seq_lm": "seq2seq", "seq2seq_lm": "seq2seq", "seq_cls": None,
+    "sequence_classification": None, "text-classification": None, "single_label_classification": "classification",
+    "multi_label_classification": "multi_label", "regression": "regression",
+}  # fmt: skip
 SCHEDULES = {"wsd": "warmup_stable_decay", "constant_with_warmup": "constant"}
+SHORTHANDS = {"model": "path", "method": "name", "data": "dataset"}
 SECTIONS = ("model", "base", "method", "data", "train", "eval", "output_dir")
 # Words that mean something else in another section (model.dropout, eval.seed): no alias may move them from there.
 TILE_TOKENS = 4096  # where a peer asks for tiles and leaves their size to its own rule
@@ -78,12 +86,60 @@ AT_HOME = ("path", "rank", "alpha", "dropout", "seed", "columns", "max_length")
 Rewritten = list[tuple[str, Any, str | None]]
 
 
+def canonical_tree(
+    tree: dict[str, Any], notes: list[str], file: str | None, lines: dict[str, int], bridged: bool = False
+) -> dict[str, Any]:
+    """Peers' names and shorthands rewritten to ours, each noted. An empty section is one left out.
+
+    bridged: the method's options are PEFT's, whose names are left as they are. Raises UserError for a setting that is
+    said twice, once under another name.
+    """
+    result: dict[str, Any] = {}
+    said: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key in SECTIONS[:-1] and value is None:
+            continue
+        if key in SHORTHANDS and not isinstance(value, dict):
+            value = {SHORTHANDS[key]: value}
+        if isinstance(value, dict) and key in SECTIONS:
+            pairs = [(f"{key}.{name}", item) for name, item in value.items()]
+            result.setdefault(key, {})
+        else:
+            pairs = [(key, value)]
+        for path, item in pairs:
+            line = lines.get(path, lines.get(key))
+            theirs = bridged and path.startswith("method.") and path != "method.name"
+            for new_path, new_value, note in [(path, item, None)] if theirs else canonical(path, item, file, line):
+                if said.setdefault(new_path, new_value) != new_value:
+                    raise UserError(
+                        "the same setting twice, with two values", file=file, row=line, field=new_path,
+                        found=f"{path}: {new_value}", expected=f"{said[new_path]}, as said before",
+                        fix="remove one of them",
+                    )  # fmt: skip
+                if note:
+                    notes.append(note)
+                if line is not None:
+                    lines.setdefault(new_path, line)
+                _put(result, new_path.split("."), new_value)
+    return result
+
+
+def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[path[-1]] = value
+
+
 def canonical(path: str, value: Any, file: str | None, line: int | None) -> Rewritten:
     """Our dotted paths and values for a setting as written, each with a note when it was rewritten."""
     section, _, name = path.partition(".")
     inside = bool(name) and section in SECTIONS
     word = name if inside else path
-    if (turned := _turned(word, value, file, line)) is not None:
+    turned = _task(word, value, file, line)
+    turned = _turned(word, value, file, line) if turned is None else turned
+    if turned is not None:
         return [(new, item, f"{word}: read as {new}={_shown(item)}") for new, item in turned]
     target = LOCAL.get(path) or (path if inside and _ours(path) else NAMES.get(word, path))
     if inside and word in AT_HOME and target.partition(".")[0] != section:
@@ -105,6 +161,18 @@ def canonical(path: str, value: Any, file: str | None, line: int | None) -> Rewr
     changed = target != path or new_value != value
     note = f"{word}={_shown(value)}: read as {target}={_shown(new_value)}" if changed else None
     return [(target, new_value, note)]
+
+
+def _task(word: str, value: Any, file: str | None, line: int | None) -> list[tuple[str, Any]] | None:
+    """What a peer calls the task; the labels of it are nobody's to set."""
+    if word in ("task_type", "problem_type", "task") and isinstance(value, str) and value.lower() in TASKS:
+        return [("model.task", TASKS[value.lower()])]
+    if word in ("num_labels", "id2label", "label2id"):
+        raise UserError(
+            "labels come from the data", file=file, row=line, field=word, found=_shown(value),
+            expected="rows with text and label", fix="remove the line; whet data check shows the labels",
+        )  # fmt: skip
+    return None
 
 
 def _turned(word: str, value: Any, file: str | None, line: int | None) -> list[tuple[str, Any]] | None:

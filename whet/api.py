@@ -8,6 +8,7 @@ print(whet.evaluate(run.path)["tuned"]["metrics"])
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ def train_parsed(parsed: Parsed) -> Run:
     from whet.train.run import train as run_training
 
     run = run_training(parsed)
-    write_loss_plot(run.path)
+    write_loss_plot(run.path, "per row" if run.task.labelled else "per supervised token")
     write_page(run.path)
     return run
 
@@ -66,6 +67,17 @@ def merge(run: str | Path, out: str | Path) -> dict[str, Any]:
     return certificate
 
 
+def predict(run: str | Path, texts: Iterable[Any]) -> list[dict[str, Any]]:
+    """What a run with labels, or of an encoder-decoder, says of each text: label and probabilities, value or text.
+
+    texts: strings, pairs of strings, or objects with `text` and `text_pair`. Raises UserError for bad rows.
+    """
+    from whet.ship.predict import given, open_predictor
+    from whet.ship.predict import predict as run_prediction
+
+    return list(run_prediction(open_predictor(open_run(run)), given(texts)))
+
+
 def plan(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:
     """Parameters and memory of a recipe, from the model's config alone."""
     from whet.train.plan import plan as make_plan
@@ -82,14 +94,9 @@ def check(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, An
 
 def prepared(parsed: Parsed) -> Prepared:
     """The rows of a recipe, read and tokenised as training would."""
-    from whet.data.prepare import prepare
-    from whet.data.template import use_template
-    from whet.engine.load import load_config, load_tokenizer, longest_input
+    from whet.runs import prepared as prepare_rows
 
-    recipe = parsed.recipe
-    tokenizer = load_tokenizer(recipe.model)
-    use_template(tokenizer, recipe.model.chat_template)
-    return prepare(recipe.data, tokenizer, longest_input(load_config(recipe.model)))
+    return prepare_rows(parsed.recipe)
 
 
 def chat(target: str, message: str, *, system: str | None = None, max_new_tokens: int = 256) -> str:

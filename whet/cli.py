@@ -96,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--message", help="say this once instead of reading lines")
     chat.add_argument("--system", help="system message")
     chat.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (256)")
+    predict = _verb(verbs, "predict", "labels, values or texts of a run for new rows", _predict,
+                    "whet predict runs/intents new.txt > labels.jsonl", target="a run directory")  # fmt: skip
+    predict.add_argument("file", nargs="?", default="-", help="lines of text, or JSON lines with text (standard input)")
     merge = _verb(verbs, "merge", "plain weights, with a certificate of agreement", _merge,
                   "whet merge runs/tickets out/", target="a run directory")  # fmt: skip
     merge.add_argument("out", help="a new directory for the merged model")
@@ -155,7 +158,8 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
 def _normalised(arguments: list[str]) -> list[str]:
     """A misspelt verb gets the nearest one named; argparse's own list of choices is longer than it helps."""
     verbs = (
-        "quickstart", "init", "data", "plan", "train", "eval", "chat", "merge", "bench", "methods", "doctor", "schema",
+        "quickstart", "init", "data", "plan", "train", "eval", "chat", "predict", "merge", "bench", "methods", "doctor",
+        "schema",
     )  # fmt: skip
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
         near = nearest(arguments[0], verbs)
@@ -282,6 +286,16 @@ def _chat(words: argparse.Namespace) -> dict[str, Any]:
     return {"messages": talk(chat, words.message, words.system, quiet=words.json)}
 
 
+def _predict(words: argparse.Namespace) -> dict[str, Any]:
+    from whet.runs import open_run
+
+    run = open_run(words.target)
+    _prepare_libraries()
+    from whet.ship.predict import predict_file
+
+    return {"predictions": predict_file(run, words.file, quiet=words.json)}
+
+
 def _merge(words: argparse.Namespace) -> dict[str, Any]:
     from whet import api
     from whet.base.console import say
@@ -290,8 +304,7 @@ def _merge(words: argparse.Namespace) -> dict[str, Any]:
     open_run(words.target)
     _prepare_libraries()
     certificate = api.merge(words.target, words.out)
-    say(f"{certificate['chosen']}: agrees on {certificate['agreement']:.1%} of {certificate['prompts']} answers, "
-        f"mean KL {certificate['kl']:.2g} -> {words.out}")  # fmt: skip
+    say(f"{certificate['chosen']}, on {certificate['prompts']} held-out rows: {certificate['summary']} -> {words.out}")
     return certificate
 
 

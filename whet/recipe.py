@@ -19,17 +19,19 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from whet.aliases import canonical
+from whet.aliases import canonical_tree
 from whet.base.config import config, field_docs, setting
 from whet.base.errors import UserError, nearest
 from whet.data.config import Data
 from whet.engine.config import Base, Model
 from whet.methods.all import METHODS, Method
+from whet.methods.bridge import Bridge
+from whet.methods.bridged import BRIDGED
 from whet.methods.lora import Lora
 from whet.settings import Eval, Train
 
-SHORTHANDS = {"model": "path", "method": "name", "data": "dataset"}
 SECTIONS = ("model", "base", "method", "data", "train", "eval")
+METHOD_PATHS = ("method", "method.name")
 MOST_VALUES = 10_000
 NAMES = ("model.path", "model.tokenizer", "output_dir")
 # They change what is kept or shown of a run, and not the run; metrics.jsonl may have fewer lines.
@@ -70,11 +72,12 @@ def parse(source: str | Path | None, overrides: Sequence[str] = ()) -> Parsed:
         file = str(source)
         tree, lines = _read_yaml(_read_text(Path(source)), file)
     notes: list[str] = []
-    tree = _canonical_tree(tree, notes, file, lines)
+    bridged = _named_method(tree, overrides) in BRIDGED
+    tree = canonical_tree(tree, notes, file, lines, bridged)
     origins = dict.fromkeys(_leaves(tree), "recipe")
     for override in overrides:
         path, value = _override(override)
-        one = _canonical_tree(_nested(path, value), notes, None, {})
+        one = canonical_tree(_nested(path, value), notes, None, {}, bridged)
         origins |= dict.fromkeys(_leaves(one), "command line")
         if path in ("columns", "data.columns") and isinstance(tree.get("data"), dict):
             tree["data"].pop("columns", None)  # a whole mapping replaces the one below; one name is laid over it
@@ -82,6 +85,8 @@ def parse(source: str | Path | None, overrides: Sequence[str] = ()) -> Parsed:
     if file is not None and tree.get("output_dir") is None:
         tree["output_dir"] = f"runs/{Path(file).stem}"
     overridden = [path for path, origin in origins.items() if origin == "command line"]
+    if (tree.get("method") or {}).get("name") in BRIDGED:
+        origins = _gathered(tree, origins)
     return Parsed(_validated(tree, file, lines, overridden), origins, notes)
 
 
@@ -267,46 +272,20 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _canonical_tree(tree: dict[str, Any], notes: list[str], file: str | None, lines: dict[str, int]) -> dict[str, Any]:
-    """Peers' names and shorthands rewritten to ours, each noted. An empty section is one left out.
-
-    Raises UserError for a setting that is said twice, once under another name.
-    """
-    result: dict[str, Any] = {}
-    said: dict[str, Any] = {}
-    for key, value in tree.items():
-        if key in SECTIONS and value is None:
-            continue
-        if key in SHORTHANDS and not isinstance(value, dict):
-            value = {SHORTHANDS[key]: value}
-        if isinstance(value, dict) and key in Recipe.__dataclass_fields__:
-            pairs = [(f"{key}.{name}", item) for name, item in value.items()]
-            result.setdefault(key, {})
-        else:
-            pairs = [(key, value)]
-        for path, item in pairs:
-            line = lines.get(path, lines.get(key))
-            for new_path, new_value, note in canonical(path, item, file, line):
-                if said.setdefault(new_path, new_value) != new_value:
-                    raise UserError(
-                        "the same setting twice, with two values", file=file, row=line, field=new_path,
-                        found=f"{path}: {new_value}", expected=f"{said[new_path]}, as said before",
-                        fix="remove one of them",
-                    )  # fmt: skip
-                if note:
-                    notes.append(note)
-                if line is not None:
-                    lines.setdefault(new_path, line)
-                _put(result, new_path.split("."), new_value)
-    return result
+def _named_method(tree: Mapping[str, Any], overrides: Sequence[str]) -> Any:
+    """The method that the recipe will have, by any of the names of the setting."""
+    said = [tree.get("method"), *(value for path, value in map(_override, overrides) if path in METHOD_PATHS)]
+    named = [one.get("name") if isinstance(one, dict) else one for one in said]
+    return next((str(one) for one in reversed(named) if one), None)
 
 
-def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
-    for key in path[:-1]:
-        if not isinstance(tree.get(key), dict):
-            tree[key] = {}
-        tree = tree[key]
-    tree[path[-1]] = value
+def _gathered(tree: dict[str, Any], origins: Mapping[str, str]) -> dict[str, str]:
+    """Puts options that stand beside the name of a bridged method under `options`; returns where each is from."""
+    section = tree["method"]
+    beside = {key: section.pop(key) for key in list(section) if key not in field_docs(Bridge)}
+    section["options"] = (section.get("options") or {}) | beside
+    moved = {f"method.{key}": f"method.options.{key}" for key in beside}
+    return {moved.get(path, path): origin for path, origin in origins.items()}
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
@@ -330,6 +309,11 @@ def _validated(tree: dict[str, Any], file: str | None, lines: dict[str, int], ov
         tree = tree | {"method": {"name": "lora"} | tree["method"]}
     try:
         return TypeAdapter(Recipe).validate_json(json.dumps(tree), strict=True)
+    except UserError as error:  # of an option of a bridged method
+        path = error.field or ""
+        if file is None or path in overridden:
+            raise
+        raise dataclasses.replace(error, file=file, row=lines.get(path, lines.get("method"))) from error
     except ValidationError as error:
         raise _complaint(error.errors()[0], file, lines, overridden) from error
 
@@ -362,9 +346,10 @@ def _complaint(error: Any, file: str | None, lines: dict[str, int], overridden: 
         )  # fmt: skip
     if kind == "union_tag_invalid":
         found = error["input"].get("name")
+        near = nearest(str(found), METHODS.keys() - BRIDGED.keys()) or nearest(str(found), METHODS) or "lora"
         return UserError(
             "there is no such method", **{**where, "field": "method.name"},  # type: ignore[arg-type]
-            found=str(found), expected=", ".join(METHODS), fix=f"write {nearest(str(found), METHODS) or 'lora'}",
+            found=str(found), expected=", ".join(METHODS), fix=f"write {near}",
         )  # fmt: skip
     found = error["input"]
     if kind == "literal_error" and (near := nearest(str(found), error["ctx"]["expected"].split("'")[1::2])):

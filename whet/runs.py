@@ -15,11 +15,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whet.base.errors import UserError, nearest
 from whet.base.files import read_json, write_json, write_text
+from whet.engine.task import CAUSAL, Task, text_task
 from whet.recipe import ON_THE_WAY, Parsed, Recipe, fingerprint, parse, resolve, to_tree, to_yaml
+
+if TYPE_CHECKING:
+    from whet.data.prepare import Prepared
+
+LABELS = "labels.json"  # beside what was trained: the task and the names of its labels
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,15 @@ class Run:
     def trained(self) -> Path:
         """The adapter or the model, whichever the method writes."""
         return self.model if self.recipe.method.can.whole_model else self.adapter
+
+    @property
+    def task(self) -> Task:
+        """What was trained, with the labels in the order of the head's outputs; causal before anything is trained."""
+        path = self.trained / LABELS
+        if not path.is_file():
+            return CAUSAL
+        found = read_json(path)
+        return Task(found["task"], tuple(found["labels"]))
 
     @property
     def checkpoints(self) -> Path:
@@ -82,6 +97,17 @@ class Run:
         if not path.is_file():
             return []
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+
+
+def prepared(recipe: Recipe) -> Prepared:
+    """The rows of a recipe, read and tokenised as training does it. Raises UserError."""
+    from whet.data.prepare import prepare
+    from whet.data.template import use_template
+    from whet.engine.load import load_config, load_tokenizer, longest_input
+
+    config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
+    use_template(tokenizer, recipe.model.chat_template)
+    return prepare(recipe.data, tokenizer, longest_input(config), recipe.model.task, text_task(config))
 
 
 def start(parsed: Parsed, decided: Mapping[str, tuple[object, str]], facts: Mapping[str, Any]) -> tuple[Run, bool]:

@@ -24,7 +24,7 @@ class Batch:
 
     bounds: document boundaries of a flat row, else None. targets: learned token ids, int64 [N], predicted at
     (rows, places), both int64 [N]. sources: indices of the rows of data in it; tokens: real ones. form: what the row
-    is filled up to, or None.
+    is filled up to, or None; lengths: tokens of each padded row.
     """
 
     ids: np.ndarray
@@ -36,6 +36,7 @@ class Batch:
     sources: tuple[int, ...]
     tokens: int
     form: Form | None = None
+    lengths: tuple[int, ...] = ()
 
     def sha256(self) -> str:
         """Of what the model is shown and asked."""
@@ -135,4 +136,5 @@ def _padded(pieces: list[tuple[np.ndarray, np.ndarray]], rows: tuple[int, ...]) 
     row_index, place = np.nonzero(learned)
     positions = np.broadcast_to(np.arange(longest, dtype=np.int64), ids.shape).copy()
     tokens = sum(len(piece[0]) for piece in pieces)
-    return Batch(ids, positions, None, row_index, place - 1, ids[row_index, place], rows, tokens)
+    lengths = tuple(len(piece[0]) for piece in pieces)
+    return Batch(ids, positions, None, row_index, place - 1, ids[row_index, place], rows, tokens, None, lengths)

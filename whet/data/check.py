@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from whet.base.console import console, say
+from whet.base.errors import shorten
+from whet.data.labels import imbalance, labels_text
 from whet.data.prepare import Prepared
 from whet.data.show import length_histogram
+
+IMBALANCED, FEW_ROWS, MOST_SHOWN = 10, 5, 20
 
 
 def report(prepared: Prepared) -> dict[str, Any]:
     """The ledger, the lengths and what deserves a second look, as one JSON object."""
     ledger = prepared.ledger
-    return {**ledger.as_dict(), "lengths": length_histogram(prepared), "warnings": warnings(prepared)}
+    found = {**ledger.as_dict(), "lengths": length_histogram(prepared), "warnings": warnings(prepared)}
+    return found | ({"label_examples": label_examples(prepared)} if prepared.task.labels else {})
 
 
 def warnings(prepared: Prepared) -> list[str]:
@@ -32,7 +37,62 @@ def warnings(prepared: Prepared) -> list[str]:
     duplicates = len(prepared.train_examples) - len({example.id for example in prepared.train_examples})
     if duplicates:
         found.append(f"{duplicates:,} rows repeat another one exactly")
+    if ledger.contradictory_rows:
+        found.append(f"{ledger.contradictory_rows:,} rows have a text that stands in another row with another label")
+    return found + _label_warnings(prepared)
+
+
+def _label_warnings(prepared: Prepared) -> list[str]:
+    """What labels can have against them."""
+    task, counts, rows = prepared.task, prepared.ledger.labels, prepared.ledger.rows_train
+    if task.name == "regression":
+        return ["all rows have the same value, so there is nothing to learn"] if counts.get("std") == 0 else []
+    found = []
+    ratio = imbalance(counts)
+    if task.name == "classification" and ratio is not None and ratio > IMBALANCED:
+        most, least = max(counts, key=lambda name: counts[name]), min(counts, key=lambda name: counts[name])
+        found.append(f"{most} has {ratio:,.0f} times the rows of {least}: judge by macro F1, not by accuracy")
+    few = [name for name, count in counts.items() if count < FEW_ROWS]
+    if few:
+        found.append(f"{len(few):,} labels have fewer than {FEW_ROWS} rows, {few[0]} for one")
+    always = [name for name, count in counts.items() if task.name == "multi_label" and count == rows]
+    if always:
+        found.append(f"{always[0]} is a label of every row")
     return found
+
+
+def label_examples(prepared: Prepared) -> dict[str, str]:
+    """The text of the first row of each label."""
+    labels, found = prepared.train.labels, {}
+    assert labels is not None
+    for index, name in enumerate(prepared.task.labels):
+        rows = (labels[:, index] > 0).nonzero()[0] if labels.ndim == 2 else (labels == index).nonzero()[0]
+        if len(rows):
+            example = prepared.train_examples[int(prepared.train.sources[rows[0]])]
+            found[name] = " | ".join(part for part in (example.text, example.text_pair) if part is not None)
+    return found
+
+
+def _show_labels(prepared: Prepared) -> None:
+    """Rows and an example of each label, the commonest first, or what the values are like."""
+    from rich.table import Table
+    from rich.text import Text
+
+    ledger = prepared.ledger
+    say(f"task: {ledger.task}, {labels_text(ledger.task, ledger.labels)}")
+    if not prepared.task.labels:
+        return
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("label", "left"), ("rows", "right"), ("held out", "right"), ("for example", "left")):
+        table.add_column(name, justify=justify, overflow="ellipsis", no_wrap=name != "for example")  # type: ignore[arg-type]
+    shown = sorted(ledger.labels.items(), key=lambda pair: -pair[1])
+    examples = label_examples(prepared)
+    for name, count in shown[:MOST_SHOWN]:
+        text = shorten(examples.get(name, ""), 60)
+        table.add_row(Text(name), f"{count:,}", f"{ledger.labels_held_out.get(name, 0):,}", Text(text, style="dim"))
+    console().print(table)
+    if len(shown) > MOST_SHOWN:
+        say(f"  and {len(shown) - MOST_SHOWN:,} more labels; --json shows all", style="dim")
 
 
 def show(prepared: Prepared) -> None:
@@ -49,7 +109,7 @@ def show(prepared: Prepared) -> None:
         ("rows to learn from", f"{ledger.rows_train:,}"),
         ("rows held out", f"{ledger.rows_eval:,}"),
         ("tokens", f"{ledger.tokens:,}"),
-        ("learned tokens", f"{ledger.supervised_tokens:,} ({share:.0f} %)"),
+        *([] if ledger.labels else [("learned tokens", f"{ledger.supervised_tokens:,} ({share:.0f} %)")]),
         ("median row", f"{ledger.median_row:,} tokens"),
         ("longest row", f"{ledger.longest_row:,} tokens"),
     ):
@@ -57,6 +117,8 @@ def show(prepared: Prepared) -> None:
     if ledger.packing_fill is not None:
         table.add_row("packed rows", f"{ledger.packed_rows:,} ({100 * ledger.packing_fill:.1f} % full)")
     console().print(table)
+    if ledger.labels:
+        _show_labels(prepared)
     bins = length_histogram(prepared)
     most = max((b["rows"] for b in bins), default=0)
     for b in bins:

@@ -1,4 +1,4 @@
-"""The one shape of a row, whatever the file looked like: a conversation or raw text."""
+"""The one shape of a row, whatever the file looked like: a conversation, raw text, or a text with its label."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
+# As it stands in the file: a class by name or number, a value, names of several labels, or a 0 or 1 for each label.
+Label = str | bool | int | float | tuple[str, ...] | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,7 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class Example:
     """One thing to learn from: either `messages` (optional system, then turns by turns, the last one the assistant's)
-    or raw `text`, never both.
+    or raw `text`, never both. A text may have a `label`, and then a second text `text_pair` as well.
 
     id: 16 hex digits of the sha256 of the content alone, so that equal content has an equal id wherever it stands.
     """
@@ -27,6 +29,8 @@ class Example:
     text: str | None
     file: str
     row: int
+    label: Label | None = None
+    text_pair: str | None = None
 
     @property
     def question(self) -> tuple[Message, ...]:

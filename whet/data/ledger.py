@@ -19,6 +19,10 @@ class Ledger:
 
     format: str = ""
     format_reason: str = ""
+    task: str = "causal"
+    labels: dict[str, Any] = field(default_factory=dict)
+    labels_held_out: dict[str, Any] = field(default_factory=dict)
+    contradictory_rows: int = 0
     files: list[dict[str, Any]] = field(default_factory=list)
     policy: dict[str, Any] = field(default_factory=dict)
     rows_read: int = 0
@@ -39,12 +43,15 @@ class Ledger:
     dropped: list[dict[str, Any]] = field(default_factory=list)
     sha256: str = ""
 
-    def count(self, train: Rows, evaluation: Rows, chat: bool) -> None:
-        """Fill in the token counts of the finished rows."""
+    def count(self, train: Rows, evaluation: Rows, role: str) -> None:
+        """Fill in the counts of the finished rows. role: whose tokens are learned; `label`: one label a row."""
         self.rows_train, self.rows_eval = len(train), len(evaluation)
         self.tokens, self.supervised_tokens = len(train.ids), train.targets
-        self.supervised_by_role = {"assistant" if chat else "text": train.targets}
-        lengths = sorted(int(n) for n in train.lengths)
+        self.supervised_by_role = {role: train.targets}
+        each = train.lengths
+        if train.answers is not None:
+            self.tokens, each = self.tokens + len(train.answers.ids), each + train.answers.lengths
+        lengths = sorted(int(n) for n in each)
         self.longest_row = lengths[-1] if lengths else 0
         self.median_row = lengths[len(lengths) // 2] if lengths else 0
         self.sha256 = train.sha256()

@@ -6,7 +6,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from whet.base.errors import UserError
 from whet.data.tokenise import Tokens
+
+LONGEST_BY_DEFAULT = 4096
+
+
+def choose_length(
+    wanted: int | None, longest: int, readable: int | None, decided: dict[str, tuple[object, str]]
+) -> int:
+    """The longest row in tokens: `wanted`, else the `longest` there is, as far as the model can read.
+
+    Raises UserError where the model cannot read so much.
+    """
+    if wanted is not None:
+        if readable is not None and wanted > readable:
+            raise UserError(
+                "the model cannot read rows of this length", field="data.max_length", found=str(wanted),
+                expected=f"at most {readable} tokens", fix=f"data.max_length={readable}",
+            )  # fmt: skip
+        return wanted
+    limit = min(readable or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT)
+    chosen = max(8, min(longest, limit))
+    why = "the longest row" if chosen == longest else f"the longest row has {longest} tokens, limited to {limit}"
+    decided["data.max_length"] = (chosen, why)
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)

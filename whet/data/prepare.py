@@ -17,20 +17,21 @@ from whet.base.errors import UserError
 from whet.data.config import Data
 from whet.data.example import Example
 from whet.data.ledger import Ledger
-from whet.data.length import fit
+from whet.data.length import choose_length, fit
 from whet.data.pack import best_fit
+from whet.data.padded import padded_rows, task_for
 from whet.data.read import data_files, read_files, sha256
 from whet.data.rows import Rows
 from whet.data.split import held_out
 from whet.data.standardise import Dropped, Format, recognise, standardise
 from whet.data.tokenise import Tokeniser, Tokens
+from whet.engine.task import CAUSAL, Task, TaskName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SAMPLE = 100
 CHUNK = 1000
-LONGEST_BY_DEFAULT = 4096
 PACKAGE = Path(__file__).parents[1]
 BUILTIN = {
     "builtin:support_tickets": ("support_tickets", "train.jsonl"),
@@ -43,7 +44,7 @@ class Prepared:
     """Rows ready for batches. train, evaluation: tokens; held_out: the examples behind `evaluation`.
 
     bins: packed rows as lists of row indices, or None when each row stands alone; decided: dotted path to the value
-    that was auto, with its reason.
+    that was auto, with its reason; task: what is learned, with its classes.
     """
 
     train: Rows
@@ -55,20 +56,57 @@ class Prepared:
     ledger: Ledger
     tokeniser: Tokeniser
     decided: dict[str, tuple[object, str]]
+    task: Task = CAUSAL
 
 
-def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, readable: int | None) -> Prepared:
+def prepare(
+    data: Data, tokenizer: PreTrainedTokenizerFast, readable: int | None, task: TaskName | None = None,
+    unlabelled: TaskName = "causal",
+) -> Prepared:  # fmt: skip
     """Read and tokenise what `data` names, for a model that reads at most `readable` tokens (None: unknown).
 
+    task: what the recipe says, None: what the rows are fit for, and `unlabelled` where they have no label.
     Raises UserError for bad files, rows and settings, before any model is loaded.
     """
     ledger = Ledger()
     decided: dict[str, tuple[object, str]] = {}
-    examples, kind = _examples(data.dataset, data, ledger, data.max_rows)
+    examples, evaluation, kind = _both_sides(data, ledger)
     chat = kind.name != "text"
+    found = task_for(kind.name, examples, evaluation, task, unlabelled, decided)
+    ledger.task = found.name
+    if found.name != "causal":
+        train, held, max_length = padded_rows(data, tokenizer, found, (examples, evaluation), readable, ledger, decided)
+        tokeniser = Tokeniser(tokenizer, chat=False)
+        return Prepared(train, held, examples, evaluation, None, max_length, ledger, tokeniser, decided, found)
+    policy = _policy(data, chat, decided)
+    tokeniser = Tokeniser(tokenizer, chat)
+    tokens = [_tokenised(side, tokeniser, policy["loss_on"]) for side in (examples, evaluation)]
+    longest = max((len(row.ids) for row in chain(*tokens)), default=8)
+    max_length = choose_length(data.max_length, longest, readable, decided)
+    ledger.policy = {**policy, "max_length": max_length}
+    train, held = (
+        _fitted(side, rows, max_length, policy["over_length"], ledger)
+        for side, rows in zip((examples, evaluation), tokens, strict=True)
+    )
+    bins = best_fit(train.lengths.tolist(), max_length) if policy["packing"] and len(train) else None
+    ledger.count(train, held, "assistant" if chat else "text")
+    if bins is not None:
+        ledger.packed_rows, ledger.packing_fill = len(bins), len(train.ids) / (len(bins) * max_length)
+    return Prepared(train, held, examples, evaluation, bins, max_length, ledger, tokeniser, decided)
+
+
+def _both_sides(data: Data, ledger: Ledger) -> tuple[list[Example], list[Example], Format]:
+    """The examples to learn from, those held out, and their format."""
+    examples, kind = _examples(data.dataset, data, ledger, data.max_rows)
     ledger.format, ledger.format_reason = kind.name, kind.reason
     if data.eval_dataset is not None:
-        evaluation, _ = _examples(data.eval_dataset, data, ledger, None)
+        evaluation, other = _examples(data.eval_dataset, data, ledger, None)
+        if "classification" in (kind.name, other.name) and kind.name != other.name:
+            raise UserError(
+                "the held-out rows are of another kind than those to learn from", field="data.eval_dataset",
+                found=f"{other.name}: {other.reason}", expected=f"{kind.name}: {kind.reason}",
+                fix="give both files the same fields",
+            )  # fmt: skip
     else:
         if data.val_size >= 1 and not data.val_size.is_integer():
             raise UserError(
@@ -79,20 +117,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, readable: int | None
         evaluation = [example for example, out in zip(examples, sides, strict=True) if out]
         examples = [example for example, out in zip(examples, sides, strict=True) if not out]
     ledger.rows_on_both_sides = len({e.id for e in examples} & {e.id for e in evaluation})
-    policy = _policy(data, chat, decided)
-    tokeniser = Tokeniser(tokenizer, chat)
-    tokens = [_tokenised(side, tokeniser, policy["loss_on"]) for side in (examples, evaluation)]
-    max_length = _max_length(data, [*tokens[0], *tokens[1]], readable, decided)
-    ledger.policy = {**policy, "max_length": max_length}
-    train, held = (
-        _fitted(side, rows, max_length, policy["over_length"], ledger)
-        for side, rows in zip((examples, evaluation), tokens, strict=True)
-    )
-    bins = best_fit(train.lengths.tolist(), max_length) if policy["packing"] and len(train) else None
-    ledger.count(train, held, chat)
-    if bins is not None:
-        ledger.packed_rows, ledger.packing_fill = len(bins), len(train.ids) / (len(bins) * max_length)
-    return Prepared(train, held, examples, evaluation, bins, max_length, ledger, tokeniser, decided)
+    return examples, evaluation, kind
 
 
 def dataset_paths(dataset: str | Sequence[str]) -> list[str]:
@@ -191,22 +216,6 @@ def _locate(example: Example, tokeniser: Tokeniser, loss_on: str) -> None:
     except UserError as error:
         error.file, error.row = example.file, example.row
         raise
-
-
-def _max_length(data: Data, tokens: list[Tokens], readable: int | None, decided: dict[str, tuple[object, str]]) -> int:
-    if data.max_length is not None:
-        if readable is not None and data.max_length > readable:
-            raise UserError(
-                "the model cannot read rows of this length", field="data.max_length", found=str(data.max_length),
-                expected=f"at most {readable} tokens", fix=f"data.max_length={readable}",
-            )  # fmt: skip
-        return data.max_length
-    longest = max((len(row.ids) for row in tokens), default=8)
-    limit = min(readable or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT)
-    chosen = max(8, min(longest, limit))
-    why = "the longest row" if chosen == longest else f"the longest row has {longest} tokens, limited to {limit}"
-    decided["data.max_length"] = (chosen, why)
-    return chosen
 
 
 def _fitted(examples: list[Example], tokens: list[Tokens], limit: int, policy: object, ledger: Ledger) -> Rows:

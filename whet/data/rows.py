@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,13 +13,25 @@ import numpy as np
 class Rows:
     """ids: token ids of all rows, int32 [N]; learned: True where a token is a target, bool [N]; starts: int64 [R+1].
 
-    sources: index of each row's example in the order of reading, int64 [R].
+    sources: index of each row's example in the order of reading, int64 [R]. labels: what rows with a label are asked
+    for, int64 [R], float32 [R] or float32 [R, C]; types: token types of pairs of texts, int8 [N]; answers: what is
+    written when row i was read, its tokens all learned.
     """
 
     ids: np.ndarray
     learned: np.ndarray
     starts: np.ndarray
     sources: np.ndarray
+    labels: np.ndarray | None = None
+    types: np.ndarray | None = None
+    answers: Rows | None = None
+
+    @classmethod
+    def whole(cls, parts: Iterable[tuple[int, np.ndarray]], *, learned: bool) -> Rows:
+        """From (source, ids) of each row, whose tokens are all learned (by a decoder that has a start token), or none
+        is."""
+        found = cls.gather((source, ids, np.zeros(len(ids), bool)) for source, ids in parts)
+        return replace(found, learned=np.full(len(found.ids), learned))
 
     @classmethod
     def gather(cls, parts: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> Rows:
@@ -44,8 +56,12 @@ class Rows:
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, learned) of one row, both [T]."""
-        span = slice(self.starts[index], self.starts[index + 1])
+        span = self.span(index)
         return self.ids[span], self.learned[span]
+
+    def span(self, index: int) -> slice:
+        """Where the tokens of one row lie."""
+        return slice(self.starts[index], self.starts[index + 1])
 
     @property
     def lengths(self) -> np.ndarray:
@@ -54,12 +70,19 @@ class Rows:
 
     @property
     def targets(self) -> int:
-        """Learned tokens of all rows."""
-        return int(self.learned.sum())
+        """What is learned in all rows: labels, tokens of answers, or tokens."""
+        if self.labels is not None:
+            return len(self.labels)
+        return int(self.learned.sum()) if self.answers is None else self.answers.targets
 
     def sha256(self) -> str:
         """Of everything that training sees."""
         digest = hashlib.sha256()
         for array in (self.ids, self.learned, self.starts):
             digest.update(np.ascontiguousarray(array).tobytes())
+        for array in (self.labels, self.types):
+            if array is not None:
+                digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        if self.answers is not None:
+            digest.update(self.answers.sha256().encode())
         return digest.hexdigest()

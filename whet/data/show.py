@@ -6,14 +6,21 @@ from typing import Any
 
 import numpy as np
 
+from whet.data.labels import label_text
 from whet.data.prepare import Prepared
 
 
 def masked_row(prepared: Prepared, index: int) -> list[tuple[str, bool]]:
-    """Row `index` of the training rows as (text, whether it is learned), in order."""
+    """Row `index` of the training rows as (text, whether it is learned), in order; a label or an answer comes last."""
     ids, learned = prepared.train.row(index)
     edges = np.flatnonzero(np.diff(learned)) + 1
     tokenizer = prepared.tokeniser.tokenizer
+    if prepared.train.answers is not None:
+        answer = prepared.train.answers.row(index)[0]
+        return [(f"{tokenizer.decode(ids.tolist())}\n", False), (str(tokenizer.decode(answer.tolist())), True)]
+    if prepared.train.labels is not None:
+        example = prepared.train_examples[int(prepared.train.sources[index])]
+        return [(f"{tokenizer.decode(ids.tolist())} ", False), (label_text(example.label), True)]
     pieces = zip(np.split(ids, edges), np.split(learned, edges), strict=True)
     return [(str(tokenizer.decode(part.tolist())), bool(marks[0])) for part, marks in pieces]
 

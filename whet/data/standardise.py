@@ -16,9 +16,10 @@ from typing import Literal
 
 from whet.base.errors import UserError, nearest
 from whet.data.example import Example, Message, Role
+from whet.data.label_field import Labelled, read_label
 from whet.data.read import TURN_FIELDS, Record, kind_of
 
-FormatName = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "text"]
+FormatName = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "text", "classification"]
 
 # What each format needs, and what it takes besides. Turns may stand in any of TURN_FIELDS.
 _FIELDS: dict[FormatName, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -27,12 +28,13 @@ _FIELDS: dict[FormatName, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sharegpt": (("conversations",), ("system",)),
     "prompt_completion": (("prompt", "completion"), ("system",)),
     "text": (("text",), ()),
+    "classification": (("text", "label"), ("text_pair",)),
 }
 _EXPECTED = (
-    "alpaca (instruction, output), prompt_completion (prompt, completion), text (text), messages (messages: a list of "
-    "{role, content}) or sharegpt (conversations: a list of {from, value})"
+    "alpaca (instruction, output), prompt_completion (prompt, completion), text (text), classification (text, label), "
+    "messages (messages: a list of {role, content}) or sharegpt (conversations: a list of {from, value})"
 )
-_PAIRS = (("question", "answer"), ("query", "response"), ("input", "output"), ("text", "label"))
+_PAIRS = (("question", "answer"), ("query", "response"), ("input", "output"))
 _LATER = "not supported yet"
 _UNSUPPORTED_FIELDS = frozenset(("tools", "functions", "images", "image", "videos", "audios", "audio"))
 _UNSUPPORTED_IN_TURN = _UNSUPPORTED_FIELDS | {"tool_calls", "function_call", "reasoning", "reasoning_content"}
@@ -82,12 +84,12 @@ def recognise(records: Sequence[Record], columns: Mapping[str, str], name: Forma
     values = [_rename(record.value, columns) for record in records]
     names = tuple(dict.fromkeys(key for value in values for key in value))
     _refuse_feedback(records, values, names)
-    plain: tuple[FormatName, ...] = ("alpaca", "prompt_completion", "text")
+    plain: tuple[FormatName, ...] = ("alpaca", "prompt_completion", "text", "classification")
     fits = [Format(format, "", _FIELDS[format][0]) for format in plain if set(_FIELDS[format][0]) <= set(names)]
     fits += [Format(_turn_format(values, key), "", (key,)) for key in TURN_FIELDS if key in names]
     fits = [fit for fit in fits if name in (None, fit.name) and set(columns) <= fit.known]
     if len(fits) > 1:  # `text` beside a conversation is that conversation rendered, as in the original Alpaca file
-        fits = [fit for fit in fits if fit.name != "text"]
+        fits = [fit for fit in fits if fit.name not in ("text", "classification")] or fits[-1:]
     if len(fits) != 1:
         raise _unsure(records[0], fits, names, columns, name or "any known format")
     used = [f"{key} (from {columns[key]})" if key in columns else key for key in names if key in fits[0].known]
@@ -121,7 +123,10 @@ def standardise(
                 continue
             raise
         nothing = False
-        if isinstance(content, str):
+        if isinstance(content, Labelled):
+            yield Example(_hash(content.parts()), None, content.text, record.file, record.row, content.label,
+                          content.pair)  # fmt: skip
+        elif isinstance(content, str):
             yield Example(_hash(["text", content]), None, content, record.file, record.row)
         else:
             parts = [part for message in content for part in (message.role, message.content)]
@@ -241,12 +246,22 @@ def _prompt_completion(value: dict, _: str) -> list[Message]:
     return _system(value) + turns
 
 
-_CONVERTERS: dict[FormatName, Callable[[dict, str], list[Message] | str]] = {
+def _classification(value: dict, _: str) -> Labelled:
+    """A text with its label; a pair of texts where there is a second one."""
+    text, pair = _answer(_require(value, "text"), "text", "text"), value.get("text_pair")
+    if value.get("label") is None:
+        fix = "write the label, or leave such rows out with data.empty=drop"
+        raise NothingToLearn("the label is missing", fix, field="label", found=kind_of(value), expected="label")
+    return Labelled(text, None if pair is None else _string(pair, "text_pair"), read_label(value["label"]))
+
+
+_CONVERTERS: dict[FormatName, Callable[[dict, str], list[Message] | str | Labelled]] = {
     "alpaca": _alpaca,
     "messages": _messages,
     "sharegpt": _sharegpt,
     "prompt_completion": _prompt_completion,
-    "text": lambda value, _: _answer(_require(value, "text"), "text"),
+    "text": lambda value, _: _answer(_require(value, "text"), "text", "text"),
+    "classification": _classification,
 }
 
 
@@ -316,11 +331,11 @@ def _string(value: object, where: str) -> str:
     return text
 
 
-def _answer(value: object, where: str) -> str:
+def _answer(value: object, where: str, what: str = "answer") -> str:
     text = _string(value, where)
     if not text or text.isspace():
-        fix = "write the answer, or leave such rows out with data.empty=drop"
-        raise NothingToLearn("nothing to learn: the answer is blank", fix, None, None, where, kind_of(text), "text")
+        fix = f"write the {what}, or leave such rows out with data.empty=drop"
+        raise NothingToLearn(f"nothing to learn: the {what} is blank", fix, None, None, where, kind_of(text), "text")
     return text
 
 

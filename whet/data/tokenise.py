@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,7 +53,11 @@ class Tokeniser:
         self.plain.encode_special_tokens = True
         specials = self.template.specials if self.template else list(tokenizer.all_special_tokens)
         self._special = re.compile("|".join(re.escape(token) for token in specials) or r"(?!)")
-        self.document_end = _document_end(tokenizer)
+
+    @cached_property
+    def document_end(self) -> int:
+        """The token that closes a document. Raises UserError for a tokenizer that has none, as those of encoders."""
+        return _document_end(self.tokenizer)
 
     def conversations(self, rows: Sequence[Sequence[Message]], loss_on: str) -> list[Tokens]:
         """Each conversation as tokens, learning what `loss_on` says (assistant, last_assistant, all)."""

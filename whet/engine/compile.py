@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,8 +31,12 @@ def compile_layers(network: nn.Module, *, tokens: int = FEW_TOKENS + 1, whole: b
     tokens: in a forward pass; few ones get small kernels joined. whole: refuse breaks in the graph; tiled MLPs are
     breaks.
     """
+    from whet.engine.swiglu import FuseSwiglu  # it needs inductor, which takes a second to import
+
     layers = decoder_layers(network)
-    options: dict[str, str | int | bool] = {"combo_kernels": True} if tokens <= FEW_TOKENS else {}
+    options: dict[str, Any] = {"post_grad_custom_post_pass": FuseSwiglu()}
+    if tokens <= FEW_TOKENS:
+        options["combo_kernels"] = True
     for layer in layers:
         layer.compile(fullgraph=whole, dynamic=False, options=options)
     return len(layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from whet.base.config import config, setting
+from whet.engine.task import TaskName
 
 
 @config
@@ -16,6 +17,11 @@ class Model:
     tokenizer: str | None = setting(None, "Directory or hub name of another tokenizer; auto = the model's own.")
     chat_template: str | None = setting(
         None, "Built-in template (chatml, alpaca) or a .jinja file; auto = the model's own, which must exist for chats."
+    )
+    task: TaskName | None = setting(
+        None,
+        "What is learned: causal text, one label (classification), several (multi_label), a number (regression) or "
+        "seq2seq answers; auto = what the rows hold and the model can.",
     )
     from_config: bool = setting(False, "Start from random weights of the model's `config.json` (pre-training).")
 

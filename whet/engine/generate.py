@@ -2,9 +2,9 @@
 
 The model is used as it stands: `engine.decode` runs it with a static cache (captured in a CUDA graph where there is
 one), on dense copies of quantised layers when they fit (`engine.unpacked`). A model that it cannot prove right goes to
-transformers' own `generate`. Training attention reads the documents of a flat row and has no cache, so generation
-switches to `engine.cached_attention` for the time of the call. Penalties in a model's generation_config are no part
-of greedy decoding and are left out.
+transformers' own `generate`, and so does PEFT's model around one, in groups of one length. Training attention reads the
+documents of a flat row and has no cache, so generation switches to `engine.cached_attention` for the time of the call.
+Penalties in a model's generation_config are no part of greedy decoding and are left out.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ def answer(
     with _ready(model, stop_ids, max_new_tokens, size, len(prompts[order[0]]), way) as generate:
         while start < len(order):
             chosen = order[start : start + size]
+            if _wrapped(model):  # padding would stand between the virtual tokens and the prompt
+                chosen = [index for index in chosen if len(prompts[index]) == len(prompts[chosen[0]])]
             rows = _answered(generate, [prompts[index] for index in chosen], size)
             if rows is None:
                 size = (size + 1) // 2
@@ -121,7 +123,8 @@ def _ready(
     """Yields what turns a group of prompts into ids, while the model is set up for it."""
     spare = generation_bytes(model, rows, longest + max_new_tokens)
     with torch.inference_mode(), generating(model), unpacked(model, way.dense, spare):
-        layers = layers_of(model) if way.static else None if way.static is False else proven(model)
+        static = False if _wrapped(model) else way.static
+        layers = layers_of(model) if static else None if static is False else proven(model)
         if layers is None:
             yield lambda group, _: _generate(model, group, stop_ids, max_new_tokens, streamer=streamer)
             return
@@ -137,6 +140,11 @@ def _ready(
             return found
 
         yield streamed
+
+
+def _wrapped(model: Any) -> bool:
+    """Whether a method answers through PEFT's model around the network, with virtual tokens in front."""
+    return hasattr(model, "get_base_model")
 
 
 def _answered(generate: Generate, group: Sequence[Sequence[int]], size: int) -> list[list[int]] | None:

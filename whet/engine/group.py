@@ -7,7 +7,8 @@ before it keeps anyway, and the rank-r product [T, G r].
 
 The fp32 master weights of all groups of one shape lie in one `Bank`, a row of it a group; PEFT's own lora_A and lora_B
 become views of that row, so files, merging and switching see them as ever. The row is the leaf that gradients and the
-optimiser know. Its copy in the arithmetic's type is refreshed once a step, in a few launches for the whole model.
+optimiser know; where B learns at a rate of its own (LoRA+, see `rate_ratio`), it is two leaves, one for all A and one
+for all B. Its copy in the arithmetic's type is refreshed once a step, in a few launches for the whole model.
 
 Which layers share an input is found by running the model on a few tokens, not looked up. Gives up: layers that want
 more than plain LoRA, or differ in rank, stand alone or go through PEFT's own layer.
@@ -25,27 +26,27 @@ from torch.nn.functional import dropout
 
 from whet.engine.linear import Fp8Linear, FrozenLinear, Int8Linear, Nf4Linear
 from whet.engine.nf4 import fp8_scale
-from whet.engine.product import Tensors, add_product, backward_product, forward_product
+from whet.engine.product import Tensors, backward_product, forward_product
 
 
 class GroupProduct(torch.autograd.Function):
     """y = x W^T + bias + scale (low A^T) B^T.
 
-    x [T, K]; low: what A reads, x after dropout, or None for x itself; leaf: float32, the row of the bank, read only by
-    its copies a [G r, K], which has the scale in it, and b [N, G r] block-diagonal; sizes: N of each layer; weights: as
-    `kind` lists them.
+    x [T, K]; low: what A reads, x after dropout, or None for x itself; leaf: float32, the row of the bank, or its A
+    with `leaf_b` for its B, read only by their copies a [G r, K], which has the scale in it, and b [N, G r]
+    block-diagonal; sizes: N of each layer; weights: as `kind` lists them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, low: torch.Tensor | None, leaf: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
-        bias: torch.Tensor | None, kind: str, sizes: tuple[int, ...], scale: float, *weights: torch.Tensor | None,
+        ctx: Any, x: torch.Tensor, low: torch.Tensor | None, leaf: torch.Tensor, leaf_b: torch.Tensor | None,
+        a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, kind: str, sizes: tuple[int, ...], scale: float,
+        *weights: torch.Tensor | None,
     ):  # fmt: skip
-        y = forward_product(kind, x, weights, bias)
         reduced = (x if low is None else low) @ a.t()
-        y = add_product(y, reduced, b)
+        y = forward_product(kind, x, weights, bias, (reduced, b))
         ctx.save_for_backward(x if low is None else low, reduced, a, b, *weights)
-        ctx.kind, ctx.sizes, ctx.scale, ctx.dropped = kind, sizes, scale, low is not None
+        ctx.kind, ctx.sizes, ctx.scale, ctx.dropped, ctx.apart = kind, sizes, scale, low is not None, leaf_b is not None
         return y
 
     @staticmethod
@@ -55,23 +56,26 @@ class GroupProduct(torch.autograd.Function):
         grad_reduced = grad @ b
         grad_x = grad_low = None
         if ctx.needs_input_grad[0]:
-            grad_x = backward_product(ctx.kind, grad, weights)
+            grad_x = backward_product(ctx.kind, grad, weights, None if ctx.dropped else (grad_reduced, a.t()))
             if ctx.dropped:
                 grad_low = grad_reduced @ a
-            else:
-                grad_x = add_product(grad_x, grad_reduced, a.t())
-        grad_leaf = _leaf_gradient(grad_reduced.t() @ low, grad.t() @ reduced, ctx.sizes, ctx.scale)
-        return (grad_x, grad_low, grad_leaf, *([None] * (6 + len(weights))))
+        grads = _leaf_gradients(grad_reduced.t() @ low, grad.t() @ reduced, ctx.sizes, ctx.scale, apart=ctx.apart)
+        return (grad_x, grad_low, *grads, *([None] * (6 + len(weights))))
 
 
-def _leaf_gradient(grad_a: torch.Tensor, grad_b: torch.Tensor, sizes: tuple[int, ...], scale: float) -> torch.Tensor:
-    """The gradient of a bank's row, float32: A [G r, K], then the diagonal blocks [N, r] of B [sum of N, G r]."""
+def _leaf_gradients(
+    grad_a: torch.Tensor, grad_b: torch.Tensor, sizes: tuple[int, ...], scale: float, *, apart: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradient of a bank's row, float32: A [G r, K], then the diagonal blocks [N, r] of B [sum of N, G r].
+
+    apart: as two, of A and of B; else as one and None.
+    """
     r = grad_a.shape[0] // len(sizes)
     blocks, start = [grad_a.flatten().float() * scale], 0
     for index, size in enumerate(sizes):
         blocks.append(grad_b[start : start + size, index * r : (index + 1) * r].float().flatten())
         start += size
-    return torch.cat(blocks)
+    return (blocks[0], torch.cat(blocks[1:])) if apart else (torch.cat(blocks), None)
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ class Group:
     weights: Tensors
     bias: torch.Tensor | None
     leaf: nn.Parameter
+    leaf_b: nn.Parameter | None
     a: torch.Tensor
     b: torch.Tensor
     seen: torch.Tensor | None = None
@@ -152,8 +157,9 @@ class Group:
         flat = x.reshape(-1, x.shape[-1])
         low = dropout(flat, self.dropout) if self.dropout and self.layers[0].training else None
         y = GroupProduct.apply(
-            flat, low, self.leaf, self.a, self.b, self.bias, self.kind, self.sizes, self.scale, *self.weights
-        )
+            flat, low, self.leaf, self.leaf_b, self.a, self.b, self.bias, self.kind, self.sizes, self.scale,
+            *self.weights,
+        )  # fmt: skip
         return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[union-attr]
 
 
@@ -167,7 +173,7 @@ class Fused:
 
     @property
     def leaves(self) -> list[nn.Parameter]:
-        return [group.leaf for group in self.groups]
+        return [leaf for group in self.groups for leaf in (group.leaf, group.leaf_b) if leaf is not None]
 
     def refresh(self) -> None:
         """Bring the arithmetic's copies up to date; to be called before the forward passes of a step."""
@@ -198,8 +204,8 @@ def fuse(
         bank = Bank(shape, len(members), members[0][0].lora_A[adapter].weight.device, compute)
         banks.append(bank)
         for index, layers in enumerate(members):
-            leaf = _adopt(bank, index, layers, adapter)
-            group = _group(layers, adapter, leaf, bank, index, fp8=fp8, keep_transposed=keep_transposed)
+            leaves = _adopt(bank, index, layers, adapter)
+            group = _group(layers, adapter, leaves, bank, index, fp8=fp8, keep_transposed=keep_transposed)
             groups.append(group)
             for place, layer in enumerate(layers):
                 layer.group, layer.place = group, place
@@ -219,8 +225,18 @@ def _matrices(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
-def _adopt(bank: Bank, index: int, layers: Sequence[Any], adapter: str) -> nn.Parameter:
-    """Move the layers' matrices into the bank's row and make them views of it; returns the row as a leaf."""
+def rate_ratio(parameter: torch.Tensor) -> float:
+    """How many times the learning rate this parameter learns at: 1, unless its method gave it a rate of its own."""
+    return float(getattr(parameter, "rate_ratio", 1.0))
+
+
+def set_rate_ratio(parameter: torch.Tensor, ratio: float) -> None:
+    """Let this parameter learn at `ratio` times the learning rate. To be called before `fuse` and the optimiser."""
+    parameter.rate_ratio = ratio  # type: ignore[attr-defined]
+
+
+def _adopt(bank: Bank, index: int, layers: Sequence[Any], adapter: str) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Move the layers' matrices into the bank's row and make them views of it; returns the row as a leaf, or two."""
     row = bank.master[index]
     matrices = [_matrices(layer, adapter)[0] for layer in layers] + [_matrices(layer, adapter)[1] for layer in layers]
     start = 0
@@ -230,12 +246,20 @@ def _adopt(bank: Bank, index: int, layers: Sequence[Any], adapter: str) -> nn.Pa
             view.copy_(matrix)
             matrix.data = view
             start += matrix.numel()
-    return nn.Parameter(row)
+    ratio_a, ratio_b = rate_ratio(matrices[0]), rate_ratio(matrices[-1])
+    if ratio_a == ratio_b:
+        leaves = (nn.Parameter(row), None)
+    else:
+        leaves = (nn.Parameter(row[: bank.shape.a_numbers]), nn.Parameter(row[bank.shape.a_numbers :]))
+        set_rate_ratio(leaves[1], ratio_b)
+    set_rate_ratio(leaves[0], ratio_a)
+    return leaves
 
 
 def _group(
-    layers: list[Any], adapter: str, leaf: nn.Parameter, bank: Bank, index: int, *, fp8: bool, keep_transposed: bool
-) -> Group:
+    layers: list[Any], adapter: str, leaves: tuple[nn.Parameter, nn.Parameter | None], bank: Bank, index: int, *,
+    fp8: bool, keep_transposed: bool,
+) -> Group:  # fmt: skip
     bases = [layer.base_layer for layer in layers]
     kind, weights = _side_by_side(bases, fp8=fp8, keep_transposed=keep_transposed)
     biases = [base.bias for base in bases]
@@ -245,7 +269,8 @@ def _group(
         bias = torch.cat([one.detach().to(bank.a.dtype) for one in filled])
     return Group(
         layers=layers, kind=kind, scale=bank.shape.scale, dropout=_rate(layers[0], adapter),
-        sizes=bank.shape.sizes, weights=weights, bias=bias, leaf=leaf, a=bank.a[index], b=bank.b[index],
+        sizes=bank.shape.sizes, weights=weights, bias=bias, leaf=leaves[0], leaf_b=leaves[1], a=bank.a[index],
+        b=bank.b[index],
     )  # fmt: skip
 
 

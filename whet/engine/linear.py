@@ -20,6 +20,7 @@ from torch import nn
 
 from whet.base.extras import require
 from whet.engine.nf4 import rebuild_nf4
+from whet.engine.task import head_names
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -167,12 +168,21 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Full names of the linear layers of a transformer, without its output head."""
+    """Full names of the linear layers of a transformer, without its output head or classifier."""
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head, new = model.get_output_embeddings(), head_names(model)  # type: ignore[operator]
     kinds = (nn.Linear, FrozenLinear, Conv1D)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
+    return [
+        name for name, module in model.named_modules()
+        if isinstance(module, kinds) and module is not head and name.split(".")[0] not in new
+    ]  # fmt: skip
+
+
+def frozen_names(model: nn.Module) -> list[str]:
+    """Of these, the ones that a storage may take: not those that the architecture wants in full precision (T5's wo)."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return [name for name in linear_names(model) if kept.isdisjoint(name.split("."))]
 
 
 def hollow(linear: nn.Linear, storage: str, double_quant: bool = True) -> FrozenLinear | None:
@@ -202,7 +212,7 @@ def freeze_linears(model: nn.Module, storage: str, double_quant: bool = True) ->
     One layer at a time, so that dense and packed weights never stand side by side for more than one layer.
     """
     replaced = 0
-    for name in linear_names(model):
+    for name in frozen_names(model):
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         linear = getattr(parent, child)

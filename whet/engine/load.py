@@ -12,11 +12,16 @@ from whet.base.errors import UserError, nearest
 from whet.engine import attention
 from whet.engine.config import Model
 from whet.engine.device import DTYPES, PACKED, Placement
-from whet.engine.task import CAUSAL, Task
+from whet.engine.task import CAUSAL, Task, set_pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+# Their positions begin behind the padding token's number, which takes places from the table.
+_POSITIONS_AFTER_PAD = frozenset((
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod",
+    "longformer", "mpnet", "ibert", "esm", "luke",
+))  # fmt: skip
 BUILTIN = {"builtin:tiny": Path(__file__).parents[1] / "builtin" / "tiny"}
 
 
@@ -95,7 +100,19 @@ def load_model(model: Model, placement: Placement, task: Task = CAUSAL) -> PreTr
     dense = torch.float32 if placement.storage == "fp32" else placement.compute
     config = load_config(model)
     if model.from_config:
-        return _random_model(config, placement, dense, task).eval()
+        network = _random_model(config, placement, dense, task)
+    else:
+        network = _stored_model(model, config, placement, dense, task)
+    if task.labelled:
+        pad = network.config.get_text_config().pad_token_id
+        set_pad(network.config, load_tokenizer(model) if pad is None or pad < 0 else None)  # type: ignore[operator]
+    return network.to(placement.device).eval()  # type: ignore[arg-type]
+
+
+def _stored_model(
+    model: Model, config: PreTrainedConfig, placement: Placement, dense: torch.dtype, task: Task
+) -> PreTrainedModel:
+    """The model with the weights of its checkpoint; see `load_model`."""
     from whet.engine.prequantised import load_quantised, stored_as
     from whet.engine.stream import load_frozen, load_plain
 
@@ -109,14 +126,12 @@ def load_model(model: Model, placement: Placement, task: Task = CAUSAL) -> PreTr
         options["device_map"] = {"": placement.device}
     stored = stored_as(config, source)
     if stored is not None:
-        network = _opened(
+        return _opened(
             lambda: load_quantised(source, stored, storage, placement.double_quant, options, task), source, "model"
         )
-    elif storage in PACKED:
-        network = _opened(lambda: load_frozen(source, storage, placement.double_quant, options, task), source, "model")
-    else:
-        network = _opened(lambda: load_plain(source, options, task), source, "model")
-    return network.to(placement.device).eval()  # type: ignore[arg-type]
+    if storage in PACKED:
+        return _opened(lambda: load_frozen(source, storage, placement.double_quant, options, task), source, "model")
+    return _opened(lambda: load_plain(source, options, task), source, "model")
 
 
 def checkpoint_storage(model: Model) -> str | None:
@@ -158,9 +173,13 @@ def empty_model(model: Model, dtype: str = "bf16", task: Task = CAUSAL) -> PreTr
 
 
 def longest_input(config: PreTrainedConfig) -> int | None:
-    """How many tokens the model can read, or None when its config does not say."""
+    """How many tokens the model can read, or None when its config does not say, or has no such bound (T5)."""
     text = config.get_text_config()
+    if getattr(text, "relative_attention_num_buckets", None) and config.is_encoder_decoder:
+        return None
     found = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if found and config.model_type in _POSITIONS_AFTER_PAD:
+        found -= (text.pad_token_id or 0) + 1
     return int(found) if found else None
 
 

@@ -16,6 +16,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
+from whet.engine.dora import DoraVariant
 from whet.engine.group import Group
 from whet.engine.linear import dense_weight
 
@@ -56,6 +57,11 @@ class LoraLinear(PeftLinear):
     group: Group | None = None
     place: int = 0
 
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        """PEFT's variants, DoRA being ours: its own needs a dense weight."""
+        return {**super().lora_variants, ("use_dora",): DoraVariant}
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         name = self._plain_adapter()
         if name is None or args or any(value is not None for value in kwargs.values()):
@@ -73,7 +79,7 @@ class LoraLinear(PeftLinear):
 
     def is_plain(self, name: str) -> bool:
         """Whether this adapter is LoRA and nothing else, and trained."""
-        if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name] or self.merged:
+        if not self._is_lora_alone(name) or self.merged:
             return False
         weight = self.lora_A[name].weight
         return bool(weight.requires_grad) and weight.dtype == torch.float32
@@ -83,6 +89,11 @@ class LoraLinear(PeftLinear):
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         name = self.active_adapters[0]
+        return name if self._is_lora_alone(name) else None
+
+    def _is_lora_alone(self, name: str) -> bool:
+        """Whether A and B are all that is trained here: no variant, no bias of theirs or of the base."""
         if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
-            return None
-        return name
+            return False
+        bias = self.base_layer.bias
+        return bias is None or not bias.requires_grad

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from whet.engine.linear import BLOCK, NESTED_BLOCK, linear_names
+from whet.engine.linear import BLOCK, NESTED_BLOCK, frozen_names
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 OPTIMISER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0.1, "sgd": 4}
@@ -64,7 +64,7 @@ def _frozen_bytes(model: nn.Module, sizes: Sizes) -> int:
     if sizes.storage in DTYPE_BYTES:
         return sum(p.numel() for p in frozen) * DTYPE_BYTES[sizes.storage]
     network = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    linears = {f"{name}.weight" for name in linear_names(network) if not name.endswith(("lora_A", "lora_B"))}
+    linears = {f"{name}.weight" for name in frozen_names(network) if not name.endswith(("lora_A", "lora_B"))}
     packed = plain = 0
     for name, parameter in network.named_parameters():  # type: ignore[union-attr]
         if parameter.requires_grad:

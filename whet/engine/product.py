@@ -21,26 +21,32 @@ from whet.engine.nf4 import TENSORS, rebuild_nf4, rebuild_nf4_as_fp8
 
 E4M3 = torch.float8_e4m3fn
 WIDEST_RANK = 128  # above it the low-rank product is no longer bound by memory, and cuBLAS is as good
+LONG = 8192  # from here on cuBLAS multiplies faster without scales of rows and columns than with them (docs/log.md)
 Tensors = Sequence[torch.Tensor | None]
+Update = tuple[torch.Tensor, torch.Tensor]
 
 
-def forward_product(kind: str, x: torch.Tensor, weights: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [T, K] times the weights [N, K] of one input: [T, N] in x's type. kind: storage, or storage+fp8."""
+def forward_product(
+    kind: str, x: torch.Tensor, weights: Tensors, bias: torch.Tensor | None, update: Update | None = None
+) -> torch.Tensor:
+    """x [T, K] times the weights [N, K] of one input: [T, N] in x's type. kind: storage, or storage+fp8.
+
+    update: a [T, r] and b [N, r]; a b^T is added.
+    """
     if not kind.endswith("+fp8"):
-        return linear(x, dense(kind, weights, x.dtype), bias)
+        return _added(linear(x, dense(kind, weights, x.dtype), bias), update)
     codes, scale = fp8_rows(kind, weights)
     rows, row_scale = quantised_rows(x, None)
-    return scaled_product(rows, row_scale, codes, scale, bias, x.dtype)
+    return scaled_product(rows, row_scale, codes, scale, bias, x.dtype, update)
 
 
-def backward_product(kind: str, grad: torch.Tensor, weights: Tensors) -> torch.Tensor:
-    """grad [T, N] times the weights [N, K]: [T, K] in grad's type."""
+def backward_product(kind: str, grad: torch.Tensor, weights: Tensors, update: Update | None = None) -> torch.Tensor:
+    """grad [T, N] times the weights [N, K]: [T, K] in grad's type. update: a [T, r] and b [K, r]; a b^T is added."""
     if not kind.endswith("+fp8"):
-        return grad @ dense(kind, weights, grad.dtype)
+        return _added(grad @ dense(kind, weights, grad.dtype), update)
     codes, scale = fp8_columns(kind, weights)
     rows, row_scale = quantised_rows(grad, scale)
-    ones = torch.ones(codes.shape[0], dtype=torch.float32, device=grad.device)
-    return scaled_product(rows, row_scale, codes, ones, None, grad.dtype)
+    return scaled_product(rows, row_scale, codes, None, None, grad.dtype, update)
 
 
 def dense(kind: str, weights: Tensors, dtype: torch.dtype) -> torch.Tensor:
@@ -109,36 +115,69 @@ def quantised_rows(x: torch.Tensor, channel: torch.Tensor | None) -> tuple[torch
 
 
 def scaled_product(
-    rows: torch.Tensor, row_scale: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
-    dtype: torch.dtype,
+    rows: torch.Tensor, row_scale: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor | None,
+    bias: torch.Tensor | None, dtype: torch.dtype, update: Update | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """(rows * row_scale) (codes * scale)^T + bias: rows e4m3 [T, K], codes e4m3 [N, K]; [T, N] in `dtype`."""
-    if rows.is_cuda:
-        return torch._scaled_mm(
-            rows, codes.t(), row_scale[:, None], scale[None, :], bias=bias, out_dtype=dtype, use_fast_accum=True
-        )
-    product = (rows.float() * row_scale[:, None]) @ (codes.float() * scale[:, None]).t()
-    return (product if bias is None else product + bias).to(dtype)
+    """(rows * row_scale) (codes * scale)^T + bias + a b^T: rows e4m3 [T, K], codes e4m3 [N, K]; [T, N] in `dtype`.
+
+    Where the update passes over the result anyhow, it can bring the scales with it.
+    """
+    if not rows.is_cuda:
+        wide = codes.float() if scale is None else codes.float() * scale[:, None]
+        product = (rows.float() * row_scale[:, None]) @ wide.t()
+        return _added((product if bias is None else product + bias).to(dtype), update)
+    if update is not None and bias is None and rows.shape[1] >= LONG and dtype == torch.bfloat16:
+        one = torch.ones((), dtype=torch.float32, device=rows.device)
+        raw = torch._scaled_mm(rows, codes.t(), one, one, out_dtype=dtype, use_fast_accum=True)
+        return add_product(raw, *update, of_row=row_scale, of_column=scale)
+    column = torch.ones(codes.shape[0], dtype=torch.float32, device=rows.device) if scale is None else scale
+    product = torch._scaled_mm(
+        rows, codes.t(), row_scale[:, None], column[None, :], bias=bias, out_dtype=dtype, use_fast_accum=True
+    )
+    return _added(product, update)
 
 
-def add_product(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """y + a b^T, written over y: y [T, N], a [T, r], b [N, r]. y must be fresh."""
+def _added(y: torch.Tensor, update: Update | None) -> torch.Tensor:
+    return y if update is None else add_product(y, *update)
+
+
+def add_product(
+    y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, of_row: torch.Tensor | None = None,
+    of_column: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """y + a b^T, written over y: y [T, N], a [T, r], b [N, r]. y must be fresh.
+
+    of_row float32 [T], of_column float32 [N]: y is multiplied by them first.
+    """
     if not y.is_cuda and not torch.compiler.is_compiling():
-        return y.addmm_(a, b.t())
-    torch.ops.whet.add_product_(y, a, b)
+        return _plain_sum(y, a, b, of_row, of_column)
+    torch.ops.whet.add_product_(y, a, b, of_row, of_column)
     return y
 
 
+def _plain_sum(
+    y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, of_row: torch.Tensor | None, of_column: torch.Tensor | None
+) -> torch.Tensor:
+    if of_row is not None:
+        y.copy_(y.float() * of_row[:, None])
+    if of_column is not None:
+        y.copy_(y.float() * of_column)
+    return y.addmm_(a, b.t())
+
+
 @library.custom_op("whet::add_product_", mutates_args=("y",))
-def _add_product(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def _add_product(
+    y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, of_row: torch.Tensor | None = None,
+    of_column: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     if y.is_cuda and y.dtype != torch.float32 and a.shape[1] <= WIDEST_RANK:
         from whet.engine.rows_triton import add_low_rank
 
-        add_low_rank(y, a if a.stride(1) == 1 else a.contiguous(), b)
+        add_low_rank(y, a if a.stride(1) == 1 else a.contiguous(), b, of_row, of_column)
     else:
-        y.addmm_(a, b.t())
+        _plain_sum(y, a, b, of_row, of_column)
 
 
 @_add_product.register_fake
-def _(y, a, b):
+def _(y, a, b, of_row=None, of_column=None):
     return None

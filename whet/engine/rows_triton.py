@@ -15,10 +15,11 @@ FP8_MAX = 448.0
 
 @triton.jit
 def _add_kernel(
-    y, a, b, rows, columns, stride_y, stride_a, stride_b, step_b,
+    y, a, b, of_row, of_column, rows, columns, stride_y, stride_a, stride_b, step_b,
     RANK: tl.constexpr, PADDED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    ROWS_SCALED: tl.constexpr, COLUMNS_SCALED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y [R, C] += a [R, RANK] b [C, RANK]^T."""
+    """One tile of y [R, C] (times of_row [R] and of_column [C]) += a [R, RANK] b [C, RANK]^T."""
     row = tl.program_id(1) * R + tl.arange(0, R)
     column = tl.program_id(0) * C + tl.arange(0, C)
     k = tl.arange(0, PADDED)
@@ -33,20 +34,33 @@ def _add_kernel(
     )  # fmt: skip
     place = y + row[:, None].to(tl.int64) * stride_y + column[None, :]
     inside = (row[:, None] < rows) & (column[None, :] < columns)
-    value = tl.load(place, mask=inside, other=0.0).to(tl.float32) + tl.dot(left, right)
+    value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    if ROWS_SCALED:
+        value = value * tl.load(of_row + row, mask=row < rows, other=0.0)[:, None]
+    if COLUMNS_SCALED:
+        value = value * tl.load(of_column + column, mask=column < columns, other=0.0)[None, :]
+    value = value + tl.dot(left, right)
     tl.store(place, value.to(y.dtype.element_ty), mask=inside)
 
 
-def add_low_rank(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """y [T, N] += a [T, r] b [N, r]^T in place; rows of y and a contiguous, b in any layout, all bf16 or fp16."""
+def add_low_rank(
+    y: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
+    of_row: torch.Tensor | None = None, of_column: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """y [T, N] += a [T, r] b [N, r]^T in place; rows of y and a contiguous, b in any layout, all bf16 or fp16.
+
+    of_row, of_column: float32 [T] and [N], contiguous; y is multiplied by them before the sum.
+    """
     rows, columns = y.shape
     rank = a.shape[1]
     padded = max(16, triton.next_power_of_2(rank))
     tile_rows, tile_columns = (64, 128) if padded <= 64 else (64, 64)
     grid = (triton.cdiv(columns, tile_columns), triton.cdiv(rows, tile_rows))
     _add_kernel[grid](  # type: ignore[index]
-        y, a, b, rows, columns, y.stride(0), a.stride(0), b.stride(0), b.stride(1),
-        RANK=rank, PADDED=padded, R=tile_rows, C=tile_columns, num_warps=4,
+        y, a, b, y if of_row is None else of_row, y if of_column is None else of_column, rows, columns,
+        y.stride(0), a.stride(0), b.stride(0), b.stride(1),
+        RANK=rank, PADDED=padded, R=tile_rows, C=tile_columns,
+        ROWS_SCALED=of_row is not None, COLUMNS_SCALED=of_column is not None, num_warps=4,
     )  # fmt: skip
 
 

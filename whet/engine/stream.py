@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from whet.base.errors import UserError
 from whet.base.extras import require
-from whet.engine.linear import BLOCK, FrozenLinear, freeze_linears, hollow, linear_names
+from whet.engine.linear import BLOCK, FrozenLinear, freeze_linears, frozen_names, hollow
 from whet.engine.task import CAUSAL, Task, head_names
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class FrozenQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # A weight that is tied has two owners, and one of them would be left without it: those wait for the end.
         tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-        names = (f"{name}.weight" for name in linear_names(model) if isinstance(model.get_submodule(name), nn.Linear))
+        names = (f"{name}.weight" for name in frozen_names(model) if isinstance(model.get_submodule(name), nn.Linear))
         self.waiting = {name for name in names if name not in tied}
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
@@ -192,7 +192,7 @@ def random_frozen(network: PreTrainedModel, device: torch.device, storage: str, 
     One layer at a time; the random numbers are other ones than a dense model of the same seed would get, and frozen
     layers have the plain spread where an architecture scales some by its depth.
     """
-    for name in linear_names(network):
+    for name in frozen_names(network):
         parent_name, _, child = name.rpartition(".")
         parent = network.get_submodule(parent_name)
         linear = getattr(parent, child)

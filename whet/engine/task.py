@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from whet.base.errors import UserError
+
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 TaskName = Literal["causal", "classification", "multi_label", "regression", "seq2seq"]
 LABELLED: tuple[TaskName, ...] = ("classification", "multi_label", "regression")
@@ -57,6 +60,64 @@ class Task:
 
 
 CAUSAL = Task()
+
+
+def kind_of(config: PreTrainedConfig) -> Literal["decoder", "encoder", "encoder_decoder"]:
+    """What a model is built for: text after text, text as a whole, or text from text."""
+    import transformers
+
+    if config.is_encoder_decoder:
+        return "encoder_decoder"
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return "encoder" if masked else "decoder"
+
+
+def text_task(config: PreTrainedConfig) -> TaskName:
+    """What a model can learn from text: to go on, to answer what its encoder has read, or nothing but labels."""
+    names: dict[str, TaskName] = {"decoder": "causal", "encoder_decoder": "seq2seq", "encoder": "classification"}
+    return names[kind_of(config)]
+
+
+def check_task(name: TaskName, config: PreTrainedConfig) -> None:
+    """Raise UserError where the model cannot be trained for the task."""
+    import transformers
+
+    kind = kind_of(config)
+    if name in LABELLED:
+        able = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    elif name == "seq2seq":
+        able = kind == "encoder_decoder" and type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    else:
+        able = kind == "decoder" and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if able:
+        return
+    wanted = {"causal": "a decoder (Llama, Qwen, GPT-2)", "seq2seq": "an encoder-decoder (T5)"}
+    fixes = {"encoder": "rows with text and label", "encoder_decoder": "model.task=seq2seq"}
+    raise UserError(
+        f"this kind of model cannot be trained for the task {name}", field="model.task",
+        found=f"{config.model_type}, {'an' if kind[0] == 'e' else 'a'} {kind.replace('_', '-')}",
+        expected=wanted.get(name, "a model with a classification head in transformers"),
+        fix=fixes.get(kind, "model.task=causal" if name == "seq2seq" else "give another model") if name not in LABELLED
+        else "give another model",
+    )  # fmt: skip
+
+
+def set_pad(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Give `config` the token that rows are filled up with, where it has none: the tokenizer's, else its end token.
+
+    A decoder's classification head reads the last token that is another one, so without it a padded row would be read
+    at its padding. Raises UserError where there is no such token.
+    """
+    text = config.get_text_config()
+    found = text.pad_token_id
+    if (found is None or found < 0) and tokenizer is not None:
+        found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if found is None or found < 0:  # type: ignore[operator]
+        raise UserError(
+            "neither the model nor its tokenizer has a token to fill rows up with", field="model.tokenizer",
+            expected="pad_token or eos_token", fix="set pad_token in tokenizer_config.json",
+        )  # fmt: skip
+    text.pad_token_id = config.pad_token_id = found  # type: ignore[assignment]
 
 
 def head_names(network: nn.Module) -> list[str]:

@@ -1,28 +1,36 @@
-"""The one list of methods. A new method is one file and one name here."""
+"""The one list of methods. A new method is one file and one name here; PEFT's are rows of `methods.bridged`."""
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import get_args, get_type_hints
 
+from whet.methods.bitfit import BitFit
+from whet.methods.bottleneck import Bottleneck
+from whet.methods.bridge import Bridge
+from whet.methods.bridged import BRIDGED
+from whet.methods.capability import ALL_TASKS
+from whet.methods.diff_pruning import DiffPruning
+from whet.methods.freeze import Freeze, Head
 from whet.methods.full import Full
 from whet.methods.lora import Lora
 
-Method = Lora | Full
+Method = Lora | Full | Freeze | Head | BitFit | DiffPruning | Bottleneck | Bridge
 
-METHODS: dict[str, type[Lora] | type[Full]] = {cls.name: cls for cls in get_args(Method)}
+METHODS: dict[str, type[Method]] = {
+    name: cls for cls in get_args(Method) for name in get_args(get_type_hints(cls)["name"])
+}
 
 
 def capability_rows() -> list[dict[str, object]]:
     """The capability matrix, one dict a method, as `whet methods` prints it."""
-    return [
-        {
-            "method": name,
-            "what": (cls.__doc__ or "").strip(),
-            "storages": list(cls.capability.storages),
-            "mergeable": cls.capability.mergeable,
-            "peft_format": cls.capability.peft_format,
-            "vllm_unmerged": cls.capability.vllm,
-            "learning_rate": cls.capability.learning_rate,
-        }
-        for name, cls in METHODS.items()
-    ]
+    rows: list[dict[str, object]] = []
+    for name, cls in METHODS.items():
+        can = cls(name=name).can  # type: ignore[arg-type]
+        what = BRIDGED[name].what if name in BRIDGED else (cls.__doc__ or "").strip()
+        rows.append({
+            "method": name, "what": what, "storages": list(can.storages),
+            "tasks": "all" if can.tasks == ALL_TASKS else list(can.tasks),
+            "mergeable": can.mergeable, "peft_format": can.peft_format, "vllm_unmerged": can.vllm,
+            "learning_rate": can.learning_rate,
+        })  # fmt: skip
+    return rows

@@ -20,7 +20,7 @@ class Capability:
     called without the method's own wrapper: documents can share a row, losses are fused, decoding is whet's own.
     composable: adapters of it can be combined into one. gguf: its adapter can be exported to GGUF unmerged.
     compiles: its layers compile as whole graphs. shardable: it trains on a sharded base. whole_model: what is saved is
-    a model, not an adapter.
+    a model, not an adapter. recomputes: its layers can be run again in the backward pass (a cache they add to cannot).
     """
 
     storages: tuple[str, ...]
@@ -35,3 +35,4 @@ class Capability:
     compiles: bool = True
     shardable: bool = True
     whole_model: bool = False
+    recomputes: bool = True

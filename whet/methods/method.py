@@ -14,12 +14,15 @@ from whet.engine.task import CAUSAL, Task
 from whet.methods.capability import Capability
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import torch
     from torch import nn
     from transformers import PreTrainedModel
+
+    # Runs the model once; which places [B, T] are no padding, None for all.
+    Pass = tuple[Callable[[], object], torch.Tensor | None]
 
 
 class Method:
@@ -37,6 +40,15 @@ class Method:
         """Freeze `network`, add what is trained, and return the model to train. Raises UserError."""
         raise NotImplementedError
 
+    @property
+    def wants_data(self) -> bool:
+        """Whether `prepare` must be called between `attach` and the first step."""
+        return False
+
+    def prepare(self, model: Any, passes: list[Pass]) -> None:
+        """Start from what the layers read while each of `passes` runs the model once over training rows."""
+        raise NotImplementedError
+
     def save(self, model: Any, directory: Path) -> None:
         """Write what was trained to an existing directory, as safetensors and JSON."""
         raise NotImplementedError
@@ -52,6 +64,11 @@ class Method:
     def fold(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> PreTrainedModel:
         """`network`, plain and dense, with what `save` wrote folded into its weights: a plain model."""
         raise NotImplementedError
+
+    def before_step(self, model: Any, done: float) -> bool:
+        """Called before each step with the share of the steps that are done; returns whether it made another model of
+        it, so that held-out losses up to here say nothing of what will be saved."""
+        return False
 
     def penalty(self, model: Any) -> torch.Tensor | None:
         """What is added to the loss of a step, a scalar with its gradient, or None."""

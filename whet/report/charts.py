@@ -25,7 +25,7 @@ Record = dict[str, object]
 POINT_LIMIT = 1000
 WIDE = 10  # highest value over the median
 _LARGEST_DRAWN = 1e100  # beyond it, differences overflow a double
-_ACRONYMS = {"f1": "F1", "json": "JSON", "kl": "KL"}
+_ACRONYMS = {"f1": "F1", "json": "JSON", "kl": "KL", "mae": "MAE", "mcc": "MCC", "mse": "MSE", "r2": "R²"}
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -359,7 +359,7 @@ def loss_curves(metrics: Sequence[Record]) -> list[Curve]:
     return [*curves, Curve("eval", held_out, "eval", dots=True)] if held_out else curves
 
 
-def write_loss_plot(run_dir: Path) -> Path:
+def write_loss_plot(run_dir: Path, unit: str = "per supervised token") -> Path:
     """`run_dir`/loss.png, 1600 x 900: the same curves as on the page. Says so in the picture when there are none."""
     import io
 
@@ -387,7 +387,7 @@ def write_loss_plot(run_dir: Path) -> Path:
     else:
         axes.text(0.5, 0.5, "no loss recorded yet", ha="center", va="center", transform=axes.transAxes, color="#5a636d")
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss per supervised token" + (", logarithmic" if wide else ""))
+    axes.set_ylabel(f"loss {unit}" + (", logarithmic" if wide else ""))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#e3e1da", lw=0.8)
     axes.spines[["top", "right"]].set_visible(False)

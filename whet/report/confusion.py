@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from html import escape
 
 from whet.report.charts import Record, as_number, plain
-from whet.report.page import objects, safe, score_text, table, visible
+from whet.report.markup import objects, safe, score_text, table, visible
 
 LARGEST_DRAWN = 20  # classes
 LISTED = 20  # confusions

@@ -1,8 +1,8 @@
 """A run directory as one HTML file that needs nothing else: no network, no script to be read, no other room of whet.
 
 Every sentence is made from what the run wrote; what is missing is named together with the command that makes it.
-All text that comes from data passes `safe` (control characters shown, not obeyed; then HTML-escaped), long cells are
-cut and say so, and a content security policy lets only the page's own script run. Given up: interaction beyond hover.
+All text that comes from data passes `markup.safe`, and a content security policy lets only the page's own script run.
+Given up: interaction beyond hover.
 """
 
 from __future__ import annotations
@@ -10,54 +10,33 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 import shlex
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from string import Template
 
 from whet.report import charts
 from whet.report.charts import Curve, Record, as_number, bytes_text, chart, label_of, part, plain, points_of, text_of
+from whet.report.labels import STYLE, classes, is_labelled, label_samples
+from whet.report.markup import (
+    LIST_LIMIT,
+    Html,
+    excerpt,
+    fold,
+    objects,
+    pairs,
+    paragraph,
+    ratio,
+    safe,
+    score_text,
+    spread,
+    table,
+)
 
 SAMPLE_COUNT = 8
-_LIST_LIMIT = 100
-_NEWLINES = re.compile(r"\r\n?|[\x85\u2028\u2029]")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 _RATES = {"accuracy", "match", "f1", "rate", "recall", "precision", "agreement", "rouge", "rouge1", "rouge2", "rougel"}
-_LOWER_IS_BETTER = {"loss", "perplexity", "error", "errors", "kl", "wer", "cer"}
-
-
-class Html(str):
-    """Markup made here. `safe` passes it through and escapes everything else."""
-
-    __slots__ = ()
-
-
-def safe(value: object, limit: int = 300) -> Html:
-    """`value` as text that cannot act: cut to `limit` characters, control characters made visible, HTML-escaped."""
-    if isinstance(value, Html):
-        return value
-    text = text_of(value)
-    note = f' <span class="cut">… {plain(len(text) - limit)} more characters</span>' if len(text) > limit else ""
-    return Html(escape(visible(text[:limit])) + note)
-
-
-def visible(text: str) -> str:
-    """Escape sequences as ␛, bidirectional overrides and lone surrogates as ⟨U+202E⟩; line breaks and tabs stay."""
-    text = _NEWLINES.sub("\n", text)
-    return _CONTROL.sub(lambda m: chr(0x2400 + ord(m[0])) if m[0] < " " else f"⟨U+{ord(m[0]):04X}⟩", text)
-
-
-def score_text(value: object, rate: bool, signed: bool = False) -> str:
-    """0.912 -> 91.2 % for a rate, 0.912 otherwise; `signed` for differences, of rates in points."""
-    number = as_number(value)
-    if number is None:
-        return "–"
-    shown = round(number * 100, 1) if rate else number
-    sign = "+" if signed and shown > 0 else ""
-    return f"{sign}{plain(shown)}{'' if not rate else ' points' if signed else ' %'}"
+_LOWER_IS_BETTER = {"loss", "perplexity", "error", "errors", "kl", "wer", "cer", "mse", "mae"}
 
 
 class Run:
@@ -88,41 +67,6 @@ class Run:
         """What has not been done yet, and the command that does it."""
         target = shlex.quote(str(self.path / "recipe.yaml" if recipe else self.path))
         return Html(f"{text} <code>{safe(f'whet {verb} {target}{rest}', 600)}</code>")
-
-
-def objects(record: Record, key: str) -> list[Record]:
-    items = record.get(key)
-    return [item for item in items if isinstance(item, dict)][:_LIST_LIMIT] if isinstance(items, list) else []
-
-
-def ratio(share: object, whole: object) -> float | None:
-    top, bottom = as_number(share), as_number(whole)
-    return top / bottom if top is not None and bottom else None
-
-
-def table(columns: Mapping[str, str], rows: Sequence[Sequence[object]], chosen: int = -1) -> str:
-    """columns: head -> class (key, num, code or empty). Every cell repeats its head for narrow screens."""
-    head = "".join(f'<th scope="col" class="{css}">{name}</th>' for name, css in columns.items())
-    body = ""
-    for number, row in enumerate(rows):
-        body += "<tr class=chosen>" if number == chosen else "<tr>"
-        for (name, css), cell in zip(columns.items(), row, strict=True):
-            body += f'<td class="{css}" data-label="{name}">{safe(cell)}</td>'
-        body += "</tr>"
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def pairs(items: Mapping[str, object]) -> str:
-    rows = "".join(f"<div><dt>{safe(label_of(key))}</dt><dd>{safe(value)}</dd></div>" for key, value in items.items())
-    return f'<dl class="pairs">{rows}</dl>'
-
-
-def paragraph(css: str, text: str) -> str:
-    return f'<p class="{css}">{text}</p>'
-
-
-def fold(title: str, body: str) -> str:
-    return f"<details><summary>{title}</summary>{body}</details>"
 
 
 class Score:
@@ -158,6 +102,8 @@ def verdict(run: Run) -> tuple[str, str]:
     rows = as_number(run.files["evaluation"].get("rows"))
     where = f" on {plain(rows)} held-out {'row' if rows == 1 else 'rows'}" if rows is not None else ""
     title, after = safe(label_of(score.name)), f"<b>{score_text(score.tuned, score.rate)}</b>"
+    if "baseline" in run.files["evaluation"]:
+        return _against_baseline(score, f"{title} is {after}{where}")
     if score.base is None or score.tuned is None:
         return "", f"{title} is {after}{where}. The base model was not measured, so the change is unknown."
     if score.base == score.tuned:
@@ -169,6 +115,16 @@ def verdict(run: Run) -> tuple[str, str]:
     if not score.sure:
         return "", f"{text}, but the confidence interval of the change, {score.span}, includes no change: not proven."
     return "good" if score.better else "bad", f"{text}. The confidence interval of the change is {score.span}."
+
+
+def _against_baseline(score: Score, text: str) -> tuple[str, str]:
+    """The same of a run whose base cannot answer: against what one would say without reading the rows."""
+    text += f"; one answer for all rows would have <b>{score_text(score.base, score.rate)}</b>"
+    if not score.span:
+        return "", f"{text}. No confidence interval was computed, so the difference may be chance."
+    if not score.sure:
+        return "", f"{text}, and the confidence interval of the difference, {score.span}, includes none: not proven."
+    return "good" if score.better else "bad", f"{text}. The confidence interval of the difference is {score.span}."
 
 
 def _training_verdict(run: Run) -> str:
@@ -188,6 +144,11 @@ def _training_verdict(run: Run) -> str:
     return run.todo(text, "eval", recipe=False)
 
 
+def _learned(run: Run) -> tuple[str, str]:
+    """What a loss is the mean over, and how all that is learned is called: a row with labels is learned as one."""
+    return ("row", "Labels learned") if part(run.files["data"], "labels") else ("supervised token", "Supervised tokens")
+
+
 def head(run: Run) -> str:
     finished, plan, (tone, sentence) = run.files["finished"], run.files["plan"], verdict(run)
     stages = {
@@ -204,7 +165,10 @@ def head(run: Run) -> str:
     facts = {
         "Steps": (text_of(finished.get("steps")), f"best at step {text_of(finished.get('best_step'))}"),
         "Training time": (charts.seconds_text(finished.get("seconds")), label_of(str(finished.get("stopped", "")))),
-        "Supervised tokens": (text_of(finished.get("supervised_tokens")), f"of {text_of(finished.get('tokens'))}"),
+        _learned(run)[1]: (
+            text_of(finished.get("supervised_tokens")),
+            f"of {text_of(finished.get('tokens'))}" if _learned(run)[0] != "row" else "",
+        ),
         "Peak memory": (
             bytes_text(finished.get("peak_memory_bytes")),
             f"{bytes_text(plan.get('peak_bytes'))} predicted",
@@ -231,13 +195,16 @@ def results(run: Run) -> str:
         rows.append([label_of(score.name), _track(score), *values, change, score.span or "–", p])
     if not rows:
         return paragraph("todo", run.todo("The answers have not been measured yet:", "eval", recipe=False))
-    columns = {"Metric": "key", "": "", **dict.fromkeys(("Base", "Tuned", "Change", "Confidence interval", "p"), "num")}
+    before, change = ("Baseline", "Difference") if "baseline" in evaluation else ("Base", "Change")
+    columns = {"Metric": "key", "": ""}
+    columns |= dict.fromkeys((before, "Tuned", change, "Confidence interval", "p"), "num")
     notes = [f"{safe(evaluation['rows'])} held-out rows"] if "rows" in evaluation else []
     notes += [safe(evaluation["decoding"])] if "decoding" in evaluation else []
-    body = f'{paragraph("lead", "; ".join(notes))}<div class="card">{table(columns, rows)}</div>'
+    notes += [f"baseline: {safe(evaluation['baseline'])}"] if "baseline" in evaluation else []
+    body = f'{paragraph("lead", "; ".join(notes))}<div class="card">{table(columns, rows)}</div>{classes(evaluation)}'
     skipped = evaluation.get("skipped")
     if isinstance(skipped, list) and skipped:
-        items = "".join(f"<li>{safe(item)}</li>" for item in skipped[:_LIST_LIMIT])
+        items = "".join(f"<li>{safe(item)}</li>" for item in skipped[:LIST_LIMIT])
         body += fold(f"Skipped ({plain(len(skipped))})", f"<ul>{items}</ul>")
     return body
 
@@ -259,7 +226,7 @@ def training(run: Run) -> str:
         return chart(title, [Curve(title.lower(), points)], unit, is_bytes=is_bytes, from_zero=True)
 
     drawn = (
-        chart("Loss", charts.loss_curves(metrics), "per supervised token", best_step=best),
+        chart("Loss", charts.loss_curves(metrics), f"per {_learned(run)[0]}", best_step=best),
         single("Learning rate", points_of(metrics, "learning_rate", "train")),
         single("Gradient norm", points_of(metrics, "grad_norm", "train")),
         single("Memory", points_of(timing, "memory_bytes"), is_bytes=True),
@@ -273,9 +240,11 @@ def samples(run: Run) -> str:
     rows = run.lines["predictions"]
     if not rows:
         return paragraph("todo", run.todo("No answers have been written yet:", "eval", recipe=False))
+    if any(map(is_labelled, rows)):
+        return label_samples([row for row in rows if is_labelled(row)])
     right, wrong = ([row for row in rows if _is_exact(row) == exact] for exact in (True, False))
-    bad = _spread(wrong, max(SAMPLE_COUNT // 2, SAMPLE_COUNT - len(right)))
-    good = _spread(right, SAMPLE_COUNT - len(bad))
+    bad = spread(wrong, max(SAMPLE_COUNT // 2, SAMPLE_COUNT - len(right)))
+    good = spread(right, SAMPLE_COUNT - len(bad))
     note = (
         f"{plain(len(right))} of {plain(len(rows))} tuned answers match the reference exactly. Shown: {len(bad)} that "
     )
@@ -287,33 +256,22 @@ def _is_exact(row: Record) -> bool:
     return row.get("exact", row.get("tuned") == row.get("reference")) is True
 
 
-def _spread(rows: Sequence[Record], count: int) -> list[Record]:
-    count = min(count, len(rows))
-    return [rows[index * len(rows) // count] for index in range(count)]
-
-
 def _sample(row: Record) -> str:
     css, badge = ("good", "✓ exact") if _is_exact(row) else ("bad", "✗ differs")
     answers = "".join(
-        f'<div class="{key} {css}"><h4>{label_of(key)}</h4><p dir="auto">{_excerpt(row.get(key))}</p></div>'
+        f'<div class="{key} {css}"><h4>{label_of(key)}</h4><p dir="auto">{excerpt(row.get(key))}</p></div>'
         for key in ("base", "tuned", "reference")
     )
     title = f'<header><b>{safe(row.get("id"), 80)}</b><span class="tag {css}">{badge}</span></header>'
-    prompt = f'<p class="prompt" dir="auto">{_excerpt(row.get("prompt"))}</p>'
+    prompt = f'<p class="prompt" dir="auto">{excerpt(row.get("prompt"))}</p>'
     return f'<article class="card sample">{title}{prompt}<div class="answers">{answers}</div></article>'
-
-
-def _excerpt(value: object) -> Html:
-    """Text with its line breaks, cut after 700 characters or 16 lines."""
-    text = text_of(value)
-    return safe(text, len("\n".join(text[:700].split("\n")[:16]))) if text else Html('<span class="cut">empty</span>')
 
 
 def data(run: Run) -> str:
     ledger = run.files["data"]
     if not ledger:
         return paragraph("todo", run.todo("The data has not been checked yet:", "data check"))
-    share = ratio(ledger.get("supervised_tokens"), ledger.get("tokens"))
+    share = None if part(ledger, "labels") else ratio(ledger.get("supervised_tokens"), ledger.get("tokens"))
     note = f"The model learns from {score_text(share, True)} of the tokens; the rest is context." if share else ""
     groups = {key: value for key, value in ledger.items() if isinstance(value, dict)}
     items = {key: value for key, value in ledger.items() if key != "files" and key not in groups}
@@ -350,18 +308,31 @@ def memory(run: Run) -> str:
     return f'{paragraph("lead", note)}<div class="card">{table({"Part": "key", "": "wide", "Size": "num"}, rows)}</div>'
 
 
+_CERTIFIED = {  # what a certificate says of a candidate -> its column and whether it is a share
+    "mean_kl": ("Mean KL, nats", False), "max_kl": ("Max KL, nats", False),
+    "top1_agreement": ("Same top token", True), "greedy_agreement": ("Same greedy answer", True),
+    "max_logit_difference": ("Largest logit difference", False),
+    "mean_probability_change": ("Mean probability change", False), "mean_value_change": ("Mean value change", False),
+    "equal_labels": ("Same labels", True),
+}  # fmt: skip
+
+
 def merge(run: Run) -> str:
     certificate = run.files["merge"]
     if not certificate:
         return paragraph("todo", run.todo("The adapter has not been merged yet:", "merge", recipe=False, rest=" out/"))
     candidates = objects(certificate, "candidates")
-    words, rates = ("name", "dtype", "mean_kl", "max_kl"), ("top1_agreement", "greedy_agreement")
-    rows = [[*map(item.get, words), *(score_text(item.get(key), True) for key in rates)] for item in candidates]
+    said = {key: form for key, form in _CERTIFIED.items() if any(item.get(key) is not None for item in candidates)}
+    rows = [
+        [item.get("name"), item.get("dtype"), *(score_text(item.get(key), share) for key, (_, share) in said.items())]
+        for item in candidates
+    ]
     kept, prompts, positions, path = (safe(certificate.get(key)) for key in ("chosen", "prompts", "positions", "path"))
-    chosen = next((i for i, item in enumerate(candidates) if item.get("name") == certificate.get("chosen")), -1)
-    columns = {"Candidate": "key", "Type": "", "Mean KL, nats": "num", "Max KL, nats": "num"}
-    columns |= {"Same top token": "num", "Same greedy answer": "num"}
-    note = f"Compared on {prompts} prompts, {positions} positions. Kept: <b>{kept}</b>, in <code>{path}</code>."
+    names = [(item.get("name"), f"{item.get('name')} base, {item.get('dtype')}") for item in candidates]
+    chosen = next((i for i, both in enumerate(names) if certificate.get("chosen") in both), -1)
+    columns = {"Candidate": "key", "Type": "", **{title: "num" for title, _ in said.values()}}
+    compared = f"{prompts} prompts, {positions} positions" if "positions" in certificate else f"{prompts} rows"
+    note = f"Compared on {compared}. Kept: <b>{kept}</b>, in <code>{path}</code>."
     return paragraph("lead", note) + (f'<div class="card">{table(columns, rows, chosen)}</div>' if rows else "")
 
 
@@ -393,7 +364,7 @@ def write_page(run_dir: Path) -> Path:
     page = Template(template).substitute(
         {section.__name__: section(run) for section in sections},
         title=safe(run_dir.resolve().name, 120),
-        style=(here / "page.css").read_text(encoding="utf-8"),
+        style=(here / "page.css").read_text(encoding="utf-8") + STYLE,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         run_dir=safe(str(run_dir)),
     )

@@ -1,4 +1,7 @@
-"""A conversation in the terminal with a run or a model, streamed as it is written."""
+"""A conversation in the terminal with a run or a model, streamed as it is written.
+
+An encoder-decoder answers one text at a time: it was trained on pairs, and what was said before is no part of them.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,14 @@ from whet.base.errors import UserError
 from whet.data.example import Message
 from whet.data.goldens import FILE as CONTRACT
 from whet.data.goldens import check_contract
+from whet.data.labels import encode_texts
 from whet.data.template import use_template
 from whet.data.tokenise import Tokeniser
 from whet.engine.config import Base, Model
 from whet.engine.generate import stream
 from whet.engine.load import load_model, load_tokenizer
 from whet.engine.open import answering, open_trained
+from whet.engine.sequence import answer_sources
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,46 @@ class Chat:
         return self.tokeniser.answered(messages, text)  # type: ignore[arg-type]
 
 
-def open_chat(target: str, *, max_new_tokens: int = 256) -> Chat:
-    """A chat with a run directory, a model directory, a hub name or a built-in model. Raises UserError."""
+@dataclass(frozen=True)
+class OneTurn:
+    """An encoder-decoder that answers the last message alone."""
+
+    network: Any
+    tokeniser: Tokeniser
+    max_length: int | None
+    max_new_tokens: int = 256
+
+    def reply(self, messages: list[Message], streamer: Any = None) -> str:
+        """The greedy answer to the last message, below the system's if there is one; pieces go to `streamer`."""
+        tokenizer = self.tokeniser.tokenizer
+        asked = [message for message in messages[:-1] if message.role == "system"] + messages[-1:]
+        source = encode_texts(
+            tokenizer, ["\n\n".join(message.content for message in asked)], max_length=self.max_length
+        )
+        (ids,) = answer_sources(
+            self.network, source, max_new_tokens=self.max_new_tokens, batch_size=1, streamer=streamer
+        )
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[return-value]
+
+
+def open_chat(target: str, *, max_new_tokens: int = 256) -> Chat | OneTurn:
+    """A chat with a run directory, a model directory, a hub name or a built-in model.
+
+    Raises UserError, also for a run with labels, which has nothing to say.
+    """
     if (Path(target) / "recipe.yaml").is_file():
         run = runs.open_run(target)
         recipe = run.recipe
+        if run.task.labelled:
+            raise UserError(
+                f"the run was trained for {run.task.name.replace('_', '-')}: it labels texts and does not write",
+                file=str(run.path), expected="a run that was trained on conversations or text",
+                fix=f"whet predict {run.path}",
+            )  # fmt: skip
+        if run.task.name == "seq2seq":
+            opened = open_trained(recipe.model, recipe.base, run.trained, recipe.method, run.task)
+            tokeniser = Tokeniser(load_tokenizer(recipe.model), chat=False)
+            return OneTurn(opened.answering, tokeniser, recipe.data.max_length, max_new_tokens)
         tokenizer = load_tokenizer(recipe.model)
         use_template(tokenizer, recipe.model.chat_template)
         tokeniser = Tokeniser(tokenizer, chat=True)
@@ -59,7 +99,7 @@ def open_chat(target: str, *, max_new_tokens: int = 256) -> Chat:
     return Chat(load_model(model, answering(model, Base())), tokeniser, max_new_tokens)
 
 
-def talk(chat: Chat, first: str | None, system: str | None, *, quiet: bool) -> list[dict[str, str]]:
+def talk(chat: Chat | OneTurn, first: str | None, system: str | None, *, quiet: bool) -> list[dict[str, str]]:
     """Answer `first`, or read lines until they end, streaming to stdout unless `quiet`; returns the conversation."""
     from transformers import TextStreamer
 

@@ -91,9 +91,9 @@ def arrange(
     check_arrangement(train, placement.device, padded=not batches.flat)
     on_gpu = placement.device.type == "cuda"
     compiled = _compiled(train, network, batches, steps, on_gpu)
-    both = _keeps_both(placement)
-    fused = _fused(train, placement, model, both)
-    matrices, vectors = _split(fused, model)
+    both = keeps_both(placement)
+    fused = fused_groups(train, placement, model, both)
+    matrices, vectors = split_trained(fused, model)
     if placement.fp8_head and forward.head is not None:
         forward = replace(forward, head=forward.head.in_fp8(network, both_orders=both))
     if placement.offload_embedding:
@@ -153,15 +153,20 @@ def _compiled(train: Train, network: torch.nn.Module, batches: Batches, steps: i
     return worth_compiling(sum(p.numel() for p in network.parameters()), tokens)
 
 
-def _fused(train: Train, placement: Placement, model: torch.nn.Module, both: bool) -> Fused | None:
-    """The LoRA layers in groups, unless the optimiser needs to see each matrix or there are none."""
+def fused_groups(
+    train: Train, placement: Placement, model: torch.nn.Module, both: bool, probe: torch.nn.Module | None = None
+) -> Fused | None:
+    """The LoRA layers in groups, unless the optimiser needs to see each matrix or there are none.
+
+    probe: what to call instead of `model`, which is inside it, where token ids alone are not enough.
+    """
     if train.optim == "adafactor" or not hasattr(model, "peft_config"):
         return None
-    found = fuse(model, compute=placement.compute, fp8=placement.fp8, keep_transposed=both)
+    found = fuse(probe or model, compute=placement.compute, fp8=placement.fp8, keep_transposed=both)
     return found if found.groups else None
 
 
-def _keeps_both(placement: Placement) -> bool:
+def keeps_both(placement: Placement) -> bool:
     """Whether FP8 bytes are kept in both orders: as set, else where they are small beside the free memory."""
     if placement.offload_embedding:  # who asks for that wants the least memory
         return False
@@ -171,7 +176,9 @@ def _keeps_both(placement: Placement) -> bool:
     return held < KEPT_SHARE * torch.cuda.mem_get_info(placement.device)[0]
 
 
-def _split(fused: Fused | None, model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+def split_trained(
+    fused: Fused | None, model: torch.nn.Module
+) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
     """(weights that decay, those that do not); a group's row holds matrices."""
     rest = [p for p in model.parameters() if p.requires_grad] if fused is None else fused.rest
     leaves = [] if fused is None else fused.leaves

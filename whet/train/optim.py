@@ -1,4 +1,8 @@
-"""Optimisers: torch's, and bitsandbytes' 8-bit ones on a CUDA GPU."""
+"""Optimisers: torch's, and bitsandbytes' 8-bit ones on a CUDA GPU.
+
+A parameter may learn at a multiple of the learning rate (`engine.group.rate_ratio`, for LoRA+): it stands in a group of
+its own, whose rate is that multiple of the schedule's.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import torch
 
 from whet.base.errors import UserError
 from whet.base.extras import require
+from whet.engine.group import rate_ratio
 from whet.settings import Train
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
@@ -41,13 +46,14 @@ def build_optimiser(
 ) -> torch.optim.Optimizer:  # fmt: skip
     """The optimiser over the trainable parameters; weight decay on matrices only, not on biases or norms.
 
-    captured: the update will be part of a CUDA graph, so the rate is a tensor on the device.
+    captured: the update will be part of a CUDA graph, so each rate is a tensor on the device.
     """
-    groups = [
-        {"params": list(matrices), "weight_decay": train.weight_decay},
-        {"params": list(vectors), "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = []
+    for parameters, decay in ((matrices, train.weight_decay), (vectors, 0.0)):
+        for ratio in dict.fromkeys(map(rate_ratio, parameters)):
+            chosen = [parameter for parameter in parameters if rate_ratio(parameter) == ratio]
+            shown = torch.tensor(rate * ratio, device=chosen[0].device) if captured else rate * ratio
+            groups.append({"params": chosen, "weight_decay": decay, "lr": shown, "rate_ratio": ratio})
     if train.optim == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)
     if train.optim == "adafactor":
@@ -56,9 +62,9 @@ def build_optimiser(
     beta2 = BETA2 if train.adam_beta2 is None else train.adam_beta2
     epsilon = EPSILON if train.adam_epsilon is None else train.adam_epsilon
     if train.optim == "adamw":
-        device = groups[0]["params"][0].device  # type: ignore[index,union-attr]
-        shown = torch.tensor(rate, device=device) if captured else rate
-        return torch.optim.AdamW(groups, lr=shown, betas=(beta1, beta2), eps=epsilon, fused=True, capturable=captured)
+        return torch.optim.AdamW(
+            groups, lr=groups[0]["lr"], betas=(beta1, beta2), eps=epsilon, fused=True, capturable=captured
+        )
     optim = require("bitsandbytes.optim", f"train.optim: {train.optim}")
     kind = optim.AdamW8bit if train.optim == "adamw_8bit" else optim.PagedAdamW8bit
     return kind(groups, lr=rate, betas=(beta1, beta2), eps=epsilon)
@@ -67,7 +73,8 @@ def build_optimiser(
 def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of every group, where it is a tensor in place."""
     for group in optimiser.param_groups:
+        its_own = rate * group.get("rate_ratio", 1.0)
         if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(its_own)
         else:
-            group["lr"] = rate
+            group["lr"] = its_own

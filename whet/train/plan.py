@@ -8,26 +8,32 @@ import torch
 
 from whet.engine.device import place
 from whet.engine.head import CHUNK_LOGITS
-from whet.engine.load import checkpoint_storage, empty_model, longest_input
+from whet.engine.load import checkpoint_storage, empty_model, load_config, longest_input
 from whet.engine.plan import Sizes, plan_memory
+from whet.engine.task import Task
 from whet.recipe import Recipe
+from whet.train.padded import assumed_task, check_recipe
 
 USUAL_LENGTH = 2048
 
 
-def plan(recipe: Recipe, *, tokens: int | None = None) -> dict[str, Any]:
+def plan(recipe: Recipe, *, tokens: int | None = None, task: Task | None = None) -> dict[str, Any]:
     """trainable_params, all_params, memory by class (bytes), peak_bytes, and the assumptions they rest on.
 
     tokens: of the largest forward pass, when the data are known; else rows times data.max_length (auto: 2,048).
+    task: what the data are for, when they are known. Raises UserError for a task that the model or method cannot do.
     """
-    model = empty_model(recipe.model, "fp32")
+    config = load_config(recipe.model)
+    task = task or assumed_task(recipe, config)
+    check_recipe(recipe, config, task)
+    model = empty_model(recipe.model, "fp32", task)
     width = getattr(model.config.get_text_config(), "hidden_size", None)
     stored = checkpoint_storage(recipe.model)
     placement = place(recipe.base, recipe.method.can.storages, width, stored=stored)
     readable = longest_input(model.config)
     length = recipe.data.max_length or min(readable or USUAL_LENGTH, USUAL_LENGTH)
     with torch.device("meta"):
-        attached = recipe.method.attach(model)
+        attached = recipe.method.attach(model, task)
     sizes = Sizes(
         storage=placement.storage,
         compute=placement.arithmetic,
@@ -35,10 +41,11 @@ def plan(recipe: Recipe, *, tokens: int | None = None) -> dict[str, Any]:
         optimiser=recipe.train.optim,
         tokens=tokens or recipe.train.per_device_train_batch_size * length,
         checkpointing=bool(recipe.train.gradient_checkpointing),
-        chunk_logits=CHUNK_LOGITS[placement.device.type],
+        chunk_logits=0 if task.labelled else CHUNK_LOGITS[placement.device.type],
     )
     found = plan_memory(attached, sizes)
     assumed = {
+        "task": task.name,
         "device": placement.device.type,
         "storage": sizes.storage,
         "compute": sizes.compute,
@@ -46,6 +53,8 @@ def plan(recipe: Recipe, *, tokens: int | None = None) -> dict[str, Any]:
         "optimiser": sizes.optimiser,
         "gradient_checkpointing": sizes.checkpointing,
     }
+    if task.labels:
+        assumed["labels"] = len(task.labels)
     return {"model": recipe.model.path, "method": recipe.method.name, **found, "assumed": assumed}
 
 

@@ -17,18 +17,19 @@ import torch
 
 from whet.base.console import Progress, bytes_text, say
 from whet.base.errors import UserError
-from whet.base.files import whole_directory
-from whet.data.batches import Batches
+from whet.base.files import whole_directory, write_json
 from whet.data.goldens import FILE as CONTRACT
 from whet.data.goldens import write_contract
 from whet.engine.memory import keep_freed_memory, peak_bytes, used_bytes
+from whet.methods.method import Method
 from whet.recipe import Parsed, fingerprint
-from whet.runs import Run
+from whet.runs import LABELS, Run
 from whet.train import checkpoint
 from whet.train.arrange import Arrangement
 from whet.train.checkpoint import Identity
 from whet.train.graph import GraphSteps
 from whet.train.optim import build_optimiser, set_rate
+from whet.train.padded import padded_batches
 from whet.train.record import Recorder
 from whet.train.schedule import learning_rate
 from whet.train.setup import Ready, batches_of, build_model, get_ready, show_ledger
@@ -99,11 +100,18 @@ class Loop:
         self.total = self.settings.max_steps or 0
         self.held_out = _evaluation_batches(ready)
         assert self.settings.learning_rate is not None
+        self.method = ready.recipe.method
+        penalised = type(self.method).penalty is not Method.penalty
+        captured = arranged.graphs and not penalised
         self.optimiser = build_optimiser(
-            self.settings, arranged.matrices, arranged.vectors, self.settings.learning_rate, captured=arranged.graphs
+            self.settings, arranged.matrices, arranged.vectors, self.settings.learning_rate, captured=captured
         )
-        steps = GraphSteps if arranged.graphs else Steps
-        self.steps = steps(model, self.optimiser, self.forward, self.settings.max_grad_norm)
+        self.steps: GraphSteps | Steps
+        if captured:
+            self.steps = GraphSteps(model, self.optimiser, self.forward, self.settings.max_grad_norm)
+        else:
+            penalty = partial(self.method.penalty, model) if penalised else None
+            self.steps = Steps(model, self.optimiser, self.forward, self.settings.max_grad_norm, penalty)
         self.identity = Identity(fingerprint(ready.recipe), ready.prepared.ledger.sha256)
         self.recorder = Recorder(self.run.metrics, self.run.timing, self.settings.report_to)
         self.state = State()
@@ -143,6 +151,9 @@ class Loop:
         )
         set_rate(self.optimiser, rate)
         batches = self.batches.step(index)
+        if self.method.before_step(self.model, index / self.total):
+            self.state.best_loss = self.state.best_step = None
+            self.state.evaluations_without_gain = 0
         launch = partial(self.steps.step, batches, index + 1)
         pending = self.arranged.first(launch) if self.launched is None else launch()
         self._settle(bar)
@@ -240,10 +251,14 @@ class Loop:
             checkpoint.load_weights(self.run.checkpoints / f"step-{best}", self.model)
             say(f"keeping step {best}, the lowest held-out loss ({self.state.best_loss:.4f})")
         kept = best if self.settings.load_best_model_at_end and best is not None else self.state.step
+        self.method.settle(self.model)  # after the best weights are back: they may be from before it would be settled
         tokeniser = self.ready.prepared.tokeniser
         with whole_directory(self.run.trained) as directory:
-            self.ready.recipe.method.save(self.model, directory)  # type: ignore[arg-type]
+            self.method.save(self.model, directory)  # type: ignore[arg-type]
             tokeniser.tokenizer.save_pretrained(str(directory))
+            task = self.ready.prepared.task
+            if task.name != "causal":
+                write_json(directory / LABELS, {"task": task.name, "labels": list(task.labels)})
             if tokeniser.template is not None:
                 write_contract(tokeniser, directory / CONTRACT)
         self.run.write("finished.json", self._summary(stop, kept))
@@ -298,9 +313,7 @@ def _evaluation_batches(ready: Ready) -> list[Any]:
     """The held-out rows in batches of similar length, up to a bound on their tokens; each row stands alone."""
     rows = ready.prepared.evaluation
     settings, data = ready.recipe.train, ready.recipe.data
-    batches = Batches(
-        rows, None, size=settings.per_device_train_batch_size, accumulate=1, flat=bool(data.padding_free), seed=0
-    )
+    batches = padded_batches(rows, data, size=settings.per_device_train_batch_size, accumulate=1, seed=0)
     chosen, tokens = [], 0
     for units in batches.all() if len(rows) else []:
         tokens += int(rows.lengths[units].sum())

@@ -19,20 +19,25 @@ from whet.base.errors import UserError
 from whet.base.files import write_text
 from whet.base.seed import seed_everything
 from whet.data.batches import Batches
+from whet.data.labels import labels_text
 from whet.data.ledger import Ledger
 from whet.data.prepare import Prepared, prepare
+from whet.data.task_batches import TaskBatches
 from whet.data.template import use_template
 from whet.engine.device import Placement, device_name, place
 from whet.engine.head import find_head
 from whet.engine.isolation import check_isolation
 from whet.engine.linear import count_parameters
 from whet.engine.load import checkpoint_storage, load_config, load_model, load_tokenizer, longest_input
+from whet.engine.task import Task, text_task
 from whet.recipe import Parsed, Recipe, to_yaml
 from whet.runs import Run
 from whet.train.arrange import Arrangement, arrange, check_arrangement
 from whet.train.loss import Forward
 from whet.train.optim import check_optimiser
+from whet.train.padded import arrange_padded, check_recipe, data_for, is_padded, padded_batches
 from whet.train.plan import plan
+from whet.train.task_loss import task_forward
 
 DECAY_RATIO = 0.2
 
@@ -60,15 +65,19 @@ def get_ready(parsed: Parsed) -> Ready:
     placement = place(recipe.base, recipe.method.can.storages, width, stored=stored)
     check_optimiser(recipe.train, placement.device)
     check_arrangement(recipe.train, placement.device, padded=recipe.data.padding_free is False)
+    if recipe.model.task is not None:
+        check_recipe(recipe, config, Task(recipe.model.task))
+    data = data_for(recipe)
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.model.chat_template)
-    prepared = prepare(recipe.data, tokenizer, longest_input(config))
+    prepared = prepare(data, tokenizer, longest_input(config), recipe.model.task, text_task(config))
     prepared.ledger.gate()
+    check_recipe(recipe, config, prepared.task)
     decided = _decided(recipe, prepared, placement)
     facts = {
         "environment.json": environment(placement),
         "data.json": prepared.ledger.as_dict(),
-        "plan.json": plan(recipe, tokens=_most_tokens(recipe, prepared)),
+        "plan.json": plan(recipe, tokens=_most_tokens(recipe, prepared), task=prepared.task),
     }
     run, existed = runs.start(parsed, decided, facts)
     known = (run.read("data.json") or {}).get("sha256")
@@ -81,36 +90,50 @@ def get_ready(parsed: Parsed) -> Ready:
     return Ready(run, existed, prepared, placement)
 
 
-def batches_of(ready: Ready) -> Batches:
+def batches_of(ready: Ready) -> Batches | TaskBatches:
     """The training batches in their order."""
-    train, data = ready.recipe.train, ready.recipe.data
-    return Batches(
-        ready.prepared.train,
-        ready.prepared.bins,
-        size=train.per_device_train_batch_size,
-        accumulate=train.gradient_accumulation_steps,
-        flat=bool(data.padding_free),
-        seed=train.seed,
-    )
+    train = ready.recipe.train
+    return padded_batches(
+        ready.prepared.train, ready.recipe.data, size=train.per_device_train_batch_size,
+        accumulate=train.gradient_accumulation_steps, seed=train.seed, bins=ready.prepared.bins,
+    )  # fmt: skip
 
 
 def build_model(ready: Ready) -> tuple[torch.nn.Module, Ready, Arrangement]:
     """Seed, load, attach the method, check isolation, arrange for speed; returns the model in training mode."""
     recipe, placement = ready.recipe, ready.placement
     seed_everything(recipe.train.seed)
-    network = load_model(recipe.model, placement)
-    model = recipe.method.attach(network)
+    task = ready.prepared.task
+    network = load_model(recipe.model, placement, task)
+    model = recipe.method.attach(network, task)
+    if is_padded(recipe, task):
+        return _padded(ready, network, model)
     ready = _isolated(ready, model, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
     autocast = placement.compute if placement.autocast else None
     forward = Forward(placement.device, placement.compute, placement.autocast, find_head(network, autocast=autocast))
-    trainable, total = count_parameters(model)
-    say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
+    _say_parameters(model)
     model.train()
-    arranged = arrange(
-        recipe.train, placement, model, network, forward, batches_of(ready), steps=recipe.train.max_steps or 1
-    )
+    batches = batches_of(ready)
+    assert isinstance(batches, Batches)
+    arranged = arrange(recipe.train, placement, model, network, forward, batches, steps=recipe.train.max_steps or 1)
     ready.run.write("arrangement.json", arranged.facts)
     return model, ready, arranged
+
+
+def _padded(ready: Ready, network: Any, model: torch.nn.Module) -> tuple[torch.nn.Module, Ready, Arrangement]:
+    """The rest of `build_model` for tasks and methods whose rows are padded."""
+    recipe = ready.recipe
+    forward = task_forward(network, ready.placement, ready.prepared.task, virtual=not recipe.method.can.inside)
+    _say_parameters(model)
+    model.train()
+    arranged = arrange_padded(recipe.train, ready.placement, model, network, forward, batches_of(ready))
+    ready.run.write("arrangement.json", arranged.facts)
+    return model, ready, arranged
+
+
+def _say_parameters(model: torch.nn.Module) -> None:
+    trainable, total = count_parameters(model)
+    say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
 
 
 def environment(placement: Placement) -> dict[str, Any]:
@@ -138,11 +161,15 @@ def show_ledger(ledger: Ledger) -> None:
     """The lines of the ledger that a person should see before the first step."""
     share = 100 * ledger.supervised_tokens / max(1, ledger.tokens)
     say(f"data: {ledger.rows_train:,} rows to learn from, {ledger.rows_eval:,} held out ({ledger.format})")
-    say(f"learned: {ledger.supervised_tokens:,} of {ledger.tokens:,} tokens ({share:.0f} %)")
+    if ledger.labels:
+        say(f"task: {ledger.task}, {labels_text(ledger.task, ledger.labels)}")
+    else:
+        say(f"learned: {ledger.supervised_tokens:,} of {ledger.tokens:,} tokens ({share:.0f} %)")
     for count, text in (
         (len(ledger.dropped), "rows dropped (data.json names each)"),
         (ledger.tokens_lost, "tokens lost to data.max_length"),
         (ledger.rows_without_end_of_turn, "rows whose end of turn is not learned: the model may not know when to stop"),
+        (ledger.contradictory_rows, "rows whose text stands in another row with another label"),
         (ledger.rows_on_both_sides, "rows stand on both sides of the split: held-out scores will flatter"),
     ):
         if count:
@@ -154,6 +181,8 @@ def _most_tokens(recipe: Recipe, prepared: Prepared) -> int:
     size = recipe.train.per_device_train_batch_size
     if prepared.bins is not None:
         return size * prepared.max_length
+    if prepared.train.labels is not None or prepared.train.answers is not None:
+        return TaskBatches(prepared.train, size=size, accumulate=1, seed=0).largest()
     return int(sum(sorted(prepared.train.lengths.tolist(), reverse=True)[:size]))
 
 
@@ -187,14 +216,22 @@ def _decided(recipe: Recipe, prepared: Prepared, placement: Placement) -> dict[s
         decided["train.save_steps"] = (every, "with every evaluation")
     if train.lr_scheduler_type == "warmup_stable_decay" and train.decay_ratio is None:
         decided["train.decay_ratio"] = (DECAY_RATIO, "the last fifth")
-    if recipe.data.padding_free is None:
-        decided["data.padding_free"] = (True, "the model passed the isolation check")
+    decided |= {path: entry for path, entry in _layout(recipe).items() if path not in prepared.decided}
     if not len(prepared.evaluation) and train.early_stopping_patience is not None:
         raise UserError(
             "early stopping needs held-out rows", field="train.early_stopping_patience", found="no held-out row",
             expected="data.val_size above 0, or data.eval_dataset", fix="data.val_size=0.05",
         )  # fmt: skip
     return decided
+
+
+def _layout(recipe: Recipe) -> dict[str, tuple[object, str]]:
+    """How rows share a batch, where the recipe leaves it open."""
+    if recipe.method.can.inside:
+        usual = (True, "the model passed the isolation check")
+        return {} if recipe.data.padding_free is not None else {"data.padding_free": usual}
+    why = f"{recipe.method.name} puts tokens in front of each row"
+    return {f"data.{name}": (False, why) for name in ("packing", "padding_free")}
 
 
 def _isolated(ready: Ready, model: torch.nn.Module, vocabulary: int) -> Ready:

@@ -6,7 +6,7 @@ that is not finite stops here, before it enters the weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,8 @@ class NotFinite(Exception):
 
 @dataclass(frozen=True)
 class Stepped:
-    """loss: mean over the step's learned tokens; grad_norm: before clipping; tokens: real ones; targets: learned."""
+    """loss: mean over the step's learned tokens, without a penalty; grad_norm: before clipping; tokens: real ones;
+    targets: learned."""
 
     loss: float
     grad_norm: float
@@ -52,8 +53,12 @@ def train_step(
     *,
     max_grad_norm: float,
     step: int,
+    penalty: Callable[[], torch.Tensor | None] | None = None,
 ) -> Stepped:
-    """Forward and backward over the micro-batches, then one update. Raises NotFinite instead of updating."""
+    """Forward and backward over the micro-batches, then one update. Raises NotFinite instead of updating.
+
+    penalty: makes what is added to the mean loss of the whole step, once, however many micro-batches there are.
+    """
     targets = sum(len(batch.targets) for batch in batches)
     if forward.prepare is not None:
         forward.prepare()
@@ -62,6 +67,9 @@ def train_step(
         loss = forward.loss(model, batch) / targets
         loss.backward()
         total += loss.detach()
+    extra = penalty() if penalty is not None else None
+    if extra is not None:
+        extra.backward()
     parameters = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
     limit = max_grad_norm if max_grad_norm > 0 else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
@@ -80,15 +88,17 @@ class Steps:
     """Runs steps one by one, each to its end."""
 
     def __init__(
-        self, model: torch.nn.Module, optimiser: torch.optim.Optimizer, forward: Forward, max_grad_norm: float
-    ) -> None:
+        self, model: torch.nn.Module, optimiser: torch.optim.Optimizer, forward: Forward, max_grad_norm: float,
+        penalty: Callable[[], torch.Tensor | None] | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.optimiser, self.forward, self.limit = model, optimiser, forward, max_grad_norm
+        self.penalty = penalty
 
     def step(self, batches: Sequence[Batch], step: int) -> Pending:
         """One optimiser step. Raises NotFinite."""
-        return Pending(
-            train_step(self.model, self.optimiser, batches, self.forward, max_grad_norm=self.limit, step=step)
-        )
+        return Pending(train_step(
+            self.model, self.optimiser, batches, self.forward, max_grad_norm=self.limit, step=step, penalty=self.penalty
+        ))  # fmt: skip
 
 
 @torch.inference_mode()

@@ -1,0 +1,78 @@
+"""The parts of a report that only a run with labels has: classes one by one, confusions, and rows with their labels.
+
+The table of classes leads with the lowest F1, since that is where to look; a long one is folded away. It reads what
+`evaluate.labels` wrote, as JSON that may be damaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from whet.report.charts import Record, as_number, part, plain
+from whet.report.confusion import STYLE as CONFUSION_STYLE
+from whet.report.confusion import confusion
+from whet.report.markup import Html, excerpt, fold, objects, paragraph, safe, score_text, spread, table
+
+STYLE = f"{CONFUSION_STYLE}.confusion {{ margin-top: 0.9rem; }}\n"
+UNFOLDED = 20  # classes
+MOST_CLASSES = 10_000  # read
+LARGEST_TABLE = 300
+SHOWN_ROWS = 12
+
+
+def is_labelled(row: Record) -> bool:
+    """Whether a row of predictions.jsonl is one with a label."""
+    return "predicted" in row
+
+
+def classes(evaluation: Record) -> str:
+    """Confusions and the table of classes; empty for an evaluation without labels."""
+    found = part(evaluation, "labels")
+    rows: list[tuple[float, list[object]]] = []
+    for item in objects(found, "per_class", MOST_CLASSES):
+        score = as_number(item.get("f1"))
+        shares = [score_text(item.get(key), True) for key in ("precision", "recall", "f1")]
+        rows.append((2.0 if score is None else score, [item.get("class"), item.get("support"), *shares]))
+    if not rows:
+        return ""
+    rows.sort(key=lambda row: row[0])
+    lowest = [row for _, row in rows[:LARGEST_TABLE]]
+    columns = {"Class": "key", "Rows": "num", "Precision": "num", "Recall": "num", "F1": "num"}
+    body = f'<div class="card">{table(columns, lowest)}</div>'
+    shown = f"the {LARGEST_TABLE} with the lowest F1" if len(rows) > LARGEST_TABLE else "the lowest F1 first"
+    title = f"Classes ({plain(len(rows))}), {shown}"
+    body = f"<h3>{title}</h3>{body}" if len(rows) <= UNFOLDED else fold(title, body)
+    return confusion(found) + body
+
+
+def label_samples(rows: Sequence[Record]) -> str:
+    """A note, and rows with their text, label, prediction and how sure it was; of values, the error."""
+    if any("error" in row for row in rows):
+        shown = spread(sorted(rows, key=lambda row: -(as_number(row.get("error")) or 0)), SHOWN_ROWS)
+        note = f"{len(shown)} of {plain(len(rows))} rows, from the largest error to the smallest."
+        columns, last = {"Text": "", "Value": "num", "Predicted": "num", "Error": "num"}, "error"
+    else:
+        wrong, right = ([row for row in rows if (row.get("exact") is True) is exact] for exact in (False, True))
+        bad = spread(wrong, max(SHOWN_ROWS // 2, SHOWN_ROWS - len(right)))
+        shown = [*bad, *spread(right, SHOWN_ROWS - len(bad))]
+        note = f"{plain(len(right))} of {plain(len(rows))} rows are right. Shown: {len(bad)} that are not and "
+        note += f"{len(shown) - len(bad)} that are, taken at even distances through the file."
+        columns, last = {"Text": "", "Label": "", "Predicted": "", "Probability": "num"}, "probability"
+    lines = [[_text(row), row.get("label"), _predicted(row), _last(row, last)] for row in shown]
+    return f'{paragraph("lead", note)}<div class="card">{table(columns, lines)}</div>'
+
+
+def _text(row: Record) -> Html:
+    second = f'<br><span class="cut">+</span> {excerpt(row["text_pair"])}' if "text_pair" in row else ""
+    return Html(f'<span dir="auto">{excerpt(row.get("text"))}{second}</span>')
+
+
+def _predicted(row: Record) -> Html:
+    if "error" in row:
+        return safe(row.get("predicted"))
+    tone = "good-text" if row.get("exact") is True else "bad-text"
+    return Html(f'<span class="{tone}">{safe(row.get("predicted"))}</span>')
+
+
+def _last(row: Record, key: str) -> str:
+    return score_text(row.get(key), key == "probability")

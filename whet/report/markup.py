@@ -1,0 +1,96 @@
+"""HTML that cannot act: the few forms that every part of the report is made of.
+
+All text that comes from data passes `safe` (control characters shown, not obeyed; then HTML-escaped), and long cells
+are cut and say so. What is markup is an `Html`, so that nothing is escaped twice and nothing by accident not at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from whet.report.charts import Record, as_number, label_of, plain, text_of
+
+LIST_LIMIT = 100
+_NEWLINES = re.compile(r"\r\n?|[\x85\u2028\u2029]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+class Html(str):
+    """Markup made here. `safe` passes it through and escapes everything else."""
+
+    __slots__ = ()
+
+
+def safe(value: object, limit: int = 300) -> Html:
+    """`value` as text that cannot act: cut to `limit` characters, control characters made visible, HTML-escaped."""
+    if isinstance(value, Html):
+        return value
+    text = text_of(value)
+    note = f' <span class="cut">… {plain(len(text) - limit)} more characters</span>' if len(text) > limit else ""
+    return Html(escape(visible(text[:limit])) + note)
+
+
+def visible(text: str) -> str:
+    """Escape sequences as ␛, bidirectional overrides and lone surrogates as ⟨U+202E⟩; line breaks and tabs stay."""
+    text = _NEWLINES.sub("\n", text)
+    return _CONTROL.sub(lambda m: chr(0x2400 + ord(m[0])) if m[0] < " " else f"⟨U+{ord(m[0]):04X}⟩", text)
+
+
+def score_text(value: object, rate: bool, signed: bool = False) -> str:
+    """0.912 -> 91.2 % for a rate, 0.912 otherwise; `signed` for differences, of rates in points."""
+    number = as_number(value)
+    if number is None:
+        return "–"
+    shown = round(number * 100, 1) if rate else number
+    sign = "+" if signed and shown > 0 else ""
+    return f"{sign}{plain(shown)}{'' if not rate else ' points' if signed else ' %'}"
+
+
+def objects(record: Record, key: str, limit: int = LIST_LIMIT) -> list[Record]:
+    """The objects of the list at `key`, at most `limit`; none where there is no list."""
+    items = record.get(key)
+    return [item for item in items if isinstance(item, dict)][:limit] if isinstance(items, list) else []
+
+
+def ratio(share: object, whole: object) -> float | None:
+    top, bottom = as_number(share), as_number(whole)
+    return top / bottom if top is not None and bottom else None
+
+
+def table(columns: Mapping[str, str], rows: Sequence[Sequence[object]], chosen: int = -1) -> str:
+    """columns: head -> class (key, num, code or empty). Every cell repeats its head for narrow screens."""
+    head = "".join(f'<th scope="col" class="{css}">{name}</th>' for name, css in columns.items())
+    body = ""
+    for number, row in enumerate(rows):
+        body += "<tr class=chosen>" if number == chosen else "<tr>"
+        for (name, css), cell in zip(columns.items(), row, strict=True):
+            body += f'<td class="{css}" data-label="{name}">{safe(cell)}</td>'
+        body += "</tr>"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def pairs(items: Mapping[str, object]) -> str:
+    rows = "".join(f"<div><dt>{safe(label_of(key))}</dt><dd>{safe(value)}</dd></div>" for key, value in items.items())
+    return f'<dl class="pairs">{rows}</dl>'
+
+
+def paragraph(css: str, text: str) -> str:
+    return f'<p class="{css}">{text}</p>'
+
+
+def fold(title: str, body: str) -> str:
+    return f"<details><summary>{title}</summary>{body}</details>"
+
+
+def excerpt(value: object) -> Html:
+    """Text with its line breaks, cut after 700 characters or 16 lines."""
+    text = text_of(value)
+    return safe(text, len("\n".join(text[:700].split("\n")[:16]))) if text else Html('<span class="cut">empty</span>')
+
+
+def spread(rows: Sequence[Record], count: int) -> list[Record]:
+    """`count` of the rows at even distances."""
+    count = min(count, len(rows))
+    return [rows[index * len(rows) // count] for index in range(count)]
