@@ -99,7 +99,7 @@ def _written(model: Any, group: Sequence[Row], max_new_tokens: int, size: int, s
             output = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
                 do_sample=False, num_beams=1, repetition_penalty=1.0, encoder_repetition_penalty=1.0,
-                no_repeat_ngram_size=0, encoder_no_repeat_ngram_size=0, min_length=0, min_new_tokens=0,
+                no_repeat_ngram_size=0, encoder_no_repeat_ngram_size=0, min_length=0,
                 eos_token_id=ends or None, pad_token_id=pad, decoder_start_token_id=start_id(model), use_cache=True,
                 **({} if streamer is None else {"streamer": streamer}),
             )  # fmt: skip

@@ -38,6 +38,7 @@ from whet.train.optim import check_optimiser
 from whet.train.padded import arrange_padded, check_recipe, data_for, is_padded, padded_batches
 from whet.train.plan import plan
 from whet.train.task_loss import task_forward
+from whet.train.start import start_from_rows
 
 DECAY_RATIO = 0.2
 
@@ -115,6 +116,7 @@ def build_model(ready: Ready) -> tuple[torch.nn.Module, Ready, Arrangement]:
     model.train()
     batches = batches_of(ready)
     assert isinstance(batches, Batches)
+    start_from_rows(recipe.method, model, forward, batches)
     arranged = arrange(recipe.train, placement, model, network, forward, batches, steps=recipe.train.max_steps or 1)
     ready.run.write("arrangement.json", arranged.facts)
     return model, ready, arranged
@@ -126,7 +128,9 @@ def _padded(ready: Ready, network: Any, model: torch.nn.Module) -> tuple[torch.n
     forward = task_forward(network, ready.placement, ready.prepared.task, virtual=not recipe.method.can.inside)
     _say_parameters(model)
     model.train()
-    arranged = arrange_padded(recipe.train, ready.placement, model, network, forward, batches_of(ready))
+    batches = batches_of(ready)
+    start_from_rows(recipe.method, model, forward, batches)
+    arranged = arrange_padded(recipe.train, ready.placement, model, network, forward, batches)
     ready.run.write("arrangement.json", arranged.facts)
     return model, ready, arranged
 
