@@ -85,7 +85,7 @@ def rows(task: str, count: int = 12) -> list[dict[str, Any]]:
     """Rows of 1 to 15 words; labels that no single word gives away, but that can be learned by heart."""
     found: list[dict[str, Any]] = []
     for index in range(count):
-        row = {"text": text(index, 1 + 5 * index % 15)}
+        row: dict[str, Any] = {"text": text(index, 1 + 5 * index % 15)}
         if task == "classification":
             row["label"] = ("bad", "fine", "good")[index % 3]
         elif task == "regression":

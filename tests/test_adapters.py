@@ -178,3 +178,72 @@ def test_on_disk(model_dir: Path, pair: list[Path], tmp_path: Path) -> None:
     (pair[0] / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="cannot be read"):
         describe(pair[0])
+
+
+def told(*words: str) -> Any:
+    """The object that the command prints."""
+    import contextlib
+    import io
+
+    from whet.cli import run
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = run([*words, "--json"])
+    return code, json.loads(out.getvalue())
+
+
+def test_the_command_line(model_dir: Path, recipe: Any, tmp_path: Path) -> None:
+    from whet.ship.chat import open_chat
+    from whet.train.run import train
+
+    runs = [
+        train(recipe(**{"output_dir": str(tmp_path / "runs" / name), "train.seed": seed, "train.max_steps": 2}))
+        for seed, name in enumerate(("one", "two"))
+    ]
+    code, listed = told("adapters", "list", str(tmp_path / "runs"))
+    assert code == 0
+    assert [row["name"] for row in listed["adapters"]] == ["one", "two"]
+    out = tmp_path / "both"
+    parts = [str(run.path) for run in runs]
+    code, made = told("adapters", "compose", str(out), *parts, "--weights", "0.5,0.5")
+    assert (code, made["adapter"]) == (0, str(out))
+    assert (out / "whet_template.json").is_file()
+    note = json.loads((out / "whet_composed.json").read_text())
+    assert note["parts"] == parts
+    chat = open_chat(str(out), max_new_tokens=3)
+    assert chat.adapters.in_use == "both"  # type: ignore[union-attr]
+    code, again = told("adapters", "compose", str(out), *parts)
+    assert (code, "in the way" in again["error"]["problem"]) == (2, True)
+    code, moved = told("adapters", "rename", str(out), str(tmp_path / "kept"))
+    assert (code, Path(moved["adapter"]).is_dir()) == (0, True)
+    assert told("adapters", "delete", str(tmp_path / "kept"))[0] == 0
+    assert not (tmp_path / "kept").exists()
+    assert told("adapters", "delete", parts[0])[0] == 2
+    assert told("adapters", "rename", parts[0])[0] == 2
+    assert told("adapters", "compose", str(out), *parts, "--weights", "a,b")[0] == 2
+
+
+def test_a_chat_switches(model_dir: Path, recipe: Any, tmp_path: Path) -> None:
+    from whet.data.example import Message
+    from whet.ship.chat import open_chat
+    from whet.train.run import train
+
+    runs = [
+        train(recipe(**{
+            "output_dir": str(tmp_path / name), "train.seed": seed, "train.max_steps": 4, "train.learning_rate": 5e-2,
+        }))
+        for seed, name in enumerate(("one", "two"))
+    ]  # fmt: skip
+    asked = [Message("user", "the quick brown fox")]
+    alone = {run.path.name: open_chat(str(run.path), max_new_tokens=6).reply(asked) for run in runs}
+    base = open_chat(runs[0].recipe.model.path, max_new_tokens=6).reply(asked)
+    assert len({*alone.values(), base}) == 3, "the answers do not tell the adapters apart"
+    both = open_chat(str(runs[0].path), max_new_tokens=6, beside={"other": str(runs[1].path)})
+    said = [both.reply(asked)]
+    for name in ("other", "base", "one"):
+        both.use(name)  # type: ignore[union-attr]
+        said.append(both.reply(asked))
+    assert said == [alone["one"], alone["two"], base, alone["one"]]
+    with pytest.raises(UserError, match="no such adapter"):
+        both.use("onee")  # type: ignore[union-attr]

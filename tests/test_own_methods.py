@@ -20,13 +20,15 @@ from torch.nn.functional import cross_entropy
 
 from whet.base.errors import UserError
 from whet.data.batches import Batch
+from whet.engine.bottleneck import Adapted
+from whet.engine.gates import hard_concrete, open_probability
 from whet.engine.linear import freeze_linears
 from whet.engine.recompute import decoder_layers, recompute
 from whet.engine.task import CAUSAL, Task
 from whet.methods.bitfit import BitFit
-from whet.methods.bottleneck import Adapted, Bottleneck
+from whet.methods.bottleneck import Bottleneck
 from whet.methods.delta import ABOUT, TENSORS, plain_name
-from whet.methods.diff_pruning import DiffPruning, hard_concrete, open_probability
+from whet.methods.diff_pruning import DiffPruning
 from whet.methods.freeze import Freeze, Head
 from whet.methods.method import Method
 from whet.methods.structure import layer_stacks, residual_ends
@@ -499,17 +501,18 @@ def test_it_does_not_open_on_another_base(method: Method, tmp_path: Path) -> Non
 
 
 def test_planted_faults_are_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from whet.methods import delta, diff_pruning
+    from whet.engine import gates
+    from whet.methods import delta
 
     faults: list[tuple[Any, str, Any, Callable[[Path], None]]] = [
         (delta.Change, "swap", lambda self: None,
          lambda out: test_saved_it_opens_to_the_same_logits_and_switches_and_folds(Head(), "Bert", out)),
         (delta, "_fingerprint", lambda parameter: "the same",
          lambda out: test_it_does_not_open_on_another_base(Head(), out)),
-        (diff_pruning.Diff, "keep", lambda self, mask: None,
+        (gates.Diff, "keep", lambda self, mask: None,
          lambda out: test_diff_pruning_reaches_its_density_and_saves_no_more(0.4, out)),
-        (diff_pruning, "LOW", -0.1, lambda out: test_gradients_are_those_of_the_formula(DiffPruning(), "Bert")),
-        (diff_pruning, "LOW", -0.1, lambda out: test_hard_concrete_gates_have_the_probabilities_of_the_paper()),
+        (gates, "LOW", -0.1, lambda out: test_gradients_are_those_of_the_formula(DiffPruning(), "Bert")),
+        (gates, "LOW", -0.1, lambda out: test_hard_concrete_gates_have_the_probabilities_of_the_paper()),
         (Adapted, "forward", lambda self, x: self.base_layer(x),
          lambda out: test_it_starts_as_the_base_to_the_bit(Bottleneck(), "Llama")),
         (DiffPruning, "penalty", lambda self, model: 1.01 * whole_penalty(self, model),

@@ -12,7 +12,7 @@ import whet.methods
 import whet.train  # noqa: F401
 
 if TYPE_CHECKING:
-    from whet.api import chat, check, doctor, init, merge, plan, predict, quickstart
+    from whet.api import chat, check, compose, doctor, init, merge, plan, predict, quickstart
     from whet.base.errors import UserError
     from whet.recipe import Recipe
     from whet.runs import Run
@@ -24,6 +24,7 @@ __all__ = [
     "UserError",
     "chat",
     "check",
+    "compose",
     "doctor",
     "evaluate",
     "init",

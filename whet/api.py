@@ -8,7 +8,7 @@ print(whet.evaluate(run.path)["tuned"]["metrics"])
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,19 @@ def chat(target: str, message: str, *, system: str | None = None, max_new_tokens
 
     messages = [Message("system", system)] if system else []
     return open_chat(target, max_new_tokens=max_new_tokens).reply([*messages, Message("user", message)])
+
+
+def compose(
+    out: str | Path, parts: Sequence[str | Path], *, weights: Sequence[float] | None = None, how: Any = "cat",
+    rank: int | None = None, density: float = 0.5,
+) -> Path:  # fmt: skip
+    """Make one adapter of several runs' or folders' LoRA adapters of one base, in the new folder `out`.
+
+    See `whet.ship.adapters.Adapters.compose`. Raises UserError.
+    """
+    from whet.ship.adapters import compose_on_disk
+
+    return compose_on_disk(out, parts, weights=weights, how=how, rank=rank, density=density)
 
 
 def bench_speed(

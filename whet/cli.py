@@ -1,4 +1,4 @@
-"""The command line: verbs only. Each one parses its words, calls `whet.api` and prints the answer.
+"""The command line: the words of each verb; what they do stands in `whet.verbs`.
 
 People read stderr; with `--json` the answer is one object on stdout. Bad input ends with exit code 2 and one clear
 error, Ctrl-C with 130. Nothing heavy is imported before a verb needs it.
@@ -11,9 +11,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from whet import verbs as do
 from whet.base.errors import UserError, nearest
 
 DESCRIPTION = "Fine-tune a language model on your own data, fast, and prove that it worked."
@@ -72,43 +72,51 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"whet {_version()}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    _verb(verbs, "quickstart", "everything on the built-in model and data", _quickstart, "whet quickstart --json",
+    _verb(verbs, "quickstart", "everything on the built-in model and data", do.quickstart, "whet quickstart --json",
           overrides=True)  # fmt: skip
-    init = _verb(verbs, "init", "print a commented recipe", _init, "whet init qlora > tickets.yaml")
+    init = _verb(verbs, "init", "print a commented recipe", do.init, "whet init qlora > tickets.yaml")
     init.add_argument("name", help="lora, qlora or full")
-    data = _verb(verbs, "data", "look at data before training", _data,
+    data = _verb(verbs, "data", "look at data before training", do.data,
                  "whet data check tickets.yaml --show 3\n  whet data check rows.jsonl data.columns.prompt=question "
                  "data.columns.completion=answer")  # fmt: skip
     data.add_argument("what", choices=["check"], help="check: what is in the data and what exactly is learned")
     data.add_argument("target", help="a recipe (.yaml) or a data file, directory or glob")
     data.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     data.add_argument("--show", type=int, default=0, metavar="N", help="print N rows, learned text in colour")
-    _verb(verbs, "plan", "parameters and memory before anything is loaded", _plan,
+    _verb(verbs, "plan", "parameters and memory before anything is loaded", do.plan,
           "whet plan tickets.yaml\n  whet plan config.json method.r=8", target="a recipe, or a model's config.json",
           overrides=True)  # fmt: skip
-    _verb(verbs, "train", "train a recipe; the same command continues it", _train,
+    _verb(verbs, "train", "train a recipe; the same command continues it", do.train,
           "whet train tickets.yaml train.learning_rate=1e-4", target="a recipe (.yaml)", overrides=True)  # fmt: skip
-    evaluation = _verb(verbs, "eval", "base against tuned on the held-out rows", _eval, "whet eval runs/tickets",
+    evaluation = _verb(verbs, "eval", "base against tuned on the held-out rows", do.evaluate, "whet eval runs/tickets",
                        target="a run directory")  # fmt: skip
     evaluation.add_argument("--max-rows", type=_positive, metavar="N", help="score only the first N held-out rows")
-    chat = _verb(verbs, "chat", "talk to a run or a model", _chat, 'whet chat runs/tickets --message "Hello"',
+    chat = _verb(verbs, "chat", "talk to a run or a model", do.chat, 'whet chat runs/tickets --message "Hello"',
                  target="a run directory, a model directory or a model name")  # fmt: skip
     chat.add_argument("--message", help="say this once instead of reading lines")
+    chat.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=RUN",
+        help="load this adapter too; a line `/use NAME` answers with it, `/use base` without any",
+    )  # fmt: skip
     chat.add_argument("--system", help="system message")
     chat.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (256)")
-    predict = _verb(verbs, "predict", "labels, values or texts of a run for new rows", _predict,
+    predict = _verb(verbs, "predict", "labels, values or texts of a run for new rows", do.predict,
                     "whet predict runs/intents new.txt > labels.jsonl", target="a run directory")  # fmt: skip
     predict.add_argument("file", nargs="?", default="-", help="lines of text, or JSON lines with text (standard input)")
-    merge = _verb(verbs, "merge", "plain weights, with a certificate of agreement", _merge,
+    merge = _verb(verbs, "merge", "plain weights, with a certificate of agreement", do.merge,
                   "whet merge runs/tickets out/", target="a run directory")  # fmt: skip
     merge.add_argument("out", help="a new directory for the merged model")
-    bench = _verb(verbs, "bench", "training speed and memory of a model on this machine", _bench,
+    adapters = _verb(verbs, "adapters", "list, compose, rename and delete adapters", do.adapters,
+                     "whet adapters list runs\n  whet adapters compose both/ runs/a runs/b --weights 0.7,0.3"
+                     )  # fmt: skip
+    _adapter_options(adapters)
+    bench = _verb(verbs, "bench", "training speed and memory of a model on this machine", do.bench,
                   "whet bench speed Qwen/Qwen3-0.6B --rows 8 --length 512\n  whet bench speed model/ --storage nf4 "
                   "--checkpointing recompute --json")  # fmt: skip
     _bench_options(bench)
-    _verb(verbs, "methods", "what can be trained, and how", _methods, "whet methods")
-    _verb(verbs, "doctor", "what is installed, what is missing, does the arithmetic hold", _doctor, "whet doctor")
-    _verb(verbs, "schema", "the JSON schema of a recipe", _schema, "whet schema --json > recipe.schema.json")
+    _verb(verbs, "methods", "what can be trained, and how", do.methods, "whet methods")
+    _verb(verbs, "doctor", "what is installed, what is missing, does the arithmetic hold", do.doctor, "whet doctor")
+    _verb(verbs, "schema", "the JSON schema of a recipe", do.schema, "whet schema --json > recipe.schema.json")
     return parser
 
 
@@ -129,6 +137,18 @@ def _verb(
     parser.add_argument("--traceback", action="store_true", help="show where a failure of whet itself happened")
     parser.set_defaults(call=call)
     return parser
+
+
+def _adapter_options(adapters: argparse.ArgumentParser) -> None:
+    adapters.add_argument("what", choices=["list", "compose", "rename", "delete"],
+                          help="list FOLDER; compose OUT A B ...; rename ADAPTER NEW; delete ADAPTER")  # fmt: skip
+    adapters.add_argument("targets", nargs="+", metavar="PATH", help="runs or folders of adapters")
+    adapters.add_argument("--how", choices=["cat", "linear", "svd", "ties", "dare"], default="cat",
+                          help="compose: cat is the exact weighted sum of the updates (cat)")  # fmt: skip
+    adapters.add_argument("--weights", metavar="W,W", help="compose: one number an adapter (1 each)")
+    adapters.add_argument("--rank", type=_positive, metavar="N", help="compose by svd, ties, dare: rank (the largest)")
+    adapters.add_argument("--density", type=float, default=0.5, metavar="D",
+                          help="compose by ties, dare: share of each update that is kept (0.5)")  # fmt: skip
 
 
 def _bench_options(bench: argparse.ArgumentParser) -> None:
@@ -158,8 +178,8 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
 def _normalised(arguments: list[str]) -> list[str]:
     """A misspelt verb gets the nearest one named; argparse's own list of choices is longer than it helps."""
     verbs = (
-        "quickstart", "init", "data", "plan", "train", "eval", "chat", "predict", "merge", "bench", "methods", "doctor",
-        "schema",
+        "quickstart", "init", "data", "plan", "train", "eval", "chat", "predict", "merge", "adapters", "bench",
+        "methods", "doctor", "schema",
     )  # fmt: skip
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
         near = nearest(arguments[0], verbs)
@@ -187,198 +207,3 @@ def _version() -> str:
     from whet import __version__
 
     return __version__
-
-
-def _prepare_libraries() -> None:
-    import transformers  # noqa: F401
-
-    from whet.base.console import quiet_libraries
-
-    quiet_libraries()
-
-
-def _quickstart(words: argparse.Namespace) -> dict[str, Any]:
-    from whet import api
-
-    _prepare_libraries()
-    return api.quickstart_with(words.overrides)
-
-
-def _init(words: argparse.Namespace) -> dict[str, Any] | None:
-    from whet import api
-
-    text = api.init(words.name)
-    if not words.json:
-        sys.stdout.write(text)
-    return {"name": words.name, "recipe": text}
-
-
-def _is_recipe(target: str) -> bool:
-    return Path(target).suffix in (".yaml", ".yml")
-
-
-def _data(words: argparse.Namespace) -> dict[str, Any]:
-    from whet import api
-    from whet.data.check import report, show
-    from whet.data.show import show_rows
-    from whet.recipe import parse
-
-    _prepare_libraries()
-    source = words.target if _is_recipe(words.target) else None
-    extra = [] if source else [f"data.dataset={json.dumps(words.target)}", "data.val_size=0"]
-    found = api.prepared(parse(source, [*extra, *words.overrides]))
-    if not words.json:
-        show(found)
-    if words.show:
-        show_rows(found, words.show)
-    found.ledger.gate()
-    return report(found)
-
-
-def _plan(words: argparse.Namespace) -> dict[str, Any]:
-    from whet.recipe import parse
-    from whet.train.plan import plan, show
-
-    _prepare_libraries()
-    source = words.target if _is_recipe(words.target) else None
-    extra = [] if source else [f"model.path={json.dumps(words.target)}"]
-    found = plan(parse(source, [*extra, *words.overrides]).recipe)
-    if not words.json:
-        show(found)
-    return found
-
-
-def _train(words: argparse.Namespace) -> dict[str, Any] | None:
-    from whet import api
-    from whet.recipe import parse
-
-    parsed = parse(words.target, words.overrides)
-    _prepare_libraries()
-    from whet.train.run import Stopped
-
-    try:
-        run = api.train_parsed(parsed)
-    except Stopped as stopped:
-        sys.stderr.write(f"{stopped}\n")
-        raise KeyboardInterrupt from stopped
-    return {"run_dir": str(run.path), **(run.finished or {})}
-
-
-def _eval(words: argparse.Namespace) -> dict[str, Any]:
-    from whet import api
-    from whet.runs import open_run
-
-    open_run(words.target)
-    _prepare_libraries()
-    result = api.evaluate(words.target, max_rows=words.max_rows)
-    from whet.evaluate.run import show
-
-    if not words.json:
-        show(result)
-    return result
-
-
-def _chat(words: argparse.Namespace) -> dict[str, Any]:
-    _prepare_libraries()
-    from whet.ship.chat import open_chat, talk
-
-    chat = open_chat(words.target, max_new_tokens=words.max_new_tokens)
-    return {"messages": talk(chat, words.message, words.system, quiet=words.json)}
-
-
-def _predict(words: argparse.Namespace) -> dict[str, Any]:
-    from whet.runs import open_run
-
-    run = open_run(words.target)
-    _prepare_libraries()
-    from whet.ship.predict import predict_file
-
-    return {"predictions": predict_file(run, words.file, quiet=words.json)}
-
-
-def _merge(words: argparse.Namespace) -> dict[str, Any]:
-    from whet import api
-    from whet.base.console import say
-    from whet.runs import open_run
-
-    open_run(words.target)
-    _prepare_libraries()
-    certificate = api.merge(words.target, words.out)
-    say(f"{certificate['chosen']}, on {certificate['prompts']} held-out rows: {certificate['summary']} -> {words.out}")
-    return certificate
-
-
-def _bench(words: argparse.Namespace) -> dict[str, Any]:
-    from whet import api
-    from whet.base.console import bytes_text, say
-
-    _prepare_libraries()
-    found = api.bench_speed(words.target, **{
-        name: getattr(words, name) for name in (
-            "rows", "length", "accumulation", "steps", "warm", "lengths", "storage", "compute", "checkpointing",
-            "optim", "fp8_head", "offload_embedding", "keep_transposed", "tile_mlp",
-        )
-    }, compile=False if words.no_compile else None, cuda_graphs=False if words.no_graphs else None)  # fmt: skip
-    say(f"{found['tokens_per_second']:,} tokens a second ({found['median_seconds'] * 1000:.1f} ms a step), "
-        f"peak {bytes_text(int(found['peak_allocated_gib'] * 2**30))}, {found['storage']} weights, {found['compute']} "
-        f"arithmetic on {found['device']}", style="bold")  # fmt: skip
-    return found
-
-
-def _methods(words: argparse.Namespace) -> dict[str, Any]:
-    from whet import api
-
-    rows = api.methods()
-    if not words.json:
-        from rich.table import Table
-
-        from whet.base.console import console
-
-        table = Table(box=None, pad_edge=False)
-        names = [name for name in rows[0] if name != "what"]
-        for name in names:
-            table.add_column(name.replace("_", " "))
-        for row in rows:
-            table.add_row(*(_cell(row[name]) for name in names))
-        console(stdout=True).print(table)
-        for row in rows:
-            console(stdout=True).print(f"{row['method']}: {row['what']}", style="dim")
-    return {"methods": rows}
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.0e}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _doctor(words: argparse.Namespace) -> dict[str, Any]:
-    from whet import api
-    from whet.base.console import bytes_text, say
-
-    _prepare_libraries()
-    found = api.doctor()
-    if not words.json:
-        memory = f", {bytes_text(found['memory_bytes'])}" if found["memory_bytes"] else ""
-        say(f"{found['device']}: {found['device_name']}{memory}, computes in {found['compute']}")
-        for name, version in found["packages"].items():
-            say(f"  {'ok' if version else 'MISSING':8} {name} {version or ''}", style=None if version else "red")
-        for name, facts in found["optional"].items():
-            there = facts["version"]
-            text = f"  {'ok' if there else 'absent':8} {name} {there or ''}"
-            cost = f": {facts['without']} (pip install '{facts['extra']}')"
-            say(text if there else text + cost, style=None if there else "yellow")
-        for check in found["self_test"]:
-            verdict = f"{check['error']:.3g} (limit {check['limit']:g})"
-            word, style = ("ok", None) if check["ok"] else ("WRONG", "red")
-            say(f"  {word:8} {check['check']}: {verdict}", style=style)
-    return found
-
-
-def _schema(words: argparse.Namespace) -> dict[str, Any] | None:
-    from whet.recipe import json_schema
-
-    words.json = True
-    return json_schema()

@@ -9,34 +9,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import nn
-
 from whet.base.config import config, setting
 from whet.base.errors import UserError
-from whet.engine.linear import FrozenLinear
 from whet.engine.task import CAUSAL, Task
 from whet.methods.capability import ANY, Capability
-from whet.methods.delta import InPlaceMethod
+from whet.methods.in_place import InPlaceMethod
 from whet.methods.structure import chosen_names, new_head
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
-
-
-class TrainedBias(nn.Module):
-    """base_layer(x) + bias: a packed layer whose bias [N] is trained."""
-
-    def __init__(self, base_layer: FrozenLinear) -> None:
-        super().__init__()
-        assert base_layer.bias is not None
-        self.bias = nn.Parameter(base_layer.bias.detach().float())
-        base_layer.bias = None
-        self.base_layer = base_layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer(x)
-        return y + self.bias.to(y.dtype)
 
 
 @config
@@ -67,6 +49,9 @@ class BitFit(InPlaceMethod):
 
     def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> nn.Module:
         """The same network with its biases trainable, in fp32."""
+        from whet.engine.bias import TrainedBias
+        from whet.engine.linear import FrozenLinear
+
         wanted = self.chosen(network, task)
         packed = {name: module for name, module in network.named_modules() if isinstance(module, FrozenLinear)}
         for name, module in packed.items():

@@ -13,58 +13,21 @@ import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from annotated_types import Ge, Gt
-from torch import nn
-from torch.nn.functional import gelu, linear, relu, silu
 
 from whet.base.config import config, setting
 from whet.base.errors import UserError
 from whet.engine.task import CAUSAL, Task
 from whet.methods.capability import ANY, Capability
-from whet.methods.delta import base_values, put, read, train_only, trained_values, write
 from whet.methods.method import Method
 from whet.methods.structure import new_head, residual_ends
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
+    from torch import nn
     from transformers import PreTrainedModel
-
-_F: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "relu": relu, "gelu": gelu, "silu": silu, "tanh": torch.tanh,
-}  # fmt: skip
-
-
-class Adapted(nn.Module):
-    """y + U f(D y + d) + u, with y [..., H] what base_layer gives; D [S, H], U [H, S]: fp32, cast to y's type."""
-
-    def __init__(self, base_layer: nn.Module, hidden_size: int, size: int, non_linearity: str, like: torch.Tensor):
-        super().__init__()
-        self.base_layer = base_layer
-        self.down = nn.Linear(hidden_size, size, device=like.device, dtype=torch.float32)
-        self.up = nn.Linear(size, hidden_size, device=like.device, dtype=torch.float32)
-        for zero in (self.up.weight, self.up.bias, self.down.bias):  # a bias could shut a ReLU on all small y
-            nn.init.zeros_(zero)
-        self.f, self.on = _F[non_linearity], True
-
-    @property
-    def weight(self) -> Any:
-        """The wrapped layer's: some models (T5) look at its type."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Any:
-        """The wrapped layer's."""
-        return self.base_layer.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer(x)
-        if not self.on:
-            return y
-        low = self.f(linear(y, self.down.weight.to(y.dtype), self.down.bias.to(y.dtype)))
-        return y + linear(low, self.up.weight.to(low.dtype), self.up.bias.to(low.dtype))
 
 
 @config
@@ -85,6 +48,9 @@ class Bottleneck(Method):
 
     def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> nn.Module:
         """The same network, frozen, with adapters in it and a new head trainable. Raises UserError."""
+        from whet.engine.bottleneck import Adapted
+        from whet.methods.delta import train_only
+
         hidden_size = int(network.config.get_text_config().hidden_size)  # type: ignore[arg-type]
         attention, forward = residual_ends(network, hidden_size)
         train_only(network, new_head(network))
@@ -98,25 +64,32 @@ class Bottleneck(Method):
 
     def save(self, model: Any, directory: Path) -> None:
         """Write trained.safetensors and method.json."""
-        write(self, model, trained_values(model), directory)
+        from whet.methods import delta
+
+        delta.write(self, model, delta.trained_values(model), directory)
 
     def load(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> nn.Module:
         """The same network with the saved adapters in it, as its own settings say. Raises UserError."""
-        tensors, about = read(self.name, network, directory)
+        from whet.methods import delta
+
+        tensors, about = delta.read(self.name, network, directory)
         settings = about["settings"] | {"name": self.name}
         dataclasses.replace(self, **settings).attach(network, task)
-        missing = {name for name in trained_values(network) if name not in tensors}
+        missing = {name for name in delta.trained_values(network) if name not in tensors}
         if missing:
             raise UserError(
                 "what was trained does not fit this model", file=str(directory), found=f"nothing for {min(missing)}",
                 expected="the model that it was trained on", fix="check model.path",
             )  # fmt: skip
-        put(network, tensors, directory)
+        delta.put(network, tensors, directory)
         return network.eval()
 
     @contextlib.contextmanager
     def base_only(self, model: Any) -> Iterator[None]:
         """Inside, the adapters are off and a head is as it was loaded."""
+        from whet.engine.bottleneck import Adapted
+        from whet.methods.delta import base_values
+
         found = [module for module in model.modules() if isinstance(module, Adapted)]
         for module in found:
             module.on = False

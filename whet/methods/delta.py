@@ -1,4 +1,4 @@
-"""What methods share that change parameters of the network itself: train some, save their values, put them back.
+"""Parameters of the network itself: train some of them, save their values, put them back.
 
 What is saved is the value of each trained parameter in fp32 (a sum with a difference would round), or, where few of
 its numbers changed, their places and differences. `method.json` beside it names the method, its settings and the base:
@@ -24,14 +24,14 @@ from torch.nn.utils import parametrize
 from whet.base.errors import UserError
 from whet.base.files import read_json, write_json
 from whet.engine.linear import FrozenLinear
-from whet.engine.task import CAUSAL, Task
-from whet.methods.method import Method
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from transformers import PreTrainedModel
+
+    from whet.methods.method import Method
 
 TENSORS, ABOUT = "trained.safetensors", "method.json"
 PLACES, DIFFERENCES = ".places", ".differences"
@@ -74,43 +74,6 @@ class Change:
 
 
 _changes: weakref.WeakKeyDictionary[nn.Module, list[Change]] = weakref.WeakKeyDictionary()
-
-
-class InPlaceMethod(Method):
-    """A method whose result is other values for parameters of the network."""
-
-    def chosen(self, network: PreTrainedModel, task: Task) -> list[str]:
-        """Names of the parameters that are trained. Raises UserError."""
-        raise NotImplementedError
-
-    def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> nn.Module:
-        """The same network with the chosen parameters trainable, in fp32."""
-        return train_only(network, self.chosen(network, task))
-
-    def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """What `save` writes: values by name, or places and differences."""
-        return trained_values(model)
-
-    def save(self, model: Any, directory: Path) -> None:
-        """Write trained.safetensors and method.json."""
-        write(self, model, self.tensors(model), directory)
-
-    def load(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> nn.Module:
-        """The same network with the trained values in it. Raises UserError when they belong to another model."""
-        put(network, read(self.name, network, directory)[0], directory)
-        return network.eval()
-
-    @contextlib.contextmanager
-    def base_only(self, model: Any) -> Iterator[None]:
-        """Inside, the base values are back."""
-        with base_values(model):
-            yield
-
-    def fold(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> PreTrainedModel:
-        """The plain network with the trained values in it."""
-        put(network, read(self.name, network, directory)[0], directory)
-        _changes.pop(network)
-        return network
 
 
 def holders(network: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -212,6 +175,11 @@ def put(network: nn.Module, tensors: dict[str, torch.Tensor], directory: Path) -
         change.swap()
         changes.append(change)
     _changes[network] = changes
+
+
+def settle(network: nn.Module) -> None:
+    """What `put` changed is the network's own from now on: its base values are let go."""
+    _changes.pop(network)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from whet.base.console import say
 from whet.base.errors import UserError
 from whet.engine.task import Task
 from whet.methods.capability import ANY, DENSE, Capability
-from whet.methods.delta import InPlaceMethod
+from whet.methods.in_place import InPlaceMethod
 from whet.methods.structure import chosen_names, layer_stacks, new_head
 
 if TYPE_CHECKING:

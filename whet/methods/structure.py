@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import combinations
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from whet.base.errors import UserError, nearest
-from whet.engine.linear import FrozenLinear
 from whet.engine.task import head_names
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def layer_stacks(network: nn.Module) -> list[list[tuple[str, nn.Module]]]:
@@ -25,6 +26,8 @@ def layer_stacks(network: nn.Module) -> list[list[tuple[str, nn.Module]]]:
 
 
 def _stacks(module: nn.Module, prefix: str) -> Iterator[list[tuple[str, nn.Module]]]:
+    from torch import nn
+
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList) and len(child):
             yield [(f"{prefix}{name}.{index}", layer) for index, layer in enumerate(child)]
@@ -119,7 +122,10 @@ def _attentions(module: nn.Module, prefix: str) -> Iterator[tuple[str, tuple[str
 
 
 def _linears(prefix: str, module: nn.Module) -> list[str]:
+    from torch import nn
     from transformers.pytorch_utils import Conv1D
+
+    from whet.engine.linear import FrozenLinear
 
     kinds = (nn.Linear, FrozenLinear, Conv1D)
     found = [name for name, child in module.named_modules() if isinstance(child, kinds)]
@@ -128,6 +134,8 @@ def _linears(prefix: str, module: nn.Module) -> list[str]:
 
 def _last(network: nn.Module, linears: list[str], hidden_size: int) -> str | None:
     """The last of `linears` that gives hidden states, or the dropout that follows it in a block of its own."""
+    from torch import nn
+
     ends = [name for name in linears if _width(network.get_submodule(name)) == hidden_size]
     if not ends:
         return None

@@ -14,7 +14,6 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from whet.base.errors import UserError, nearest
-from whet.engine.linear import linear_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +31,8 @@ def find_targets(
     exclude: names or a regular expression; layers: indices of the layers to stay in, None for all. A new head is never
     among them, for it is trained whole. Raises UserError when something asked for is not there.
     """
+    from whet.engine.linear import linear_names
+
     names = linear_names(network)
     found = _kind(network, names, wanted) if wanted in KINDS else _matching(names, wanted, "target_modules", KINDS)
     if exclude:

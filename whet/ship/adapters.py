@@ -14,13 +14,17 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from whet.base.errors import UserError, nearest
 from whet.base.files import whole_directory
 from whet.engine.adapter import attach_adapter
+from whet.engine.config import Base, Model
+from whet.engine.load import load_model, locate
+from whet.engine.open import answering
+from whet.runs import open_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -248,6 +252,61 @@ class Adapters:
     def _free(self, name: str) -> None:
         if name in self._inside:
             raise UserError("this name is taken", found=name, fix="give another one, or delete the adapter first")
+
+
+def home(target: str | Path) -> tuple[Model, Base]:
+    """The base model that an adapter was trained on: as its run says, or its own files. Raises UserError."""
+    place = adapter_directory(target)
+    if (place.parent / "recipe.yaml").is_file():
+        recipe = open_run(place.parent).recipe
+        return recipe.model, recipe.base
+    note = place / NOTE
+    if note.is_file():
+        kept = json.loads(note.read_text(encoding="utf-8"))["base"]
+        return Model(**kept), Base()
+    found = describe(place).base
+    if found is None:
+        raise UserError(
+            "the adapter does not say which model it was trained on", file=str(place / CONFIG),
+            field="base_model_name_or_path", expected="a model directory or a hub name", fix="write it there",
+        )  # fmt: skip
+    return Model(path=found), Base()
+
+
+def compose_on_disk(
+    out: str | Path, parts: Sequence[str | Path], *, weights: Sequence[float] | None = None, how: How = "cat",
+    rank: int | None = None, density: float = 0.5,
+) -> Path:  # fmt: skip
+    """Load the base of the first part, compose the parts and write the result to the new directory `out`.
+
+    What stands beside the first adapter (tokenizer, template contract) is copied. Raises UserError, also when the parts
+    were trained on different bases.
+    """
+    if Path(out).exists():
+        raise UserError("the output is in the way", file=str(out), fix="give a new directory")
+    places = [adapter_directory(part) for part in parts]
+    homes = [home(part) for part in parts]
+    for place, (model, _) in zip(places[1:], homes[1:], strict=True):
+        if locate(model.path) != locate(homes[0][0].path):
+            raise UserError(
+                "the adapters were trained on different models", file=str(place), found=model.path,
+                expected=homes[0][0].path, fix="compose adapters of one base",
+            )  # fmt: skip
+    model, base = homes[0]
+    adapters = Adapters(load_model(model, answering(model, base)))
+    names = [str(index) for index in range(len(parts))]
+    for name, place in zip(names, places, strict=True):
+        adapters.load(name, place)
+    adapters.compose("out", names, weights, how=how, rank=rank, density=density)
+    note = {
+        "parts": [str(part) for part in parts], "weights": list(weights or [1.0] * len(parts)), "how": how,
+        "base": {name: value for name, value in asdict(model).items() if value is not None},
+    }  # fmt: skip
+    made = adapters.write("out", out, note)
+    for file in places[0].iterdir():
+        if file.is_file() and _of_tokenizer(file):
+            shutil.copy2(file, made / file.name)
+    return made
 
 
 def rename_on_disk(target: str | Path, new: str | Path) -> Path:

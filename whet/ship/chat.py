@@ -5,8 +5,9 @@ An encoder-decoder answers one text at a time: it was trained on pairs, and what
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from whet.engine.generate import stream
 from whet.engine.load import load_model, load_tokenizer
 from whet.engine.open import answering, open_trained
 from whet.engine.sequence import answer_sources
+from whet.ship.adapters import CONFIG, Adapters, adapter_directory, home
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,20 @@ class Chat:
     network: Any
     tokeniser: Tokeniser
     max_new_tokens: int = 256
+    adapters: Adapters | None = None
+
+    def use(self, name: str) -> None:
+        """Answer with the adapter `name` from now on, or as the base. Raises UserError."""
+        if self.adapters is None:
+            raise UserError("no adapters were loaded by name", fix="whet chat RUN --adapter NAME=OTHER_RUN")
+        self.adapters.use(None if name == "base" else name)
 
     def reply(self, messages: list[Message], streamer: Any = None) -> str:
         """The greedy answer to a conversation, less what the template writes itself; pieces go to `streamer`."""
         prompt = self.tokeniser.prompt(messages)
-        ids = stream(
-            self.network,
-            prompt,
-            stop_ids=self.tokeniser.stop_ids(),
-            max_new_tokens=self.max_new_tokens,
-            streamer=streamer,
-        )
+        options = {"stop_ids": self.tokeniser.stop_ids(), "max_new_tokens": self.max_new_tokens}
+        with contextlib.nullcontext() if self.adapters is None else self.adapters.using(self.adapters.in_use):
+            ids = stream(self.network, prompt, streamer=streamer, **options)
         text = self.tokeniser.tokenizer.decode(ids, skip_special_tokens=False)
         return self.tokeniser.answered(messages, text)  # type: ignore[arg-type]
 
@@ -70,11 +75,14 @@ class OneTurn:
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[return-value]
 
 
-def open_chat(target: str, *, max_new_tokens: int = 256) -> Chat | OneTurn:
-    """A chat with a run directory, a model directory, a hub name or a built-in model.
+def open_chat(target: str, *, max_new_tokens: int = 256, beside: Mapping[str, str] | None = None) -> Chat | OneTurn:
+    """A chat with a run directory, an adapter or model directory, a hub name or a built-in model.
 
-    Raises UserError, also for a run with labels, which has nothing to say.
+    beside: runs or adapters by name, loaded too and switched to by `Chat.use`; the target's own is called by its
+    folder. Raises UserError, also for a run with labels, which has nothing to say.
     """
+    if beside or (Path(target) / CONFIG).is_file():
+        return _switching(target, beside or {}, max_new_tokens)
     if (Path(target) / "recipe.yaml").is_file():
         run = runs.open_run(target)
         recipe = run.recipe
@@ -99,6 +107,26 @@ def open_chat(target: str, *, max_new_tokens: int = 256) -> Chat | OneTurn:
     return Chat(load_model(model, answering(model, Base())), tokeniser, max_new_tokens)
 
 
+def _switching(target: str, beside: Mapping[str, str], max_new_tokens: int) -> Chat:
+    """A chat with several adapters of one base, the one of `target` (if it has one) in use."""
+    place = Path(target)
+    own = place if (place / CONFIG).is_file() or (place / "recipe.yaml").is_file() else None
+    model, base = (Model(path=target), Base()) if own is None else home(own)
+    tokenizer = load_tokenizer(model)
+    if own is not None and (own / "recipe.yaml").is_file():
+        use_template(tokenizer, runs.open_run(own).recipe.model.chat_template)
+    tokeniser = Tokeniser(tokenizer, chat=True)
+    named = ({place.name: str(own)} if own is not None else {}) | dict(beside)
+    for path in named.values():
+        check_contract(tokeniser, adapter_directory(path) / CONTRACT)
+    adapters = Adapters(load_model(model, answering(model, base)))
+    for name, path in named.items():
+        adapters.load(name, path)
+    if own is not None:
+        adapters.use(place.name)
+    return Chat(adapters.network, tokeniser, max_new_tokens, adapters)
+
+
 def talk(chat: Chat | OneTurn, first: str | None, system: str | None, *, quiet: bool) -> list[dict[str, str]]:
     """Answer `first`, or read lines until they end, streaming to stdout unless `quiet`; returns the conversation."""
     from transformers import TextStreamer
@@ -107,6 +135,9 @@ def talk(chat: Chat | OneTurn, first: str | None, system: str | None, *, quiet: 
     options = {"skip_prompt": True, "skip_special_tokens": True}
     streamer = None if quiet else TextStreamer(chat.tokeniser.tokenizer, **options)  # type: ignore[arg-type]
     for text in [first] if first is not None else _lines():
+        if text.startswith("/use ") and isinstance(chat, Chat) and chat.adapters is not None:
+            chat.use(text.removeprefix("/use ").strip())
+            continue
         messages.append(Message("user", text))
         messages.append(Message("assistant", chat.reply(messages, streamer)))
     return [{"role": message.role, "content": message.content} for message in messages]

@@ -37,8 +37,8 @@ from whet.train.loss import Forward
 from whet.train.optim import check_optimiser
 from whet.train.padded import arrange_padded, check_recipe, data_for, is_padded, padded_batches
 from whet.train.plan import plan
-from whet.train.task_loss import task_forward
 from whet.train.start import start_from_rows
+from whet.train.task_loss import task_forward
 
 DECAY_RATIO = 0.2
 

@@ -1,0 +1,292 @@
+"""What each verb of the command line does: read its words, call `whet.api`, print the answer for people.
+
+Each returns the object that `--json` prints, or None. Nothing heavy is imported before a verb needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+
+def _prepare_libraries() -> None:
+    import transformers  # noqa: F401
+
+    from whet.base.console import quiet_libraries
+
+    quiet_libraries()
+
+
+def quickstart(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+
+    _prepare_libraries()
+    return api.quickstart_with(words.overrides)
+
+
+def init(words: argparse.Namespace) -> dict[str, Any] | None:
+    from whet import api
+
+    text = api.init(words.name)
+    if not words.json:
+        sys.stdout.write(text)
+    return {"name": words.name, "recipe": text}
+
+
+def _is_recipe(target: str) -> bool:
+    return Path(target).suffix in (".yaml", ".yml")
+
+
+def data(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+    from whet.data.check import report, show
+    from whet.data.show import show_rows
+    from whet.recipe import parse
+
+    _prepare_libraries()
+    source = words.target if _is_recipe(words.target) else None
+    extra = [] if source else [f"data.dataset={json.dumps(words.target)}", "data.val_size=0"]
+    found = api.prepared(parse(source, [*extra, *words.overrides]))
+    if not words.json:
+        show(found)
+    if words.show:
+        show_rows(found, words.show)
+    found.ledger.gate()
+    return report(found)
+
+
+def plan(words: argparse.Namespace) -> dict[str, Any]:
+    from whet.recipe import parse
+    from whet.train.plan import plan, show
+
+    _prepare_libraries()
+    source = words.target if _is_recipe(words.target) else None
+    extra = [] if source else [f"model.path={json.dumps(words.target)}"]
+    found = plan(parse(source, [*extra, *words.overrides]).recipe)
+    if not words.json:
+        show(found)
+    return found
+
+
+def train(words: argparse.Namespace) -> dict[str, Any] | None:
+    from whet import api
+    from whet.recipe import parse
+
+    parsed = parse(words.target, words.overrides)
+    _prepare_libraries()
+    from whet.train.run import Stopped
+
+    try:
+        run = api.train_parsed(parsed)
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        raise KeyboardInterrupt from stopped
+    return {"run_dir": str(run.path), **(run.finished or {})}
+
+
+def evaluate(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+    from whet.runs import open_run
+
+    open_run(words.target)
+    _prepare_libraries()
+    result = api.evaluate(words.target, max_rows=words.max_rows)
+    from whet.evaluate.run import show
+
+    if not words.json:
+        show(result)
+    return result
+
+
+def chat(words: argparse.Namespace) -> dict[str, Any]:
+    _prepare_libraries()
+    from whet.ship.chat import open_chat, talk
+
+    opened = open_chat(words.target, max_new_tokens=words.max_new_tokens, beside=_named(words.adapter))
+    return {"messages": talk(opened, words.message, words.system, quiet=words.json)}
+
+
+def _named(pairs: list[str]) -> dict[str, str]:
+    from whet.base.errors import UserError
+
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path) or name in found or name == "base":
+            raise UserError(
+                "not an adapter with a name of its own", field="--adapter", found=pair, expected="NAME=RUN",
+                fix="--adapter polite=runs/polite",
+            )  # fmt: skip
+        found[name] = path
+    return found
+
+
+def predict(words: argparse.Namespace) -> dict[str, Any]:
+    from whet.runs import open_run
+
+    run = open_run(words.target)
+    _prepare_libraries()
+    from whet.ship.predict import predict_file
+
+    return {"predictions": predict_file(run, words.file, quiet=words.json)}
+
+
+def merge(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+    from whet.base.console import say
+    from whet.runs import open_run
+
+    open_run(words.target)
+    _prepare_libraries()
+    certificate = api.merge(words.target, words.out)
+    say(f"{certificate['chosen']}, on {certificate['prompts']} held-out rows: {certificate['summary']} -> {words.out}")
+    return certificate
+
+
+def adapters(words: argparse.Namespace) -> dict[str, Any]:
+    from whet.base.errors import UserError
+
+    wanted = {"list": (1, 1), "compose": (2, None), "rename": (2, 2), "delete": (1, 1)}[words.what]
+    if len(words.targets) < wanted[0] or (wanted[1] and len(words.targets) > wanted[1]):
+        raise UserError(
+            f"whet adapters {words.what} takes other words", found=" ".join(words.targets),
+            expected={"list": "a folder", "compose": "OUT and the adapters", "rename": "ADAPTER NEW",
+                      "delete": "ADAPTER"}[words.what],
+            fix="whet adapters --help shows each",
+        )  # fmt: skip
+    return {"list": _list_adapters, "compose": _compose, "rename": _rename, "delete": _delete}[words.what](words)
+
+
+def _list_adapters(words: argparse.Namespace) -> dict[str, Any]:
+    from whet.ship.adapters import find
+
+    found = find(words.targets[0])
+    if not words.json:
+        from rich.table import Table
+
+        from whet.base.console import bytes_text, console, say
+
+        table = Table(box=None, pad_edge=False)
+        for name in ("adapter", "kind", "rank", "parameters", "size", "base"):
+            table.add_column(name, justify="right" if name in ("rank", "parameters", "size") else "left")
+        for one in found:
+            base = Path(one.base).name if one.base else ""
+            table.add_row(
+                str(one.path), one.kind, str(one.rank or ""), f"{one.parameters:,}", bytes_text(one.bytes), base
+            )
+        if found:
+            console(stdout=True).print(table)
+        else:
+            say(f"no adapters in {words.targets[0]}")
+    return {"adapters": [asdict(one) | {"path": str(one.path)} for one in found]}
+
+
+def _compose(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+    from whet.base.console import say
+    from whet.base.errors import UserError
+
+    try:
+        weights = None if words.weights is None else [float(part) for part in words.weights.split(",")]
+    except ValueError as error:
+        raise UserError(
+            "these are no weights", field="--weights", found=words.weights, expected="numbers with commas",
+            fix="--weights 0.5,0.5",
+        ) from error  # fmt: skip
+    out, *parts = words.targets
+    _prepare_libraries()
+    made = api.compose(out, parts, weights=weights, how=words.how, rank=words.rank, density=words.density)
+    say(f"{' + '.join(parts)} by {words.how} -> {made}")
+    return {"adapter": str(made), "parts": parts, "how": words.how, "weights": weights}
+
+
+def _rename(words: argparse.Namespace) -> dict[str, Any]:
+    from whet.ship.adapters import rename_on_disk
+
+    return {"adapter": str(rename_on_disk(*words.targets))}
+
+
+def _delete(words: argparse.Namespace) -> dict[str, Any]:
+    from whet.ship.adapters import delete_on_disk
+
+    return {"deleted": str(delete_on_disk(words.targets[0]))}
+
+
+def bench(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+    from whet.base.console import bytes_text, say
+
+    _prepare_libraries()
+    found = api.bench_speed(words.target, **{
+        name: getattr(words, name) for name in (
+            "rows", "length", "accumulation", "steps", "warm", "lengths", "storage", "compute", "checkpointing",
+            "optim", "fp8_head", "offload_embedding", "keep_transposed", "tile_mlp",
+        )
+    }, compile=False if words.no_compile else None, cuda_graphs=False if words.no_graphs else None)  # fmt: skip
+    say(f"{found['tokens_per_second']:,} tokens a second ({found['median_seconds'] * 1000:.1f} ms a step), "
+        f"peak {bytes_text(int(found['peak_allocated_gib'] * 2**30))}, {found['storage']} weights, {found['compute']} "
+        f"arithmetic on {found['device']}", style="bold")  # fmt: skip
+    return found
+
+
+def methods(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+
+    rows = api.methods()
+    if not words.json:
+        from rich.table import Table
+
+        from whet.base.console import console
+
+        table = Table(box=None, pad_edge=False)
+        names = [name for name in rows[0] if name != "what"]
+        for name in names:
+            table.add_column(name.replace("_", " "))
+        for row in rows:
+            table.add_row(*(_cell(row[name]) for name in names))
+        console(stdout=True).print(table)
+        for row in rows:
+            console(stdout=True).print(f"{row['method']}: {row['what']}", style="dim")
+    return {"methods": rows}
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.0e}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def doctor(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+    from whet.base.console import bytes_text, say
+
+    _prepare_libraries()
+    found = api.doctor()
+    if not words.json:
+        memory = f", {bytes_text(found['memory_bytes'])}" if found["memory_bytes"] else ""
+        say(f"{found['device']}: {found['device_name']}{memory}, computes in {found['compute']}")
+        for name, version in found["packages"].items():
+            say(f"  {'ok' if version else 'MISSING':8} {name} {version or ''}", style=None if version else "red")
+        for name, facts in found["optional"].items():
+            there = facts["version"]
+            text = f"  {'ok' if there else 'absent':8} {name} {there or ''}"
+            cost = f": {facts['without']} (pip install '{facts['extra']}')"
+            say(text if there else text + cost, style=None if there else "yellow")
+        for check in found["self_test"]:
+            verdict = f"{check['error']:.3g} (limit {check['limit']:g})"
+            word, style = ("ok", None) if check["ok"] else ("WRONG", "red")
+            say(f"  {word:8} {check['check']}: {verdict}", style=style)
+    return found
+
+
+def schema(words: argparse.Namespace) -> dict[str, Any] | None:
+    from whet.recipe import json_schema
+
+    words.json = True
+    return json_schema()
