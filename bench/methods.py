@@ -21,12 +21,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+HERE = ("output_dir", "data.dataset", "data.eval_dataset", "model.path")
 LABELLED: dict[str, dict[str, Any]] = {
     "full": {"method.name": "full", "train.learning_rate": 1e-4},
     "head": {"method.name": "head", "train.learning_rate": 1e-2},
@@ -35,8 +38,8 @@ LABELLED: dict[str, dict[str, Any]] = {
     "dora-16": {"method.name": "lora", "method.r": 16, "method.use_dora": True, "train.learning_rate": 2e-3},
     "ia3": {"method.name": "ia3", "train.learning_rate": 1e-2},
     "bitfit": {"method.name": "bitfit", "train.learning_rate": 5e-3},
-    "houlsby": {"method.name": "bottleneck", "method.kind": "houlsby", "train.learning_rate": 2e-3},
-    "pfeiffer": {"method.name": "bottleneck", "method.kind": "pfeiffer", "train.learning_rate": 2e-3},
+    "houlsby": {"method.name": "bottleneck", "method.which": "houlsby", "train.learning_rate": 2e-3},
+    "pfeiffer": {"method.name": "bottleneck", "method.which": "pfeiffer", "train.learning_rate": 2e-3},
     "diff-pruning": {"method.name": "diff_pruning", "train.learning_rate": 2e-4},
     "prefix": {"method.name": "prefix", "train.learning_rate": 1e-2},
     "prompt": {"method.name": "prompt", "train.learning_rate": 3e-2},
@@ -60,7 +63,7 @@ class Set:
 SETS = {
     "banking77": Set(
         None, ("banking77_train.jsonl.xz", "banking77_test.jsonl.xz"), "accuracy", LABELLED,
-        {"train.num_train_epochs": 8, "train.per_device_train_batch_size": 32, "eval.max_rows": 3080},
+        {"train.num_train_epochs": 6, "train.per_device_train_batch_size": 32, "eval.max_rows": 3080},
     ),
     "tickets": Set(
         "builtin:tiny", (), "category_accuracy", WRITTEN,
@@ -125,21 +128,26 @@ def _files(chosen: Set, folder: Path, scratch: Path) -> list[str]:
 def measure(name: str, chosen: Set, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every method in a process of its own; what fails is recorded and the rest goes on."""
     wanted = options.only.split(",") if options.only else list(chosen.methods)
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for label in wanted:
-            settings = settings_of(chosen, options, chosen.methods[label], Path(scratch) / label)
-            task = [sys.executable, __file__, "--one", json.dumps(settings), "--metric", chosen.metric]
-            done = subprocess.run(task, capture_output=True, text=True, cwd=ROOT, check=False)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-            shown = {key: value for key, value in settings.items() if not str(value).startswith(scratch)}
-            row: dict[str, Any] = {"name": label, "settings": shown | {"model.path": chosen.model or "MODEL"}}
-            row |= json.loads(lines[-1]) if done.returncode == 0 and lines else {"failed": done.stderr[-1500:]}
-            rows.append(row)
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
+        tasks = [settings_of(chosen, options, chosen.methods[label], Path(scratch) / label) for label in wanted]
+        for label, row in pool.map(partial(run_one, chosen), wanted, tasks):
+            rows[label] = row
             print(line_of(row), file=sys.stderr, flush=True)
-            shutil.rmtree(Path(scratch) / label, ignore_errors=True)
-            save(name, chosen, options, rows)
-    return rows
+            save(name, chosen, options, list(rows.values()))
+    return list(rows.values())
+
+
+def run_one(chosen: Set, label: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """One method in a process of its own: its row, or why it failed."""
+    task = [sys.executable, __file__, "--one", json.dumps(settings), "--metric", chosen.metric]
+    done = subprocess.run(task, capture_output=True, text=True, cwd=ROOT, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    shown = {key: value for key, value in settings.items() if key not in HERE}
+    row: dict[str, Any] = {"name": label, "settings": shown | {"model.path": chosen.model or "MODEL"}}
+    row |= json.loads(lines[-1]) if done.returncode == 0 and lines else {"failed": done.stderr[-1500:]}
+    shutil.rmtree(settings["output_dir"], ignore_errors=True)
+    return label, row
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -156,7 +164,8 @@ def save(name: str, chosen: Set, options: argparse.Namespace, rows: list[dict[st
     options.out.mkdir(parents=True, exist_ok=True)
     whole = {
         "set": name, "metric": chosen.metric, "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": f"python bench/methods.py --set {name} --seed {options.seed}", "seed": options.seed, "rows": rows,
+        "command": f"python bench/methods.py --set {name} --seed {options.seed} --jobs {options.jobs}",
+        "seed": options.seed, "jobs": options.jobs, "rows": rows,
     }  # fmt: skip
     place = options.out / f"methods-{name}.json"
     place.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
@@ -170,6 +179,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", help="methods by name, with commas")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "methods")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once; they disturb each other's times")
     parser.add_argument("--smoke", action="store_true", help="three steps and a few rows")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--metric", help=argparse.SUPPRESS)

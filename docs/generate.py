@@ -1,11 +1,12 @@
-"""Writes docs/recipe.md from the JSON schema of a recipe, the capability matrix and the alias table.
+"""Writes docs/recipe.md from the JSON schema and the alias table, and the capability matrix into docs/methods.md.
 
-`python docs/generate.py`; a test compares the file with what this would write.
+`python docs/generate.py`; a test compares both files with what this would write.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from whet.methods.all import METHODS, capability_rows
 from whet.recipe import SECTIONS, json_schema
 
 PAGE = Path(__file__).with_name("recipe.md")
+METHODS_PAGE = Path(__file__).with_name("methods.md")
+MATRIX = re.compile(r"(?s)(<!-- capability-matrix -->\n).*?(<!-- /capability-matrix -->)")
 # Names whose value is translated too; each is shown by what the alias table makes of this value.
 TRANSLATED: tuple[tuple[str, Any], ...] = (
     ("method.name", "qlora"), ("load_in_4bit", True), ("q_lora", True), ("quantization_bit", 4), ("quant_bits", 4),
@@ -31,7 +34,7 @@ YAML 1.2, one mapping of sections; `section.key=value` on the command line is la
 missing line leaves the decision to whet; the run directory says what was decided (`recipe.yaml`) and why
 (`origins.json`). `model: X`, `method: X` and `data: X` are short for `model.path`, `method.name` and `data.dataset`.
 """
-METHODS_HEAD = "\n## Methods\n\nAs `whet methods` prints them. A recipe that asks for a pair not listed is refused.\n\n"
+METHODS_HEAD = "\n## Methods\n\nWhat each can do, and which one to take: [methods.md](methods.md).\n"
 ALIASES_HEAD = """
 ## Names of other tools
 
@@ -57,12 +60,17 @@ def page() -> str:
             parts.append(f"\n### method.name: {names}\n\n{(cls.__doc__ or '').strip()}\n\n")
             parts.append(field_table(schema["$defs"][cls.__name__]["properties"]))
     alone = {name: part for name, part in schema["properties"].items() if name not in SECTIONS}
-    parts += ["\n## Outside the sections\n\n", field_table(alone), METHODS_HEAD]
-    matrix = capability_rows()
-    head = [name.replace("_", " ") for name in matrix[0]]
-    parts += [table(head, [[cell(value) for value in row.values()] for row in matrix]), ALIASES_HEAD]
+    parts += ["\n## Outside the sections\n\n", field_table(alone), METHODS_HEAD, ALIASES_HEAD]
     parts += [table(("setting", "also accepted"), sorted(other_names())), "\nTranslated together with their value:\n\n"]
     return "".join([*parts, table(("written", "read as"), list(translated()))])
+
+
+def methods_page(written: str) -> str:
+    """docs/methods.md as `written`, with the capability matrix as it is now."""
+    rows = capability_rows()
+    head = [name.replace("_", " ") for name in rows[0]]
+    matrix = table(head, [[cell(value) for value in row.values()] for row in rows])
+    return MATRIX.sub(lambda found: found[1] + matrix + found[2], written)
 
 
 def field_table(fields: Mapping[str, Any]) -> str:
@@ -118,3 +126,4 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    METHODS_PAGE.write_text(methods_page(METHODS_PAGE.read_text(encoding="utf-8")), encoding="utf-8")

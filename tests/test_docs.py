@@ -14,6 +14,7 @@ import pytest
 
 import whet
 from whet import cli
+from whet.methods.all import METHODS
 from whet.recipe import parse
 
 ROOT = Path(__file__).parents[1]
@@ -165,10 +166,15 @@ def test_make_targets_and_extras_exist(page: str) -> None:
     assert [name for name in extras if not re.search(rf"(?m)^{name} = \[", text("pyproject.toml"))] == []
 
 
-def test_the_recipe_reference_is_fresh() -> None:
+def test_the_generated_pages_are_fresh() -> None:
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec is not None
     assert spec.loader is not None
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
     assert generate.page() == text("docs/recipe.md"), "python docs/generate.py writes it again"
+    methods = text("docs/methods.md")
+    assert generate.methods_page(methods) == methods, "python docs/generate.py writes it again"
+    assert {f"\n| {name} | " in methods for name in METHODS} == {True}
+    stale = methods.replace("\n| lora | ", "\n| lore | ")
+    assert generate.methods_page(stale) == methods, "a stale matrix would not be seen"

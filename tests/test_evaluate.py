@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from whet import runs
-from whet.evaluate import metrics
+from whet.evaluate import label_metrics, metrics
 from whet.evaluate.run import evaluate
 from whet.recipe import Parsed
-from whet.settings import MetricName
+from whet.settings import LabelMetricName, MetricName, names_a_field
 from whet.train.run import train
 
 LEAD = "<think>\n\n</think>\n\n"
@@ -57,3 +58,6 @@ def test_the_block_that_was_learned_before_an_answer_is_not_scored(
 
 def test_the_names_of_metrics_that_a_recipe_takes_are_those_there_are() -> None:
     assert set(get_args(MetricName)) == {*metrics._BY_ROW, *metrics._BY_CORPUS}
+    right, values = np.array([0, 1, 1]), np.array([0.5, 1.0, 2.0])
+    labels = {*label_metrics.score_classes(right, right).metrics, *label_metrics.score_values(values, values).metrics}
+    assert set(get_args(LabelMetricName)) == {name for name in labels if not names_a_field(name)}

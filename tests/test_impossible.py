@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ TASKS = [
 MODELS = [
     Impossible("bitfit_without_biases", "method=bitfit", "method.name", "LlamaForCausalLM"),
     Impossible("bitfit_on_t5", "method=bitfit", "method.name", "T5ForConditionalGeneration", "t5"),
-    Impossible("adaption_prompt_on_gpt2", "method=adaption_prompt", "method.name", "adaption_prompt", "gpt2"),
+    Impossible("adaption_prompt_on_phi3", "method=adaption_prompt", "method", "adaption_prompt", "phi3"),
     Impossible("prefix_before_a_head_of_two_layers", "method=prefix", "method.name", "prefix", "distilbert", "labels"),
     Impossible("more_layers_than_there_are", "method=freeze method.layers=9", "method.layers", "9"),
     Impossible("a_layer_that_is_not_there", "method.layers_to_transform=[7]", "method.layers_to_transform", "7"),
@@ -129,6 +129,9 @@ SETTINGS = [
                "base.fp8_head", "true"),
     Impossible("fp8_head_of_diff_pruning", f"method=diff_pruning {FP8}", "base.storage", "fp8",
                mended="method=diff_pruning base.storage=fp32"),
+    Impossible("host_embedding_that_is_the_head", "base.offload_embedding=true", "base.offload_embedding", "head too"),
+    Impossible("host_embedding_that_is_trained", "method=freeze method.train_embeddings=true "
+               "base.offload_embedding=true", "base.offload_embedding", "trained", "bert", "labels"),
     Impossible("orthogonal_of_odd_rank", "method.init_lora_weights=orthogonal method.r=3", "method.r", "3"),
     Impossible("loftq_with_biases", "method.init_lora_weights=loftq method.bias=all", "method.bias", "all"),
     Impossible("rows_of_a_whole_embedding", "method.trainable_token_indices=[1] method.modules_to_save=[embed_tokens]",
@@ -157,9 +160,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import transformers
 
     place = tmp_path_factory.mktemp("models")
-    small = {"vocab_size": tiny.VOCABULARY, "pad_token_id": 0}
+    small: dict[str, Any] = {"vocab_size": tiny.VOCABULARY, "pad_token_id": 0}
     configs = {kind: tasks.config(kind) for kind in ("llama", "bert", "t5")}
     configs["gpt2"] = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, **small)
+    configs["phi3"] = transformers.Phi3Config(**{**tasks.config("llama").to_dict(), "model_type": "phi3"})
     configs["distilbert"] = transformers.DistilBertConfig(dim=64, hidden_dim=128, n_layers=2, n_heads=4, **small)
     for kind, config in configs.items():
         config.save_pretrained(str(place / kind))
@@ -181,7 +185,7 @@ def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         "chats": [{"prompt": text, "completion": text[::-1]} for text in TEXTS],
         "texts": [{"text": text} for text in TEXTS],
         "labels": [{"text": text, "label": ("yes", "no")[index % 2]} for index, text in enumerate(TEXTS)],
-        "several": [{"text": text, "label": ["a", "b"][: index % 3]} for index, text in enumerate(TEXTS)],
+        "several": [{"text": text, "label": ["a", "b"][: 1 + index % 2]} for index, text in enumerate(TEXTS)],
         "fields": [{"title": text, "kind": ("yes", "no")[index % 2]} for index, text in enumerate(TEXTS)],
     }
     for name, records in rows.items():
@@ -197,6 +201,15 @@ def train(place: Path, overrides: list[str]) -> tuple[int, set[str]]:
     before = {str(path) for path in place.rglob("*")}
     code = run(["train", "recipe.yaml", *overrides, "--json"])
     return code, {str(path) for path in place.rglob("*")} - before
+
+
+def passes(place: Path, overrides: list[str]) -> bool:
+    """Whether all checks are passed, so that the model would be loaded."""
+    try:
+        train(place, overrides)
+    except ModelLoaded:
+        return True
+    return False
 
 
 def mended(case: Impossible, error: dict[str, Any]) -> list[str]:
@@ -225,12 +238,60 @@ def test_it_is_refused_at_once_and_the_fix_is_one(
     assert case.found in error["found"], message
     assert error["expected"], message
     assert error["fix"], message
-    with pytest.raises(ModelLoaded):  # every check is passed
-        code, _ = train(place, mended(case, error))
-        pytest.fail(f"{error['fix']}: still refused ({code}): {capfd.readouterr().err}")
+    assert passes(place, mended(case, error)), f"{error['fix']}: still refused: {capfd.readouterr().err}"
     assert list((place / "runs").iterdir()), "a run directory appears when all is good"
+
+
+def test_the_harness_sees_a_model_being_loaded(place: Path) -> None:
+    """Otherwise nothing would show that a refusal comes before it."""
+    assert passes(place, ["model.path=llama", "data.dataset=chats.jsonl"])
+    assert (place / "runs" / "recipe" / "recipe.yaml").is_file()
 
 
 def test_the_table_is_large_and_its_names_differ() -> None:
     assert len({case.name for case in CASES}) == len(CASES) >= 40
     print(f"{len(CASES)}/{len(CASES)} impossible combinations refused")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "penalised", "field", "fix"),
+    [
+        ({}, True, "train.cuda_graphs", "train.cuda_graphs=auto"),
+        ({"optim": "sgd"}, False, "train.optim", "train.optim=adamw"),
+        ({"gradient_checkpointing": True}, False, "train.cuda_graphs", "train.cuda_graphs=auto"),
+        ({"tile_mlp": 64}, False, "train.cuda_graphs", "train.cuda_graphs=auto"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_captured_is_refused_on_a_gpu_too(
+    wanted: dict[str, Any], penalised: bool, field: str, fix: str
+) -> None:
+    on_gpu, train = torch.device("cuda"), Train(cuda_graphs=True, **wanted)
+    with pytest.raises(UserError) as caught:
+        check_arrangement(train, on_gpu, padded=False, penalised=penalised)
+    assert (caught.value.field, caught.value.fix) == (field, fix)
+    check_arrangement(replace(train, cuda_graphs=None), on_gpu, padded=False, penalised=penalised)
+    check_arrangement(Train(cuda_graphs=True), on_gpu, padded=False)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning", "adaption_prompt", "bottleneck", "lily", "beft"])
+def test_what_does_not_merge_is_served_as_it_is(method: str, tmp_path: Path) -> None:
+    recipe = parse(None, [f"method={method}", "base.device=cpu"]).recipe
+    unmerged = Run(tmp_path / "run", recipe)
+    with pytest.raises(UserError) as caught:
+        merge(unmerged, tmp_path / "out")
+    error = caught.value
+    assert f"what {method} trains does not fold" in error.problem
+    assert error.field == "method.name"
+    assert f"serve the adapter as it is: {unmerged.adapter}" in error.fix
+    able = (error.expected or "").split(", ")
+    assert method not in able
+    assert {"lora", "ia3", "bitfit"} <= set(able)
+    assert all(parse(None, [f"method={name}"]).recipe.method.can.mergeable for name in able)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_model_is_not_merged(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no adapter to merge") as caught:
+        merge(Run(tmp_path / "run", parse(None, ["method=full"]).recipe), tmp_path / "out")
+    assert "is a plain model already" in caught.value.fix

@@ -17,6 +17,9 @@ Decay = Annotated[float, Ge(0), Lt(1)]
 SEEDS = 2**63  # torch and numpy take a seed as a 64-bit number
 
 MetricName = Literal["exact_match", "token_f1", "rouge_l", "bleu", "chrf"]
+LabelMetricName = Literal[
+    "accuracy", "macro_f1", "micro_f1", "mcc", "mse", "mae", "pearson", "spearman", "r2",
+]  # fmt: skip
 
 
 def names_a_field(name: str) -> bool:
@@ -86,9 +89,9 @@ class Train:
 class Eval:
     """How base and tuned model are compared."""
 
-    metrics: list[MetricName | Annotated[str, Predicate(names_a_field)]] | None = setting(
+    metrics: list[MetricName | LabelMetricName | Annotated[str, Predicate(names_a_field)]] | None = setting(
         None, "Names of metrics, `<field>_accuracy` for a field of the answers among them; auto = all that fit them."
     )
     max_new_tokens: Count | None = setting(None, "Longest answer in tokens; auto = longest reference plus a quarter.")
     per_device_eval_batch_size: Count = setting(32, "Prompts generated together.")
-    max_rows: Count | None = setting(None, "Score only so many held-out rows; auto = all, at most 200.")
+    max_rows: Count | None = setting(None, "Score only so many held-out rows; auto = all for labels, 200 for written answers.")

@@ -46,7 +46,7 @@ def compile_layers(network: nn.Module, *, tokens: int = FEW_TOKENS + 1, whole: b
 def lean_activations(lean: bool) -> Iterator[None]:
     """Layers that are compiled inside keep less for the backward pass, and make cheap things again: the product of gate
     and up, normed inputs. On an H100 that saves 30 % of an 8B layer's activations for 0.8 % of its time at 8,192
-    tokens; a whole model at 16,384 was 10 % slower, for a reason that is not known yet (docs/log.md)."""
+    tokens (docs/log.md)."""
     if not lean:
         yield
         return

@@ -92,17 +92,20 @@ def _check_pair(base: Base, storage: str, compute: str, device: torch.device, st
     if storage not in storages:
         raise UserError(
             "this method cannot train on this storage", field="base.storage", found=storage,
-            expected=" or ".join(storages), fix=f"base.storage={storages[0]}; plain LoRA trains on every storage",
+            expected=" or ".join(storages), fix=f"base.storage={storages[0]}; plain method=lora trains on every storage",
         )  # fmt: skip
     if storage == "bf16" and compute == "fp32":
         raise UserError(
             "weights stored as bf16 are computed with in bf16", field="base.compute", found=compute,
             expected="bf16 or auto", fix="base.storage=fp32",
         )  # fmt: skip
+    packed = [one for one in ("fp8", "nf4", "int8") if one in storages]
     if compute == "fp8" and storage not in PACKED:
         raise UserError(
             "FP8 products need frozen weights that are stored in few bits", field="base.compute",
-            found=f"fp8 with {storage} storage", expected="storage fp8, nf4 or int8", fix="base.storage=fp8",
+            found=f"fp8 with {storage} storage",
+            expected="storage fp8, nf4 or int8" if packed else "fp32, bf16 or auto",
+            fix=f"base.storage={packed[0]}" if packed else "base.compute=bf16",
         )  # fmt: skip
     if compute == "fp8" and device.type != "cpu" and not has_fp8(device):  # a CPU emulates it: slow, for trying out
         raise UserError(

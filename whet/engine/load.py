@@ -120,7 +120,7 @@ def _stored_model(
     options: dict[str, Any] = {
         "revision": model.revision or "main",
         "dtype": dense,
-        "attn_implementation": attention_of(task),
+        "attn_implementation": attention_of(task, config),
     }
     if placement.device.type != "cpu":
         options["device_map"] = {"": placement.device}
@@ -141,9 +141,17 @@ def checkpoint_storage(model: Model) -> str | None:
     return None if model.from_config else stored_as(load_config(model), model.path)
 
 
-def attention_of(task: Task) -> str:
-    """The attention to load a model with: whet's own reads the documents of a row, other tasks have padded rows."""
-    return attention.ATTENTION if task.name == "causal" else "sdpa"
+def attention_of(task: Task, config: PreTrainedConfig) -> str:
+    """The attention to load a model with: whet's own reads the documents of a row, other tasks have padded rows.
+
+    A family that computes attention by itself (BLOOM) would be given no mask for whet's, and so would see the future;
+    one that torch's attention is not enough for (the sinks of gpt-oss) would lose a part of it without a word.
+    """
+    owner: Any = task.auto_class()._model_mapping.get(type(config), None)
+    if owner is not None and not owner._supports_sdpa:
+        return "eager"
+    own = owner is not None and not owner._can_set_attn_implementation()
+    return "sdpa" if own or task.name != "causal" else attention.ATTENTION
 
 
 def _random_model(
@@ -153,12 +161,12 @@ def _random_model(
         setattr(config, name, value)
     make = task.auto_class().from_config
     if placement.storage not in PACKED:
-        network = make(config, attn_implementation=attention_of(task), dtype=dense)
+        network = make(config, attn_implementation=attention_of(task, config), dtype=dense)
         return network.to(placement.device)
     from whet.engine.stream import random_frozen
 
     with torch.device("meta"):
-        network = make(config, attn_implementation=attention_of(task), dtype=dense)
+        network = make(config, attn_implementation=attention_of(task, config), dtype=dense)
     random_frozen(network, placement.device, placement.storage, placement.double_quant)
     return network
 

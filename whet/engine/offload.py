@@ -194,6 +194,22 @@ def _offloaded(kind: type[nn.Embedding]) -> type[nn.Embedding]:
     return cast("type[nn.Embedding]", type(f"Offloaded{kind.__name__}", (OffloadedEmbedding, kind), {}))
 
 
+def check_embedding(network: nn.Module) -> None:
+    """Raise UserError where the input embedding is trained, or is the output head too; weights are not needed."""
+    module: Any = cast("Any", network).get_input_embeddings()
+    output = cast("Any", network).get_output_embeddings()
+    obstacle = None
+    if not isinstance(module, nn.Embedding) or module.weight.requires_grad or module.max_norm is not None:
+        obstacle = "it is trained or not a plain embedding"
+    elif output is not None and getattr(output, "weight", None) is module.weight:
+        obstacle = "it is the output head too"
+    if obstacle is not None:
+        raise UserError(
+            "the input embedding cannot be kept on the host", field="base.offload_embedding", found=obstacle,
+            expected="a frozen embedding of its own", fix="base.offload_embedding=false",
+        )  # fmt: skip
+
+
 def offload_embedding(network: nn.Module) -> int:
     """Keep the frozen input embedding on the host; returns the device bytes that this frees, V * H * itemsize.
 
@@ -204,17 +220,7 @@ def offload_embedding(network: nn.Module) -> int:
     module: Any = cast("Any", network).get_input_embeddings()
     if isinstance(module, OffloadedEmbedding):
         return 0
-    output = cast("Any", network).get_output_embeddings()
-    obstacle = None
-    if not isinstance(module, nn.Embedding) or module.weight.requires_grad or module.max_norm is not None:
-        obstacle = "it is trained or not a plain embedding"
-    elif output is not None and getattr(output, "weight", None) is module.weight:
-        obstacle = "it is the output head too"
-    if obstacle is not None:
-        raise UserError(
-            "the input embedding cannot be kept on the host", found=obstacle,
-            expected="a frozen embedding of its own", fix="turn the offload of the embedding off",
-        )  # fmt: skip
+    check_embedding(network)
     weight = module.weight.detach()
     del module.weight
     module.register_buffer("weight", weight)

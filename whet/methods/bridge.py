@@ -166,7 +166,8 @@ class Bridge(PeftMethod):
     def _refused(self, error: Exception) -> UserError:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return UserError(
-            f"PEFT cannot put {self.name} on this model: {reason}", field="method",
+            f"PEFT cannot put {self.name} on this model: {reason}", field="method", found=self.name,
+            expected=f"a model and options that PEFT's {self.name} takes",
             fix="change the method's options, or method.name=lora",
         )  # fmt: skip
 

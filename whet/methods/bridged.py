@@ -151,7 +151,7 @@ BRIDGED: dict[BridgedName, Bridged] = {
     ),
     "waveft": Bridged(
         "WAVEFT", "Train a few wavelet coefficients of the update (Bilican et al., 2025, arXiv:2505.12532).",
-        _can(1e-3), fits={"n_frequency": entries(2592)},
+        _can(1e-3, compiles=False), fits={"n_frequency": entries(2592)},
     ),
     "c3a": Bridged(
         "C3A", "Circular convolutions in blocks (Chen et al., 2024, arXiv:2407.19342).", _can(3e-2),
@@ -204,7 +204,7 @@ BRIDGED: dict[BridgedName, Bridged] = {
         "TINYLORA", "A few numbers a layer, projected between its singular vectors (arXiv:2602.04118).", _can(1e-3),
     ),
     "frod": Bridged(
-        "FROD", "Train a sparse middle between factors that layers of one role share.", _can(1e-3),
+        "FROD", "Train a sparse middle between factors that layers of one role share.", _can(1e-3, compiles=False),
         defaults={"progressbar": False}, count=lambda c, shapes: sum(i + int(c.sparse_rate * i * i) for i, _ in shapes),
     ),
     "lily": Bridged(

@@ -185,8 +185,8 @@ def _oriented(weight: torch.Tensor, covariance: torch.Tensor, r: int, scale: flo
 def check_ranks(model: nn.Module) -> None:
     """Raise UserError where a rank is larger than its layer: a decomposition has no more directions than that."""
     for name, layer in layers_of(model):
-        most = min(layer.in_features, layer.out_features)
-        if layer.r[NAME] > most:
+        if layer.r[NAME] > min(layer.in_features, layer.out_features):
+            most = min(min(one.in_features, one.out_features) for _, one in layers_of(model))
             raise UserError(
                 "the rank is larger than a layer, and this start takes that many directions of its weight",
                 field="method.r", found=f"{layer.r[NAME]} for {name}", expected=f"at most {most}",

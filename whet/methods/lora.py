@@ -149,9 +149,9 @@ class Lora(PeftMethod):
         from whet.methods import initial
 
         model = super().attach(network, task)
+        if self._takes_out or self.init_lora_weights in ("loftq", "eva"):
+            initial.check_ranks(model)
         if next(network.parameters()).device.type != "meta":
-            if self._takes_out or self.init_lora_weights in ("loftq", "eva"):
-                initial.check_ranks(model)
             if self.init_lora_weights == "loftq":
                 initial.from_loss_of_quantising(model, _dense_twin(network, task))
             elif self.init_lora_weights.startswith(("pissa", "olora", "orthogonal")):

@@ -74,6 +74,11 @@ class Method:
         """What is added to the loss of a step, a scalar with its gradient, or None."""
         return None
 
+    @property
+    def penalised(self) -> bool:
+        """Whether something is added to the loss, which a captured step would leave out."""
+        return type(self).penalty is not Method.penalty
+
     def settle(self, model: Any) -> None:
         """Called once after the last step, before the weights are written."""
 

@@ -56,7 +56,7 @@ def check_options(name: BridgedName, options: Mapping[str, Any]) -> None:
         if option in REFUSED:
             raise UserError(
                 f"{option} is not for the recipe to say: {REFUSED[option]}", field=field, found=str(value),
-                fix="remove it",
+                expected=", ".join(known), fix="remove it",
             )  # fmt: skip
         if option not in known:
             near = nearest(option, known)

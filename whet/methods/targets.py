@@ -43,7 +43,8 @@ def find_targets(
         if missing := sorted(set(layers) - known):
             raise UserError(
                 "the model has no such layer", field="method.layers_to_transform", found=str(missing[0]),
-                expected=f"0 to {max(known)}" if known else "a model of layers", fix="count the layers from 0",
+                expected=f"0 to {max(known)}" if known else "a model of layers",
+                fix=f"method.layers_to_transform=[{max(known)}]" if known else "method.layers_to_transform=auto",
             )  # fmt: skip
         found = [name for name in found if layer_index(name) in layers]
     if not found:

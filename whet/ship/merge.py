@@ -112,8 +112,9 @@ def _check(run: Run, out: Path) -> None:
     if not method.can.mergeable:
         raise UserError(
             f"what {method.name} trains does not fold into the weights", file=str(run.path), field="method.name",
-            expected=", ".join(name for name, kind in METHODS.items() if kind.capability.mergeable),
-            fix="use the adapter itself, or train with a method that merges",
+            found=method.name,
+            expected=", ".join(name for name, kind in METHODS.items() if kind(name=name).can.mergeable),  # type: ignore[arg-type]
+            fix=f"serve the adapter as it is: {run.adapter}; or train with method=lora, which merges",
         )  # fmt: skip
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / CERTIFICATE).is_file():
         raise UserError(

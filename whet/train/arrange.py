@@ -94,8 +94,14 @@ def arrange(
     both = keeps_both(placement)
     fused = fused_groups(train, placement, model, both)
     matrices, vectors = split_trained(fused, model)
-    if placement.fp8_head and forward.head is not None:
-        forward = replace(forward, head=forward.head.in_fp8(network, both_orders=both))
+    if placement.fp8_head:
+        if forward.head is not None:
+            forward = replace(forward, head=forward.head.in_fp8(network, both_orders=both))
+        if forward.head is None or forward.head.fp8 is None:
+            raise UserError(
+                "this model's output head cannot be multiplied in FP8", field="base.fp8_head", found="true",
+                expected="false", fix="base.fp8_head=false",
+            )  # fmt: skip
     if placement.offload_embedding:
         offload_embedding(network)
     if fused is not None:
@@ -122,11 +128,24 @@ def arrange(
     return Arrangement(forward, batches, matrices, vectors, graphs, facts, network)
 
 
-def check_arrangement(train: Train, device: torch.device, *, padded: bool) -> None:
+def check_arrangement(train: Train, device: torch.device, *, padded: bool, penalised: bool = False) -> None:
     """Raise UserError for a setting that could not take effect on the device, or beside another one.
 
-    padded: batches are laid out with padding, so their shapes are many.
+    padded: batches are laid out with padding, so their shapes are many; penalised: the method adds to the loss.
     """
+    if train.cuda_graphs:
+        for holds, field, why, fix in (
+            (penalised, "train.cuda_graphs", "the method adds a penalty to the loss between forward and backward pass, "
+             "which a captured step would leave out", "train.cuda_graphs=auto"),
+            (train.optim != "adamw", "train.optim", "only adamw can be captured in a CUDA graph", "train.optim=adamw"),
+            (_asked(train), "train.cuda_graphs", "steps that run layers again or in tiles cannot be captured",
+             "train.cuda_graphs=auto"),
+        ):  # fmt: skip
+            if holds:
+                raise UserError(
+                    why, field=field, found=train.optim if field == "train.optim" else "true",
+                    expected="adamw, or train.cuda_graphs auto" if field == "train.optim" else "auto or false", fix=fix,
+                )  # fmt: skip
     for name in ("compile", "cuda_graphs", "fit_micro_batches"):
         if getattr(train, name) and device.type != "cuda":
             raise UserError(

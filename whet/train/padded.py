@@ -72,8 +72,8 @@ def check_recipe(recipe: Recipe, config: Any, task: Task) -> None:
         for name in FLAT_ONLY:
             if getattr(recipe.train, name):
                 raise UserError(
-                    "this is for text in rows without padding", field=f"train.{name}", found="true", expected="auto",
-                    fix="remove the line",
+                    "this is for text in rows without padding", field=f"train.{name}",
+                    found=str(getattr(recipe.train, name)).lower(), expected="auto", fix="remove the line",
                 )  # fmt: skip
         if recipe.base.fp8_head:
             raise UserError(
@@ -144,4 +144,5 @@ class Probe(nn.Module):
             inputs["decoder_input_ids"] = input_ids
         if self.how.cached:
             inputs["use_cache"] = use_cache
-        return self.model(**inputs)
+        with torch.autocast(self.how.device.type, self.how.compute, enabled=self.how.autocast):
+            return self.model(**inputs)

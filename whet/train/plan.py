@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
-from whet.engine.device import place
+from whet.base.errors import UserError
+from whet.engine.device import PACKED, Placement, place
 from whet.engine.head import CHUNK_LOGITS
+from whet.engine.linear import frozen_names
 from whet.engine.load import checkpoint_storage, empty_model, load_config, longest_input
+from whet.engine.offload import check_embedding
 from whet.engine.plan import Sizes, plan_memory
 from whet.engine.task import Task
 from whet.recipe import Recipe
@@ -32,8 +37,10 @@ def plan(recipe: Recipe, *, tokens: int | None = None, task: Task | None = None)
     placement = place(recipe.base, recipe.method.can.storages, width, stored=stored)
     readable = longest_input(model.config)
     length = recipe.data.max_length or min(readable or USUAL_LENGTH, USUAL_LENGTH)
+    packed = frozen_names(model) if placement.storage in PACKED else []
     with torch.device("meta"):
         attached = recipe.method.attach(model, task)
+    _check_together(model, attached, placement, packed)
     sizes = Sizes(
         storage=placement.storage,
         compute=placement.arithmetic,
@@ -56,6 +63,29 @@ def plan(recipe: Recipe, *, tokens: int | None = None, task: Task | None = None)
     if task.labels:
         assumed["labels"] = len(task.labels)
     return {"model": recipe.model.path, "method": recipe.method.name, **found, "assumed": assumed}
+
+
+def _check_together(network: Any, attached: torch.nn.Module, placement: Placement, packed: Collection[str]) -> None:
+    """Raise UserError where the method trains what the base settings need frozen.
+
+    network: the model inside of `attached`, without weights; packed: names of its layers that the storage takes.
+    """
+    if placement.offload_embedding:
+        check_embedding(network)
+    head = network.get_output_embeddings()
+    trained = head is not None and any(parameter.requires_grad for parameter in head.parameters())
+    if placement.fp8_head and (trained or not isinstance(head, torch.nn.Linear)):
+        raise UserError(
+            "only an output head that stays frozen can be multiplied in FP8", field="base.fp8_head", found="true",
+            expected="false where the method trains the head", fix="base.fp8_head=false",
+        )  # fmt: skip
+    for name, parameter in attached.named_parameters():
+        owner = re.sub(r"\.modules_to_save\.\w+", "", name.removeprefix("base_model.model.")).rpartition(".")[0]
+        if parameter.requires_grad and ".modules_to_save." in name and owner in packed:
+            raise UserError(
+                "a quantised module cannot be trained whole", field="method.modules_to_save", found=owner,
+                expected="a module of dense weights", fix="base.storage=bf16, or train it with target_modules",
+            )  # fmt: skip
 
 
 def show(found: dict[str, Any]) -> None:

@@ -21,7 +21,6 @@ from whet.base.files import whole_directory, write_json
 from whet.data.goldens import FILE as CONTRACT
 from whet.data.goldens import write_contract
 from whet.engine.memory import keep_freed_memory, peak_bytes, used_bytes
-from whet.methods.method import Method
 from whet.recipe import Parsed, fingerprint
 from whet.runs import LABELS, Run
 from whet.train import checkpoint
@@ -101,16 +100,14 @@ class Loop:
         self.held_out = _evaluation_batches(ready)
         assert self.settings.learning_rate is not None
         self.method = ready.recipe.method
-        penalised = type(self.method).penalty is not Method.penalty
-        captured = arranged.graphs and not penalised
         self.optimiser = build_optimiser(
-            self.settings, arranged.matrices, arranged.vectors, self.settings.learning_rate, captured=captured
+            self.settings, arranged.matrices, arranged.vectors, self.settings.learning_rate, captured=arranged.graphs
         )
         self.steps: GraphSteps | Steps
-        if captured:
+        if arranged.graphs:
             self.steps = GraphSteps(model, self.optimiser, self.forward, self.settings.max_grad_norm)
         else:
-            penalty = partial(self.method.penalty, model) if penalised else None
+            penalty = partial(self.method.penalty, model) if self.method.penalised else None
             self.steps = Steps(model, self.optimiser, self.forward, self.settings.max_grad_norm, penalty)
         self.identity = Identity(fingerprint(ready.recipe), ready.prepared.ledger.sha256)
         self.recorder = Recorder(self.run.metrics, self.run.timing, self.settings.report_to)

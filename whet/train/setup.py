@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,7 +65,9 @@ def get_ready(parsed: Parsed) -> Ready:
     stored = checkpoint_storage(recipe.model)
     placement = place(recipe.base, recipe.method.can.storages, width, stored=stored)
     check_optimiser(recipe.train, placement.device)
-    check_arrangement(recipe.train, placement.device, padded=recipe.data.padding_free is False)
+    check_arrangement(
+        recipe.train, placement.device, padded=recipe.data.padding_free is False, penalised=recipe.method.penalised
+    )
     if recipe.model.task is not None:
         check_recipe(recipe, config, Task(recipe.model.task))
     data = data_for(recipe)
@@ -117,7 +119,8 @@ def build_model(ready: Ready) -> tuple[torch.nn.Module, Ready, Arrangement]:
     batches = batches_of(ready)
     assert isinstance(batches, Batches)
     start_from_rows(recipe.method, model, forward, batches)
-    arranged = arrange(recipe.train, placement, model, network, forward, batches, steps=recipe.train.max_steps or 1)
+    train = replace(recipe.train, cuda_graphs=False) if recipe.method.penalised else recipe.train
+    arranged = arrange(train, placement, model, network, forward, batches, steps=train.max_steps or 1)
     ready.run.write("arrangement.json", arranged.facts)
     return model, ready, arranged
 
