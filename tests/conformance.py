@@ -60,7 +60,7 @@ class Case:
 
     def network(self) -> Any:
         """The same random model each time, without dropout."""
-        network = _built(self.task)
+        network = _built(self.task, biased=self.method.name == "bitfit")
         if self.storage is not None:
             from whet.engine.linear import freeze_linears
 
@@ -72,7 +72,7 @@ class Case:
         return self.method.attach(self.network(), TASKS[self.task])
 
 
-def _built(task: str) -> Any:
+def _built(task: str, *, biased: bool = False) -> Any:
     import transformers
 
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def _built(task: str) -> Any:
     else:
         network = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
-                **SIZES, num_key_value_heads=2, tie_word_embeddings=False, attention_bias=True, mlp_bias=True
+                **SIZES, num_key_value_heads=2, tie_word_embeddings=False, attention_bias=biased, mlp_bias=biased
             )
         )
     for name, parameter in network.named_parameters():
@@ -233,7 +233,7 @@ def check_gradient(case: Case, tamper: Tamper = nothing) -> bool:
     far = torch.sqrt(sum((n * n).sum() for n in noise))  # type: ignore[arg-type]
     directions = [g / length + n / far for g, n in zip(gradients, noise, strict=True)]
     slope = float(sum((g * d).sum() for g, d in zip(gradients, directions, strict=True)))
-    step, values = 5e-4, []  # norms are computed in float32, so a smaller step would measure rounding
+    step, values = 1e-3 / max(1.0, float(length)), []  # norms are computed in float32: less would measure rounding
     with torch.no_grad():
         for sign in (1, -2):
             for p, d in zip(parameters, directions, strict=True):
@@ -375,8 +375,9 @@ def check_peft(case: Case, tamper: Tamper = nothing) -> bool:
 
 
 def check_overfits(case: Case, tamper: Tamper = nothing) -> bool:
-    """It learns four rows: the loss falls by a third within 60 steps, at one of two rates."""
-    worst, enough = [], 0.967 if case.method.name in WEAK else 0.67
+    """It learns four rows: within 60 steps, at one of two rates, the loss falls by a third; by a tenth on T5, whose
+    random head few methods reach."""
+    worst, enough = [], 0.967 if case.method.name in WEAK else 0.9 if case.task == "seq2seq" else 0.67
     for rate in (case.method.can.learning_rate, 2e-2):
         model = case.attached()
         tamper(model)

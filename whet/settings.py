@@ -94,4 +94,6 @@ class Eval:
     )
     max_new_tokens: Count | None = setting(None, "Longest answer in tokens; auto = longest reference plus a quarter.")
     per_device_eval_batch_size: Count = setting(32, "Prompts generated together.")
-    max_rows: Count | None = setting(None, "Score only so many held-out rows; auto = all for labels, 200 for written answers.")
+    max_rows: Count | None = setting(
+        None, "Score only so many held-out rows; auto = all for labels, 200 for written answers."
+    )

@@ -92,7 +92,7 @@ def _check_pair(base: Base, storage: str, compute: str, device: torch.device, st
     if storage not in storages:
         raise UserError(
             "this method cannot train on this storage", field="base.storage", found=storage,
-            expected=" or ".join(storages), fix=f"base.storage={storages[0]}; plain method=lora trains on every storage",
+            expected=" or ".join(storages), fix=f"base.storage={storages[0]}; plain method=lora trains on each",
         )  # fmt: skip
     if storage == "bf16" and compute == "fp32":
         raise UserError(
