@@ -159,6 +159,27 @@ def test_bad_names_and_parts_are_refused(model_dir: Path, pair: list[Path], tmp_
     assert adapters.names == ["one", "two"]
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5]}, {"name": "ia3"}],
+    ids=lambda more: next(iter(more)),
+)
+def test_what_composing_would_lose_is_refused(model_dir: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    from whet.methods.bridge import Bridge
+
+    method: Any = Bridge(**more) if "name" in more else Lora(r=2, **more)
+    method.save(method.attach(fresh(model_dir)), _made(tmp_path / "one"))
+    adapters = Adapters(fresh(model_dir))
+    adapters.load("one", tmp_path / "one")
+    with pytest.raises(UserError, match="only plain LoRA"):
+        adapters.compose("same", ["one"])
+
+
+def _made(place: Path) -> Path:
+    place.mkdir(parents=True)
+    return place
+
+
 def test_on_disk(model_dir: Path, pair: list[Path], tmp_path: Path) -> None:
     found = find(tmp_path / "runs")
     assert [one.name for one in found] == ["run0", "run1"]

@@ -166,7 +166,7 @@ def recipes() -> dict[str, Path]:
 
 
 def init(name: str) -> str:
-    """The text of a commented recipe: lora, qlora or full."""
+    """The text of a commented recipe: lora, qlora, full or classify."""
     from whet.base.errors import UserError, nearest
 
     found = recipes()

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _verb(verbs, "quickstart", "everything on the built-in model and data", do.quickstart, "whet quickstart --json",
           overrides=True)  # fmt: skip
     init = _verb(verbs, "init", "print a commented recipe", do.init, "whet init qlora > tickets.yaml")
-    init.add_argument("name", help="lora, qlora or full")
+    init.add_argument("name", help="lora, qlora, full or classify")
     data = _verb(verbs, "data", "look at data before training", do.data,
                  "whet data check tickets.yaml --show 3\n  whet data check rows.jsonl data.columns.prompt=question "
                  "data.columns.completion=answer")  # fmt: skip

@@ -86,7 +86,7 @@ _NO_HEAD = ("causal", "seq2seq")  # PEFT's config cannot name a head that is tra
 BRIDGED: dict[BridgedName, Bridged] = {
     "ia3": Bridged(
         "IA3", "Rescale keys, values and the MLP's inner activations (Liu et al., 2022, arXiv:2205.05638).",
-        _can(3e-3, composable=True), targets="ia3",
+        _can(3e-3), targets="ia3",
     ),
     "prefix": Bridged(
         "PREFIX_TUNING", "Train keys and values in front of every layer's own (Li and Liang, 2021, arXiv:2101.00190).",
@@ -133,7 +133,7 @@ BRIDGED: dict[BridgedName, Bridged] = {
     ),
     "shira": Bridged(
         "SHIRA", "Train a random sparse set of a layer's entries (Bhardwaj et al., 2024, arXiv:2406.13175).",
-        _can(1e-3, composable=True, compiles=False), defaults={"random_seed": 0}, fits={"r": sparse(32)},
+        _can(1e-3, compiles=False), defaults={"random_seed": 0}, fits={"r": sparse(32)},
         count=lambda c, shapes: sum(c.r * (i + o) for i, o in shapes),
     ),
     "supertuning": Bridged(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 How = Literal["cat", "linear", "svd", "ties", "dare"]
 _PEFT_NAMES = {"ties": "ties_svd", "dare": "dare_linear_svd"}
+BESIDE = ("use_dora", "trainable_token_indices", "modules_to_save")
 CONFIG, WEIGHTS, NOTE = "adapter_config.json", "adapter_model.safetensors", "whet_composed.json"
 
 
@@ -160,6 +161,8 @@ class Adapters:
         self._check_composition(name, parts, weights, how, density)
         inside = [self._known(part) for part in parts]
         configs = [self.wrapped.peft_config[one] for one in inside]
+        for part, config in zip(parts, configs, strict=True):
+            _check_plain(part, config)
         options: dict[str, Any] = {"combination_type": _PEFT_NAMES.get(how, how)}
         if how in ("svd", "ties", "dare"):
             options["svd_rank"] = rank or max(config.r for config in configs)
@@ -252,6 +255,20 @@ class Adapters:
     def _free(self, name: str) -> None:
         if name in self._inside:
             raise UserError("this name is taken", found=name, fix="give another one, or delete the adapter first")
+
+
+def _check_plain(part: str, config: Any) -> None:
+    """PEFT adds up the updates A and B alone: whatever else an adapter trained would be lost without a word."""
+    kind = config.peft_type.value.lower()
+    more = [name for name in BESIDE if getattr(config, name, None)]
+    if kind == "lora" and getattr(config, "bias", "none") != "none":
+        more.append("bias")
+    if kind != "lora" or more:
+        raise UserError(
+            "only plain LoRA can be composed: the rest of what this adapter trained would be lost", found=f"{part}: "
+            + (", ".join(more) if kind == "lora" else kind), expected="LoRA on linear layers alone",
+            fix="merge it into the model first, or compose others",
+        )  # fmt: skip
 
 
 def home(target: str | Path) -> tuple[Model, Base]:
