@@ -63,7 +63,7 @@ class Set:
 SETS = {
     "banking77": Set(
         None, ("banking77_train.jsonl.xz", "banking77_test.jsonl.xz"), "accuracy", LABELLED,
-        {"train.num_train_epochs": 6, "train.per_device_train_batch_size": 32, "eval.max_rows": 3080},
+        {"train.num_train_epochs": 4, "train.per_device_train_batch_size": 32, "eval.max_rows": 3080},
     ),
     "tickets": Set(
         "builtin:tiny", (), "category_accuracy", WRITTEN,

@@ -42,3 +42,15 @@ def recipe(model_dir: Path, data_file: Path, tmp_path: Path) -> Callable[..., Pa
         return tiny.recipe(model_dir, data_file, tmp_path / out, **changes)
 
     return make
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The conformance table in one line: promises kept of those made."""
+    promise = "test_conformance.py::test_promise"
+    found = {
+        outcome: sum(promise in report.nodeid for report in terminalreporter.stats.get(outcome, ()))
+        for outcome in ("passed", "failed")
+    }
+    if any(found.values()):
+        made = found["passed"] + found["failed"]
+        terminalreporter.write_line(f"conformance of methods: {found['passed']}/{made} promises kept")

@@ -12,32 +12,14 @@ from conformance import CHECKS, Case, cases
 from whet.methods.lora import Lora
 
 ALL = cases()
-SEEN: dict[tuple[str, str], str] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def table(request: pytest.FixtureRequest):
-    """Counts what was checked; the terminal summary prints it."""
-    yield
-    kept = sum(verdict == "kept" for verdict in SEEN.values())
-    failed = [f"{case}: {check}" for (case, check), verdict in SEEN.items() if verdict == "broken"]
-    request.config.stash[conformance_summary] = (
-        f"conformance: {kept}/{kept + len(failed)} promises kept by {len(ALL)} pairs of method and task"
-        + (f"; broken: {', '.join(failed[:8])}" if failed else "")
-    )
-
-
-conformance_summary = pytest.StashKey[str]()
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
 @pytest.mark.parametrize("check", CHECKS)
 def test_promise(case: Case, check: str) -> None:
-    SEEN[case.name, check] = "broken"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         promised = CHECKS[check][0](case)
-    SEEN[case.name, check] = "kept" if promised else "not promised"
     if not promised:
         pytest.skip(f"{case.method.name} does not promise it for {case.task}")
 

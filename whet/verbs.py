@@ -12,6 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+# Columns of the capability matrix as the terminal shows them.
+SHORT = {
+    "mergeable": "merge", "peft_format": "PEFT", "vllm_unmerged": "vLLM", "composable": "sum", "compiles": "compile",
+}  # fmt: skip
+
 
 def _prepare_libraries() -> None:
     import transformers  # noqa: F401
@@ -234,32 +239,38 @@ def bench(words: argparse.Namespace) -> dict[str, Any]:
 
 
 def methods(words: argparse.Namespace) -> dict[str, Any]:
-    from whet import api
+    from whet.methods.all import capability_rows
 
-    rows = api.methods()
+    rows = capability_rows()
     if not words.json:
         from rich.table import Table
 
         from whet.base.console import console
 
         table = Table(box=None, pad_edge=False)
-        names = [name for name in rows[0] if name != "what"]
-        for name in names:
-            table.add_column(name.replace("_", " "))
+        for name in ("method", "base", "tasks", *SHORT.values(), "rate"):
+            table.add_column(name, no_wrap=True, justify="right" if name == "rate" else "left")
         for row in rows:
-            table.add_row(*(_cell(row[name]) for name in names))
-        console(stdout=True).print(table)
+            marks = ["yes" if row[name] else "-" for name in SHORT]
+            table.add_row(
+                str(row["method"]), _base(row["storages"]), _tasks(row["tasks"]), *marks, f"{row['learning_rate']:.0e}"
+            )
+        out = console(stdout=True)
+        out.print(table)
+        out.print("base: storages of the frozen weights, any = fp32 bf16 fp8 int8 nf4, dense = fp32 bf16; rate: the "
+                  "usual learning rate", style="dim")  # fmt: skip
         for row in rows:
-            console(stdout=True).print(f"{row['method']}: {row['what']}", style="dim")
+            out.print(f"{row['method']}: {row['what']}", style="dim")
     return {"methods": rows}
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.0e}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _base(storages: Any) -> str:
+    return "any" if len(storages) == 5 else "dense" if len(storages) == 2 else ", ".join(storages)
+
+
+def _tasks(tasks: Any) -> str:
+    names = ", ".join(tasks) if isinstance(tasks, list) else str(tasks)
+    return names.replace("classification", "labels").replace(", multi_label, regression", "")
 
 
 def doctor(words: argparse.Namespace) -> dict[str, Any]:

@@ -31,6 +31,6 @@ def capability_rows() -> list[dict[str, object]]:
             "method": name, "what": what, "storages": list(can.storages),
             "tasks": "all" if can.tasks == ALL_TASKS else list(can.tasks),
             "mergeable": can.mergeable, "peft_format": can.peft_format, "vllm_unmerged": can.vllm,
-            "learning_rate": can.learning_rate,
+            "composable": can.composable, "compiles": can.compiles and can.inside, "learning_rate": can.learning_rate,
         })  # fmt: skip
     return rows

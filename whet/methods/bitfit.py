@@ -31,7 +31,7 @@ class BitFit(InPlaceMethod):
     )
 
     capability: ClassVar[Capability] = Capability(
-        storages=ANY, mergeable=True, peft_format=False, vllm=False, learning_rate=1e-3, shardable=False
+        storages=ANY, mergeable=True, peft_format=False, vllm=False, learning_rate=1e-3
     )
 
     def chosen(self, network: PreTrainedModel, task: Task) -> list[str]:

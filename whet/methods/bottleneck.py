@@ -43,7 +43,7 @@ class Bottleneck(Method):
     non_linearity: Literal["relu", "gelu", "silu", "tanh"] = setting("relu", "Between down and up projection.")
 
     capability: ClassVar[Capability] = Capability(
-        storages=ANY, mergeable=False, peft_format=False, vllm=False, learning_rate=1e-3, shardable=False
+        storages=ANY, mergeable=False, peft_format=False, vllm=False, learning_rate=1e-3
     )
 
     def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> nn.Module:

@@ -70,7 +70,7 @@ def sparse(most: int) -> Callable[[Shapes], int]:
 def _can(rate: float, **changes: Any) -> Capability:
     """Of a method that wraps linear layers: dense bases only, merged by PEFT."""
     usual: dict[str, Any] = {
-        "storages": DENSE, "mergeable": True, "peft_format": True, "vllm": False, "shardable": False,
+        "storages": DENSE, "mergeable": True, "peft_format": True, "vllm": False,
         "learning_rate": rate,
     }  # fmt: skip
     return Capability(**(usual | changes))

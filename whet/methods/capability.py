@@ -18,9 +18,9 @@ class Capability:
     opens in plain PEFT. vllm: vLLM serves it unmerged. learning_rate: the usual peak rate when the recipe says none.
     tasks: what it can be trained for. inside: what it trains lies inside of the layers, so that the layers can be
     called without the method's own wrapper: documents can share a row, losses are fused, decoding is whet's own.
-    composable: adapters of it can be combined into one. gguf: its adapter can be exported to GGUF unmerged.
-    compiles: its layers compile as whole graphs. shardable: it trains on a sharded base. whole_model: what is saved is
-    a model, not an adapter. recomputes: its layers can be run again in the backward pass (a cache they add to cannot).
+    composable: adapters of it can be combined into one. compiles: its layers compile as whole graphs. whole_model: what
+    is saved is a model, not an adapter. recomputes: its layers can be run again in the backward pass (a cache they add
+    to cannot).
     """
 
     storages: tuple[str, ...]
@@ -31,8 +31,6 @@ class Capability:
     tasks: tuple[str, ...] = ALL_TASKS
     inside: bool = True
     composable: bool = False
-    gguf: bool = False
     compiles: bool = True
-    shardable: bool = True
     whole_model: bool = False
     recomputes: bool = True

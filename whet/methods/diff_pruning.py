@@ -44,7 +44,7 @@ class DiffPruning(InPlaceMethod):
     )
 
     capability: ClassVar[Capability] = Capability(
-        storages=DENSE, mergeable=True, peft_format=False, vllm=False, learning_rate=1e-4, shardable=False
+        storages=DENSE, mergeable=True, peft_format=False, vllm=False, learning_rate=1e-4
     )
 
     def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> nn.Module:

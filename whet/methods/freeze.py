@@ -20,7 +20,7 @@ from whet.methods.structure import chosen_names, layer_stacks, new_head
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CAN = Capability(storages=DENSE, mergeable=True, peft_format=False, vllm=False, learning_rate=5e-5, shardable=False)
+CAN = Capability(storages=DENSE, mergeable=True, peft_format=False, vllm=False, learning_rate=5e-5)
 
 
 @config
@@ -82,7 +82,7 @@ class Head(InPlaceMethod):
     name: Literal["head"] = setting("head", "Train the head alone: the new one for labels, else the output head.")
 
     capability: ClassVar[Capability] = Capability(
-        storages=ANY, mergeable=True, peft_format=False, vllm=False, learning_rate=1e-3, shardable=False
+        storages=ANY, mergeable=True, peft_format=False, vllm=False, learning_rate=1e-3
     )
 
     def chosen(self, network: PreTrainedModel, task: Task) -> list[str]:

@@ -86,7 +86,7 @@ class Lora(PeftMethod):
     trainable_token_indices: list[Index] = setting([], "Rows of the input embedding to train: ids of tokens.")
 
     capability: ClassVar[Capability] = Capability(
-        storages=ANY, mergeable=True, peft_format=True, vllm=True, learning_rate=2e-4, composable=True, gguf=True
+        storages=ANY, mergeable=True, peft_format=True, vllm=True, learning_rate=2e-4, composable=True
     )
 
     def __post_init__(self) -> None:
@@ -129,9 +129,7 @@ class Lora(PeftMethod):
         storages = PACKED if self.init_lora_weights == "loftq" else DENSE if changed else ANY
         plain = not (self.use_dora or self.bias != "none" or self.modules_to_save or self.trainable_token_indices)
         whole = plain and not (self.rank_pattern or self.alpha_pattern)
-        return dataclasses.replace(
-            self.capability, storages=storages, vllm=whole, gguf=whole, composable=plain, compiles=plain
-        )
+        return dataclasses.replace(self.capability, storages=storages, vllm=whole, composable=plain, compiles=plain)
 
     @property
     def _takes_out(self) -> bool:
