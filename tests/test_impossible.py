@@ -122,6 +122,8 @@ SETTINGS = [
     Impossible("prefix_run_again", "method=prefix train.gradient_checkpointing=true", "train.gradient_checkpointing",
                "true"),
     Impossible("tiled_p_tuning", "method=p_tuning train.tile_mlp=32", "train.tile_mlp", "32"),
+    Impossible("compiled_dora", "method.use_dora=true train.compile=true", "train.compile", "true"),
+    Impossible("compiled_shira", "method=shira train.compile=true", "train.compile", "true"),
     Impossible("captured_diff_pruning", "method=diff_pruning train.cuda_graphs=true", "train.cuda_graphs", "true"),
     Impossible("fp8_head_that_is_trained", f"method=head {FP8}", "base.fp8_head", "true"),
     Impossible("fp8_head_that_is_saved", f"method.modules_to_save=[lm_head] {FP8}", "base.fp8_head", "true"),

@@ -68,6 +68,11 @@ def check_recipe(recipe: Recipe, config: Any, task: Task) -> None:
             f"{recipe.method.name} trains a cache, and layers that are run again have none",
             field="train.gradient_checkpointing", found="true", expected="false or auto", fix="remove the line",
         )  # fmt: skip
+    if recipe.train.compile and not recipe.method.can.compiles:
+        raise UserError(
+            f"the layers of {recipe.method.name} with these settings are not one graph", field="train.compile",
+            found="true", expected="auto or false", fix="remove the line",
+        )  # fmt: skip
     if is_padded(recipe, task):
         for name in FLAT_ONLY:
             if getattr(recipe.train, name):

@@ -32,6 +32,7 @@ from whet.engine.load import checkpoint_storage, load_config, load_model, load_t
 from whet.engine.task import Task, text_task
 from whet.recipe import Parsed, Recipe, to_yaml
 from whet.runs import Run
+from whet.settings import Train
 from whet.train.arrange import Arrangement, arrange, check_arrangement
 from whet.train.loss import Forward
 from whet.train.optim import check_optimiser
@@ -119,10 +120,18 @@ def build_model(ready: Ready) -> tuple[torch.nn.Module, Ready, Arrangement]:
     batches = batches_of(ready)
     assert isinstance(batches, Batches)
     start_from_rows(recipe.method, model, forward, batches)
-    train = replace(recipe.train, cuda_graphs=False) if recipe.method.penalised else recipe.train
+    train = _possible(recipe)
     arranged = arrange(train, placement, model, network, forward, batches, steps=train.max_steps or 1)
     ready.run.write("arrangement.json", arranged.facts)
     return model, ready, arranged
+
+
+def _possible(recipe: Recipe) -> Train:
+    """The training settings with what the method rules out decided, where it was left open."""
+    train = recipe.train
+    if recipe.method.penalised:
+        train = replace(train, cuda_graphs=False)
+    return train if recipe.method.can.compiles else replace(train, compile=False)
 
 
 def _padded(ready: Ready, network: Any, model: torch.nn.Module) -> tuple[torch.nn.Module, Ready, Arrangement]:
