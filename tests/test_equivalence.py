@@ -18,7 +18,7 @@ import torch
 
 from whet.data.batches import Batch, Batches
 from whet.engine.attention import ATTENTION
-from whet.engine.isolation import check_isolation, flat_inputs
+from whet.engine.isolation import check_causality, check_isolation, flat_inputs
 from whet.recipe import Parsed
 from whet.train import loss as loss_module
 from whet.train.arrange import Arrangement
@@ -344,3 +344,32 @@ def test_the_isolation_check_sees_a_model_that_ignores_documents() -> None:
     ours, _ = _models("llama")
     assert check_isolation(ours, tiny.VOCABULARY).holds
     assert not check_isolation(Deaf(ours), tiny.VOCABULARY).holds
+
+
+def leak(module: Any, inputs: Any, output: Any) -> Any:
+    """Let every token see the mean of all."""
+    return (output[0] + output[0].mean(1, keepdim=True), *output[1:])
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_model_that_sees_ahead_is_found(flat: bool) -> None:
+    ours, _ = _models("llama")
+    assert check_causality(ours, tiny.VOCABULARY, flat=flat) == 0.0
+    ours.model.layers[0].self_attn.register_forward_hook(leak)
+    assert check_causality(ours, tiny.VOCABULARY, flat=flat) > 0.01
+
+
+def test_a_run_of_a_model_that_sees_ahead_is_refused(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from whet.base.errors import UserError
+    from whet.train import setup
+
+    load = setup.load_model
+
+    def leaky(*args: Any) -> Any:
+        network = load(*args)
+        network.model.layers[0].self_attn.register_forward_hook(leak)
+        return network
+
+    monkeypatch.setattr(setup, "load_model", leaky)
+    with pytest.raises(UserError, match="no causal mask"):
+        setup.build_model(setup.get_ready(recipe()))

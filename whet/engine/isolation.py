@@ -1,4 +1,4 @@
-"""The start-up check of packing: does a document's output move when its neighbour changes?
+"""The start-up checks of attention: does an output move when a neighbour document changes, or a later token?
 
 Two documents are laid end to end; the first is replaced; the second one's logits must stay the same to the bit. And
 the second alone must give the same logits up to rounding, which shows that its positions restarted. A model that
@@ -46,6 +46,29 @@ def check_isolation(
         alone=float((one - alone).abs().max()),
         scale=float(alone.abs().max()),
     )
+
+
+def check_causality(
+    model: torch.nn.Module, vocabulary: int, *, flat: bool, autocast: torch.dtype | None = None, length: int = 12
+) -> float:
+    """The largest change of any earlier token's logits when the last token changes, as a share of the largest logit.
+
+    A language model whose attention lost its mask still learns, and its loss even looks good: it reads the answer.
+    flat: ask in the layout of documents in one row, else in that of padded rows. Costs two small forward passes.
+    """
+    device = next(model.parameters()).device
+    ids = torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(1)).to(device)
+    changed = ids.clone()
+    changed[-1] = (ids[-1] + 1) % vocabulary
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        one, two = (
+            _flat_logits(model, [row]) if flat else model(input_ids=row[None], use_cache=False).logits[0].float()
+            for row in (ids, changed)
+        )
+    model.train(was_training)
+    return float((one - two)[:-1].abs().max() / one.abs().max().clamp_min(1e-6))
 
 
 def flat_inputs(documents: list[torch.Tensor]) -> dict[str, object]:

@@ -26,7 +26,7 @@ from whet.data.task_batches import TaskBatches
 from whet.data.template import use_template
 from whet.engine.device import Placement, device_name, place
 from whet.engine.head import find_head
-from whet.engine.isolation import check_isolation
+from whet.engine.isolation import check_causality, check_isolation
 from whet.engine.linear import count_parameters
 from whet.engine.load import checkpoint_storage, load_config, load_model, load_tokenizer, longest_input
 from whet.engine.task import Task, text_task
@@ -42,6 +42,7 @@ from whet.train.start import start_from_rows
 from whet.train.task_loss import task_forward
 
 DECAY_RATIO = 0.2
+SEES_AHEAD = 0.01  # of the largest logit; a causal model moves by 0, or by rounding
 
 
 @dataclass(frozen=True)
@@ -252,9 +253,17 @@ def _layout(recipe: Recipe) -> dict[str, tuple[object, str]]:
 
 def _isolated(ready: Ready, model: torch.nn.Module, vocabulary: int) -> Ready:
     """Run the isolation check where documents share a row; fall back to padding where whet may decide."""
-    if not ready.recipe.data.padding_free:
-        return ready
     autocast = ready.placement.compute if ready.placement.autocast else None
+    flat = bool(ready.recipe.data.padding_free)
+    moved = check_causality(model, vocabulary, flat=flat, autocast=autocast)
+    if moved > SEES_AHEAD:
+        raise UserError(
+            "the model sees the tokens that it should predict: its attention has no causal mask", field="model.path",
+            found=f"earlier logits moved by {100 * moved:.2g} % when the last token changed", expected="0",
+            fix="give a decoder; for a family that should be one, please report it",
+        )  # fmt: skip
+    if not flat:
+        return ready
     found = check_isolation(model, vocabulary, autocast=autocast)
     if found.holds:
         return ready
