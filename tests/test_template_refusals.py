@@ -223,4 +223,4 @@ def test_chatml_needs_its_markers() -> None:
     with pytest.raises(UserError, match="ChatML turns would never end"):
         use_template(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"), "chatml")
     with pytest.raises(UserError, match="generation could never stop"):
-        Tokeniser(PreTrainedTokenizerFast(tokenizer_object=words), chat=False)
+        _ = Tokeniser(PreTrainedTokenizerFast(tokenizer_object=words), chat=False).document_end
