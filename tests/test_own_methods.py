@@ -176,7 +176,7 @@ def test_what_is_frozen_stays_and_what_is_trained_moves(method: Method, kind: st
         (Head(), "DistilBert", lambda name: name.startswith(("classifier", "pre_classifier"))),
         (Head(), "T5", lambda name: name == "shared.weight"),
     ],
-    ids=str,
+    ids=lambda value: "expected" if callable(value) else str(value),
 )  # fmt: skip
 def test_exactly_the_chosen_parameters_are_trained(method: Method, kind: str, expected: Callable[[str], bool]) -> None:
     model = method.attach(network(kind), task_of(kind))
