@@ -231,6 +231,24 @@ def test_the_low_rank_product_is_added_in_place() -> None:
     assert relative(y, expected - a.double() @ b.double().t()) < 1e-5
 
 
+@pytest.mark.parametrize("scaled", ["rows", "columns", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_brings_the_scales_with_it(scaled: str, dtype: torch.dtype) -> None:
+    """y is scaled before the update is added, by rows and by columns; in both forms that layers use."""
+    y, a, b = draw(6, 8, seed=1).to(dtype), draw(6, 3, seed=2).to(dtype), draw(8, 3, seed=3).to(dtype)
+    of_row = draw(6, 1, seed=4).flatten().float() if scaled != "columns" else None
+    of_column = draw(8, 1, seed=5).flatten().float() if scaled != "rows" else None
+    exact = y.double() * (1 if of_row is None else of_row.double()[:, None])
+    exact = exact * (1 if of_column is None else of_column.double()) + a.double() @ b.double().t()
+    bound = 1e-6 if dtype == torch.float32 else 4e-3
+    plain = add_product(y.clone(), a, b, of_row, of_column)
+    assert relative(plain, exact) < bound
+    operated = y.clone()
+    torch.ops.whet.add_product_(operated, a, b, of_row, of_column)
+    assert torch.equal(operated, plain)
+    assert relative(add_product(y.clone(), a, b), exact) > 0.1, "the planted fault: scales left out"
+
+
 def fp8_head(weight: torch.Tensor, both_orders: bool = False) -> tuple[torch.Tensor, ...]:
     """The tensors that `HeadLoss` takes for `weight` [V, H]."""
     codes, scale = quantise_fp8(weight.detach())

@@ -158,11 +158,11 @@ def add_product(
 def _plain_sum(
     y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, of_row: torch.Tensor | None, of_column: torch.Tensor | None
 ) -> torch.Tensor:
-    if of_row is not None:
-        y.copy_(y.float() * of_row[:, None])
-    if of_column is not None:
-        y.copy_(y.float() * of_column)
-    return y.addmm_(a, b.t())
+    if of_row is None and of_column is None:
+        return y.addmm_(a, b.t())
+    wide = y.float() if of_row is None else y.float() * of_row[:, None]
+    wide = wide if of_column is None else wide * of_column
+    return y.copy_(wide.addmm_(a.float(), b.float().t()))  # rounded once, as the kernel does
 
 
 @library.custom_op("whet::add_product_", mutates_args=("y",))

@@ -93,7 +93,7 @@ def assumed_task(recipe: Recipe, config: Any) -> Task:
     return Task(name, ("0", "1") if name in ("classification", "multi_label") else ())
 
 
-def padded_batches(
+def batches_for(
     rows: Rows, data: Data, *, size: int, accumulate: int, seed: int, bins: Any = None
 ) -> Batches | TaskBatches:
     """Batches of `rows`, whatever they are."""

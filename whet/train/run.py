@@ -28,7 +28,7 @@ from whet.train.arrange import Arrangement
 from whet.train.checkpoint import Identity
 from whet.train.graph import GraphSteps
 from whet.train.optim import build_optimiser, set_rate
-from whet.train.padded import padded_batches
+from whet.train.padded import batches_for
 from whet.train.record import Recorder
 from whet.train.schedule import learning_rate
 from whet.train.setup import Ready, batches_of, build_model, get_ready, show_ledger
@@ -310,7 +310,7 @@ def _evaluation_batches(ready: Ready) -> list[Any]:
     """The held-out rows in batches of similar length, up to a bound on their tokens; each row stands alone."""
     rows = ready.prepared.evaluation
     settings, data = ready.recipe.train, ready.recipe.data
-    batches = padded_batches(rows, data, size=settings.per_device_train_batch_size, accumulate=1, seed=0)
+    batches = batches_for(rows, data, size=settings.per_device_train_batch_size, accumulate=1, seed=0)
     chosen, tokens = [], 0
     for units in batches.all() if len(rows) else []:
         tokens += int(rows.lengths[units].sum())

@@ -36,7 +36,7 @@ from whet.settings import Train
 from whet.train.arrange import Arrangement, arrange, check_arrangement
 from whet.train.loss import Forward
 from whet.train.optim import check_optimiser
-from whet.train.padded import arrange_padded, check_recipe, data_for, is_padded, padded_batches
+from whet.train.padded import arrange_padded, batches_for, check_recipe, data_for, is_padded
 from whet.train.plan import plan
 from whet.train.start import start_from_rows
 from whet.train.task_loss import task_forward
@@ -98,7 +98,7 @@ def get_ready(parsed: Parsed) -> Ready:
 def batches_of(ready: Ready) -> Batches | TaskBatches:
     """The training batches in their order."""
     train = ready.recipe.train
-    return padded_batches(
+    return batches_for(
         ready.prepared.train, ready.recipe.data, size=train.per_device_train_batch_size,
         accumulate=train.gradient_accumulation_steps, seed=train.seed, bins=ready.prepared.bins,
     )  # fmt: skip
