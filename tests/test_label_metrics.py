@@ -45,9 +45,8 @@ BY_HAND = [
     (ours.score_classes, CLASSES, CLASSES_BY_HAND),
     (ours.score_labels, LABELS, LABELS_BY_HAND),
     (ours.score_values, VALUES, VALUES_BY_HAND),
-    (ours.score_tokens, CLASSES, {"token_accuracy": 5 / 8, "macro_f1": CLASSES_BY_HAND["macro_f1"]}),
 ]
-NAMED = pytest.mark.parametrize(("score", "given", "expected"), BY_HAND, ids=["classes", "labels", "values", "tokens"])
+NAMED = pytest.mark.parametrize(("score", "given", "expected"), BY_HAND, ids=["classes", "labels", "values"])
 
 
 @pytest.fixture(autouse=True)
@@ -205,11 +204,9 @@ def test_the_matrix_and_the_classes_equal_scikit_learn() -> None:
         assert (row["precision"], row["recall"], row["f1"]) == pytest.approx((precision, recall, f1))
 
 
-@pytest.mark.parametrize("kind", ["classes", "labels", "values", "tokens"])
+@pytest.mark.parametrize("kind", ["classes", "labels", "values"])
 def test_the_order_of_rows_and_the_numbers_of_classes_do_not_matter(kind: str) -> None:
-    score = {"classes": ours.score_classes, "labels": ours.score_labels, "values": ours.score_values}.get(
-        kind, ours.score_tokens
-    )
+    score = {"classes": ours.score_classes, "labels": ours.score_labels, "values": ours.score_values}[kind]
     predicted, expected = draw(5, kind)
     before, rng = score(predicted, expected), np.random.default_rng(0)
     order = rng.permutation(len(expected))
@@ -217,7 +214,7 @@ def test_the_order_of_rows_and_the_numbers_of_classes_do_not_matter(kind: str) -
     assert after.metrics == before.metrics  # to the last digit
     assert all(after.rows[name] == np.array(before.rows[name])[order].tolist() for name in before.rows)
     new = rng.permutation(5)
-    if kind in ("classes", "tokens"):
+    if kind == "classes":
         assert score(new[predicted], new[expected]).metrics == before.metrics
         assert score(new[predicted] + 10**12, new[expected] + 10**12).metrics == before.metrics
     if kind == "labels":
@@ -304,7 +301,7 @@ def test_many_rows_do_not_overflow() -> None:
     assert ours.score_classes(expected.astype(np.uint8), expected.astype(np.int8)).metrics["mcc"] == 1.0
 
 
-@pytest.mark.parametrize("score", [ours.score_classes, ours.score_labels, ours.score_values, ours.score_tokens])
+@pytest.mark.parametrize("score", [ours.score_classes, ours.score_labels, ours.score_values])
 @pytest.mark.parametrize(
     ("predictions", "references"),
     [
@@ -338,27 +335,6 @@ def test_kinds_are_not_mistaken_for_each_other() -> None:
 def test_an_answer_that_is_not_finite_is_the_users_to_mend() -> None:
     with pytest.raises(UserError, match="row 2: the model's answer is not a finite number"):
         ours.score_values([1.0, math.nan], [1.0, 2.0])
-
-
-def test_token_accuracy_is_the_mean_of_its_rows() -> None:
-    predicted, expected = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 0, 1, 1, 2, 1])
-    found = ours.score_tokens(predicted, expected, row_of=[9, 9, 9, 2, 2, 4])
-    assert found.metrics["token_accuracy"] == pytest.approx(4 / 6)
-    assert found.rows["token_accuracy"] == pytest.approx([1 * 3 / 6, 1 * 3 / 6, 2 * 3 / 6])  # in order of the rows
-    assert ours.score_tokens(predicted, expected).rows["token_accuracy"] == [1, 1, 0, 1, 0, 1]
-    with pytest.raises(ValueError, match="row_of"):
-        ours.score_tokens(predicted, expected, row_of=[0, 1])
-
-
-def test_tokens_of_one_row_are_not_counted_as_independent() -> None:
-    """One row of forty tokens that changes at once is one piece of evidence, not forty."""
-    expected, rows = np.ones(80, int), np.repeat([0, 1], 40)
-    base, tuned = np.repeat([0, 1], 40), np.ones(80, int)
-    by_token = paired(*(ours.score_tokens(p, expected).rows["token_accuracy"] for p in (base, tuned)))
-    by_row = paired(*(ours.score_tokens(p, expected, rows).rows["token_accuracy"] for p in (base, tuned)))
-    assert by_token.p_value < 1e-9
-    assert by_row.p_value > 0.4
-    assert by_row.mean_difference == by_token.mean_difference == 0.5
 
 
 @pytest.mark.parametrize("kind", ["classes", "labels", "values"])

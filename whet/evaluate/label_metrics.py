@@ -101,26 +101,6 @@ def score_values(predictions: ArrayLike, references: ArrayLike) -> Scores:
     )
 
 
-def score_tokens(predictions: ArrayLike, references: ArrayLike, row_of: ArrayLike | None = None) -> Scores:
-    """Token classification: both are class indices [T] over the labelled tokens alone, padding (-100) left out.
-
-    token_accuracy and macro_f1 over tokens, not over entities (seqeval's F1). row_of [T]: the row of each token. Tokens
-    of one row are not independent, so rows, not tokens, are what may be paired: each gets its right tokens × rows ÷ T,
-    whose mean is token_accuracy itself (a single value can exceed 1). Without row_of each token counts as a row.
-    ValueError as `score_classes`, or a row_of of another length.
-    """
-    predicted, expected = _class_pair(predictions, references)
-    right = (predicted == expected).astype(np.float64)
-    if row_of is not None:
-        owners = np.asarray(row_of)
-        if owners.shape != right.shape:
-            raise ValueError(f"row_of has shape {owners.shape} for {right.size} tokens")
-        _, row = np.unique(owners, return_inverse=True)
-        per_row = np.bincount(row, weights=right)
-        right = per_row * (per_row.size / right.size)
-    return _scores({"token_accuracy": right}, {"macro_f1": _macro_f1(*_class_counts(predicted, expected))})
-
-
 def majority(references: ArrayLike, rows: int | None = None) -> NDArray[Any]:
     """What one would say without looking at the input: the baseline of a base model whose head is random.
 
