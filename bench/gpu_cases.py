@@ -38,6 +38,7 @@ class Case:
     systems: tuple[System, ...]
     lengths: Path | None = None
     first_step: bool = False
+    once: bool = False  # one step without warm-up, where a step takes minutes
 
 
 def peer(name: str, bits: int, checkpointing: str = "default", kind: str = "unsloth", *more: str, **kw: Any) -> System:
@@ -64,7 +65,7 @@ CASES = {
         "Llama-3.1-8B shape, 8 x 2048", "Llama-3.1-8B", 8, 2048, 1,
         (HEAD, KEEP16, DEFAULT, BF16, FP8, KEEP4, NF4),
     ),
-    "qwen4b-2048": Case("Qwen3-4B shape, 2 x 2048 x 4", "Qwen3-4B", 2, 2048, 4, (HEAD, KEEP4, FP8, BF16, DEFAULT, NF4)),
+    "qwen4b-2048": Case("Qwen3-4B shape, 2 x 2048 x 4", "Qwen3-4B", 2, 2048, 4, (HEAD, KEEP4, DEFAULT, FP8, BF16, NF4)),
     "qwen06b-512": Case(
         "Qwen3-0.6B shape, 2 x 512", "Qwen3-0.6B", 2, 512, 1,
         (
@@ -75,9 +76,9 @@ CASES = {
     "qwen4b-packed": Case(
         "Qwen3-4B shape, gsm8k's lengths, 16,384 tokens a step", "Qwen3-4B", 8, 2048, 1,
         (
-            HEAD, peer("Unsloth", 16, "off", "unsloth", *SORTED, note="by length"),
-            peer("Unsloth", 4, "off", "unsloth", *FLAT, note="packed"), BF16,
-            peer("Unsloth", 4, "off", "unsloth", *SORTED, note="by length"),
+            HEAD, peer("Unsloth", 4, "off", "unsloth", *SORTED, note="by length"),
+            peer("Unsloth", 4, "off", "unsloth", *FLAT, note="packed"),
+            peer("Unsloth", 16, "off", "unsloth", *SORTED, note="by length, 2 x 4", rows=2, accumulation=4), BF16,
             peer("PEFT + Liger", 16, "default", "peft-liger", *IN_ROWS, note="packed"),
             peer("PEFT + Liger", 16, "off", "peft-liger", *SORTED, note="by length, 2 x 4", rows=2, accumulation=4),
             peer("PEFT", 4, "default", "peft", *IN_ROWS, note="packed, 2 x 4", rows=2, accumulation=4),
@@ -92,6 +93,10 @@ CASES = {
             whet("nf4", "bf16", *LEAST, note="least"),
         ),
     ),
+    "llama8b-longest": Case(
+        "Llama-3.1-8B shape, QLoRA, one row of 409,600 tokens, one step", "Llama-3.1-8B", 1, 409600, 1,
+        (whet("nf4", "fp8", "--fp8-head", *LEAST, "--tile-mlp", "16384", "--no-graphs", note="least"),), once=True,
+    ),
     "llama8b-first-step": Case(
         "Llama-3.1-8B shape from disk to the end of the first step, 1 x 2048", "Llama-3.1-8B", 1, 2048, 1,
         (FP8, DEFAULT, NF4, BF16, KEEP16, peer("PEFT", 4, "default", "peft")), first_step=True,
@@ -102,7 +107,7 @@ CASES = {
 def command(case: Case, system: System, scratch: Path, warm: int, steps: int) -> list[str]:
     """The process of one row."""
     rows, accumulation = system.rows or case.rows, system.accumulation or case.accumulation
-    if case.first_step:
+    if case.first_step or case.once:
         warm, steps = 0, 1
     lengths = ["--lengths", str(case.lengths)] if case.lengths else []
     if system.kind == "whet":

@@ -128,7 +128,9 @@ def _files(chosen: Set, folder: Path, scratch: Path) -> list[str]:
 def measure(name: str, chosen: Set, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every method in a process of its own; what fails is recorded and the rest goes on."""
     wanted = options.only.split(",") if options.only else list(chosen.methods)
-    rows: dict[str, dict[str, Any]] = {}
+    place = options.out / f"methods-{name}.json"
+    earlier = json.loads(place.read_text(encoding="utf-8"))["rows"] if options.append and place.exists() else []
+    rows: dict[str, dict[str, Any]] = {row["name"]: row for row in earlier}
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
         tasks = [settings_of(chosen, options, chosen.methods[label], Path(scratch) / label) for label in wanted]
         for label, row in pool.map(partial(run_one, chosen), wanted, tasks):
@@ -180,6 +182,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "methods")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes at once; they disturb each other's times")
+    parser.add_argument("--append", action="store_true", help="keep the rows in --out that are not measured again")
     parser.add_argument("--smoke", action="store_true", help="three steps and a few rows")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--metric", help=argparse.SUPPRESS)

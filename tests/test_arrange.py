@@ -11,17 +11,27 @@ import pytest
 import tiny
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from transformers import LlamaForCausalLM
 
 from whet.base.errors import UserError
 from whet.data.batches import Batches
 from whet.data.rows import Rows
 from whet.engine.compile import compile_layers
+from whet.engine.costs import keep_bytes, sizes_of
 from whet.engine.group import Group
 from whet.engine.lora_layer import LoraLinear
 from whet.engine.recompute import Checkpoint, decoder_layers
 from whet.recipe import Parsed
 from whet.settings import Train
-from whet.train.arrange import Arrangement, check_arrangement, cut
+from whet.train.arrange import (
+    MAX_COMPILED_FORMS,
+    MAX_FORMS,
+    Arrangement,
+    _keeps,
+    _most_forms,
+    check_arrangement,
+    cut,
+)
 from whet.train.setup import build_model, get_ready
 
 Make = Callable[..., Parsed]
@@ -110,6 +120,17 @@ def test_a_step_is_cut_into_what_fits(size: int, accumulate: int, room: int, exp
     for step in range(3):  # the last window holds four rows alone
         before, after = ([source for batch in made.step(step) for source in batch.sources] for made in (batches, found))
         assert before == after
+
+
+def test_one_form_where_the_memory_of_two_is_not_there() -> None:
+    """Sixteen rows of unequal length are wanted in two forms; what they keep fits once, twice, or not at all."""
+    lengths = [256] * 8 + [2048] * 8
+    parts = ((i, np.full(n, 5, np.int32), np.ones(n, bool)) for i, n in enumerate(lengths))
+    batches = Batches(Rows.gather(parts), None, size=1, accumulate=1, flat=True, seed=3)
+    network = LlamaForCausalLM(tiny.llama())
+    once = int(_keeps(batches, True)[0] * keep_bytes(sizes_of(network.config), 2048))
+    found = [_most_forms(batches, network, free, True, 16) for free in (None, 3 * once, once + 1, 0)]
+    assert found == [MAX_FORMS, MAX_COMPILED_FORMS, 1, 1]
 
 
 def test_layers_that_cannot_be_compiled_run_as_they_are(recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:

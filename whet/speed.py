@@ -95,7 +95,8 @@ def _batches(load: Load, vocabulary: int) -> Batches:
                 "a document is longer than a forward pass", file=load.lengths, found=str(max(lengths)),
                 expected=f"at most {budget}", fix="--rows and --length that hold it",
             )  # fmt: skip
-        bins, size = best_fit(lengths, budget), 1
+        row = load.length if max(lengths) <= load.length else budget
+        bins, size = best_fit(lengths, row), budget // row
     draw = np.random.default_rng(1)
     parts = ((i, draw.integers(3, vocabulary, n, dtype=np.int32), np.ones(n, bool)) for i, n in enumerate(lengths))
     return Batches(Rows.gather(parts), bins, size=size, accumulate=load.accumulation, flat=True, seed=0)

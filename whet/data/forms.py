@@ -15,13 +15,14 @@ import numpy as np
 
 TOKEN_MULTIPLE = 128
 CANDIDATES = 64
+FORM_SAVES = 0.02  # another form costs a compilation and a graph's memory, so it has to save this share of the tokens
 
 
 @dataclass(frozen=True)
 class Form:
     """What a batch is filled up to. tokens: T; documents: D; targets: M; longest: bound of a document's tokens.
 
-    row: the length of every document if all are the same and fill T, else 0.
+    row: the length of every document if all are the same, those that fill up too, else 0.
     """
 
     tokens: int
@@ -56,7 +57,7 @@ class Facts:
 
 
 def choose_forms(facts: Facts, limit: int) -> list[Form]:
-    """At most `limit` forms that hold every batch with the fewest filled tokens, smallest first."""
+    """At most `limit` forms that hold every batch, smallest first: the fewest that come near to the least filling."""
     rounded = -(-facts.tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     values, counts = np.unique(rounded, return_counts=True)
     if len(values) > CANDIDATES:
@@ -74,7 +75,7 @@ def choose_forms(facts: Facts, limit: int) -> list[Form]:
 
 def _form(size: int, facts: Facts, chosen: np.ndarray) -> Form:
     longest = int(facts.longest[chosen].max())
-    same = longest == int(facts.shortest[chosen].min()) and bool((facts.tokens[chosen] == size).all())
+    same = longest == int(facts.shortest[chosen].min()) and bool(((size - facts.tokens[chosen]) % longest == 0).all())
     if not same:
         longest = -(-longest // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     filled = -(-(size - facts.tokens[chosen]) // longest)
@@ -94,7 +95,7 @@ def _best_sizes(values: np.ndarray, counts: np.ndarray, limit: int) -> list[int]
             costs = best[used - 1, :end] + values[end - 1] * (number[end] - number[:end])
             cut[used, end] = int(np.argmin(costs))
             best[used, end] = costs[cut[used, end]]
-    used = int(np.argmin(best[:, total]))
+    used = int(np.argmax(best[:, total] <= (1 + FORM_SAVES) * best[:, total].min()))
     sizes, end = [], total
     while end:
         sizes.append(int(values[end - 1]))

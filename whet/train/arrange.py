@@ -108,7 +108,7 @@ def arrange(
         forward = replace(forward, prepare=fused.refresh)
     free = _free_bytes(matrices + vectors, placement.device) if on_gpu else None
     batches = _fitted(train, batches, network, free, compiled, steps)
-    batches = _formed(batches, steps, on_gpu, MAX_COMPILED_FORMS if compiled else MAX_FORMS)
+    batches = _formed(batches, steps, on_gpu, _most_forms(batches, network, free, compiled, steps))
     memory = _memory(train, batches, network, free, compiled, steps)
     tokens = _largest(batches, steps)
     if memory.mode.recompute:
@@ -254,6 +254,16 @@ def replace_sizes(batches: Batches, size: int, accumulate: int, multiple: int = 
         batches.rows, batches.units, size=size, accumulate=accumulate, flat=batches.flat, seed=batches.seed,
         multiple=multiple, forms=forms,
     )  # fmt: skip
+
+
+def _most_forms(batches: Batches, network: torch.nn.Module, free: int | None, compiled: bool, steps: int) -> int:
+    """One where two do not fit: a captured form holds its memory while another one runs uncaptured."""
+    if free is None or not batches.flat:
+        return MAX_FORMS
+    most = _keeps(batches, compiled)[0] * keep_bytes(sizes_of(network.config), _largest(batches, steps))  # type: ignore[arg-type]
+    if 2 * most > free:
+        return 1
+    return MAX_COMPILED_FORMS if compiled else MAX_FORMS
 
 
 def _formed(batches: Batches, steps: int, on_gpu: bool, limit: int) -> Batches:
