@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,14 @@ from whet.base.console import quiet_libraries
 from whet.recipe import Parsed
 
 torch.set_num_threads(1)  # the matrices are tiny, and waiting threads fight over two shared cores
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache() -> Iterator[None]:
+    """Rows are made anew in every test, or a planted fault could go unseen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WHET_CACHE", "off")
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

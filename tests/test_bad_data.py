@@ -8,7 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import pytest
-from bad_data import BAD_DATA, GOOD, BadFile
+from bad_data import BAD_DATA, GOOD, UNDECIDED, BadFile
 
 from whet.base.errors import UserError
 from whet.cli import run
@@ -22,7 +22,7 @@ def read_all(path: Path) -> list[Example]:
     return list(standardise(chain(head, records), recognise(head, {}), {}))
 
 
-@pytest.mark.parametrize("bad", BAD_DATA, ids=lambda bad: bad.name)
+@pytest.mark.parametrize("bad", [*BAD_DATA, *UNDECIDED], ids=lambda bad: bad.name)
 def test_a_bad_file_is_refused_with_its_place_and_a_fix(bad: BadFile, tmp_path: Path) -> None:
     path = tmp_path / (bad.name + bad.suffix)
     path.write_bytes(bad.content)
@@ -66,16 +66,15 @@ def test_data_check_accepts_the_filler_of_the_table(tmp_path: Path, capfd: pytes
 
 
 PLANTED = [
-    ("duplicate_key", "read._DECODER", json.JSONDecoder()),
-    ("nan", "read._check_leaves", lambda value: None),
-    ("surrogate_key", "read._check_leaves", lambda value: None),
-    ("lfs_pointer", "read._LFS_POINTER", b"another format"),
-    ("two_users", "standardise._conversation", lambda value, turns, key: turns),
-    ("ends_with_user", "standardise._conversation", lambda value, turns, key: turns),
-    ("weight", "standardise._check_weights", lambda turn, role, where: None),
-    ("blank_answer", "standardise._answer", lambda value, where: value),
-    ("tools", "standardise._refuse_filled", lambda value, names, prefix: None),
-    ("preference", "standardise._refuse_feedback", lambda records, values, names: None),
+    ("duplicate_key", "read_json._DECODER", json.JSONDecoder()),
+    ("nan", "read_json.check_leaves", lambda value: None),
+    ("surrogate_key", "read_json.check_leaves", lambda value: None),
+    ("lfs_pointer", "unpack._LFS_POINTER", b"another format"),
+    ("two_users", "single.conversation", lambda messages, key, offset=0: messages),
+    ("ends_with_user", "single.conversation", lambda messages, key, offset=0: messages),
+    ("weight", "turns.weight", lambda turn, names, role, where: None),
+    ("blank_answer", "single.answer", lambda value, where, what="answer": value),
+    ("tool_calls", "turns.tool_calls", lambda value, where: ()),
 ]
 
 
@@ -137,7 +136,7 @@ def test_damage_anywhere_is_read_or_refused_and_nothing_else(tmp_path: Path) -> 
             refused.append(error)
     assert all(error.file and Path(error.file).parent == tmp_path and error.fix for error in refused)
     assert all(example.text or example.messages for read in good for example in read)
-    assert min(len(good), len(refused)) > 100, "or one of the two was not tried"
+    assert min(len(good), len(refused)) > 50, "or one of the two was not tried"
 
 
 def test_the_table_has_one_entry_per_kind_and_its_filler_is_good(tmp_path: Path) -> None:
@@ -168,8 +167,8 @@ def test_a_strange_path_is_refused(path: str, tmp_path: Path, monkeypatch: pytes
 def test_a_directory_must_hold_data_of_one_kind(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no data files"):
         read_files([str(tmp_path)])
-    (tmp_path / "notes.md").write_text("x")
-    with pytest.raises(UserError, match=r"found: +notes\.md"):
+    (tmp_path / "notes.rst").write_text("x")
+    with pytest.raises(UserError, match=r"found: +notes\.rst"):
         read_files([str(tmp_path)])
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     (tmp_path / "README.txt").write_text("About this data.")
@@ -198,11 +197,19 @@ def test_what_the_system_refuses_to_open_is_reported(tmp_path: Path) -> None:
         sha256(str(path))
 
 
-@pytest.mark.parametrize(("limit", "name"), [("MAX_ROW_BYTES", "a.jsonl"), ("MAX_WHOLE_BYTES", "a.json")])
+@pytest.mark.parametrize(
+    ("limit", "name"),
+    [
+        ("read_json.MAX_ROW_BYTES", "a.jsonl"),
+        ("read_table.MAX_ROW_BYTES", "a.csv"),
+        ("read_text.MAX_WHOLE_BYTES", "a.json"),
+        ("read_text.MAX_WHOLE_BYTES", "a.txt"),
+    ],
+)
 def test_a_decompression_bomb_is_stopped(
     limit: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"whet.data.read.{limit}", 1000)
+    monkeypatch.setattr(f"whet.data.{limit}", 1000)
     path = tmp_path / name
     path.write_bytes(b'{"text": "' + b"a" * 1000 + b'"}')
     with pytest.raises(UserError, match="over 1000 bytes"):

@@ -338,7 +338,7 @@ def test_rows_do_not_depend_on_how_many_are_tokenised_together(
 ) -> None:
     rows = [*chats_of(LENGTHS * 2), {"prompt": "<|im_end|>", "completion": "<|im_start|>"}]
     whole = made(tokenizer, tmp_path, rows)
-    monkeypatch.setattr("whet.data.prepare.CHUNK", 3)
+    monkeypatch.setattr("whet.data.lay.CHUNK", 3)
     assert made(tokenizer, tmp_path, rows).ledger.sha256 == whole.ledger.sha256
     assert made(tokenizer, tmp_path, rows[::-1]).ledger.sha256 != whole.ledger.sha256
 

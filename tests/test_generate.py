@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import tiny
 import torch
 
+from whet.base.errors import UserError
 from whet.engine import cached_attention, decode, unpacked
 from whet.engine.config import Model
 from whet.engine.device import Placement
@@ -334,3 +336,9 @@ def test_on_a_gpu_quantised_layers_may_be_captured(storage: str, capsys: pytest.
     for dense in (True, False):
         assert ours(model, prompts, way=Way(dense=dense)) == exact
     assert "decoding without" not in capsys.readouterr().err
+
+
+def test_an_empty_prompt_is_refused_by_its_number(model_dir: Path) -> None:
+    network = load_model(Model(path=str(model_dir)), Placement(torch.device("cpu"), "fp32", torch.float32, False, {}))
+    with pytest.raises(UserError, match="prompt 2 of 3 has no tokens"):
+        answer(network, [[5, 6], [], [7]], stop_ids=[2], max_new_tokens=3, batch_size=2)

@@ -38,17 +38,22 @@ def near(ours: torch.Tensor | None, exact: torch.Tensor | None, tolerance: float
 
 @pytest.mark.parametrize("rows", [1, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 3 * CHUNK_ROWS + 5])
 @pytest.mark.parametrize(("bias", "softcap"), [(False, None), (True, None), (False, 2.5), (True, 2.5)])
-def test_head_and_loss_in_chunks(rows: int, bias: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_head_and_loss_in_chunks(
+    rows: int, bias: bool, softcap: float | None, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(head_module.CHUNK_LOGITS, "cpu", CHUNK_ROWS * VOCABULARY)
     inputs = [draw(rows, 16, seed=1), draw(VOCABULARY, 16, seed=2), draw(VOCABULARY, seed=3) if bias else None]
     targets = torch.randint(0, VOCABULARY, (rows,), generator=torch.Generator().manual_seed(4))
     ours = [None if tensor is None else leaf(tensor) for tensor in inputs]
-    loss = HeadLoss.apply(*ours, targets, softcap)
+    weights = draw(rows, seed=5).abs().float() if weighted else None
+    loss = HeadLoss.apply(*ours, targets, softcap, None, weights)
     (loss * 0.37).backward()
     exact = [None if tensor is None else leaf(tensor.float(), torch.float64) for tensor in inputs]
     logits = linear(*exact)  # type: ignore[arg-type]
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    expected = cross_entropy(logits, targets, reduction="sum")
+    each = cross_entropy(logits, targets, reduction="none")
+    expected = (each if weights is None else each * weights.double()).sum()
     (expected * 0.37).backward()
     near(loss.detach(), expected.detach())
     for mine, theirs in zip(ours, exact, strict=True):

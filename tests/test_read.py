@@ -110,7 +110,7 @@ def test_words_that_look_like_json_constants_are_only_words(tmp_path: Path) -> N
 
 
 def test_directories_and_globs_are_sorted_and_hidden_files_left_out(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.json", "c.jsonl.xz", ".hidden.jsonl", "notes.md"):
+    for name in ("b.jsonl", "a.json", "c.jsonl.xz", ".hidden.jsonl", "README.md"):
         content = jsonl([{"text": name}])
         (tmp_path / name).write_bytes(lzma.compress(content) if name.endswith("xz") else content)
     (tmp_path / "deep").mkdir()
@@ -283,6 +283,8 @@ real = pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data bes
         ("formats/alpaca_en_demo.json", {}, "alpaca", 999),
         ("formats/identity.json", {}, "alpaca", 91),
         ("formats/v1_sft_demo.jsonl", {}, "messages", 500),
+        ("formats/glaive_toolcall_en_demo.json", {}, "sharegpt", 300),
+        ("formats/reason_tool_use_demo_50.jsonl", {}, "messages", 50),
         ("formats/c4_demo.jsonl", {}, "text", 300),
         ("formats/wiki_demo.txt", {}, "text", 1),
         ("pretrain/ko_judgments.jsonl.xz", {}, "text", 2442),
@@ -307,10 +309,8 @@ def test_real_files_with_blank_rows_count_them() -> None:
     [
         ("dpo_en_demo.json", "preference data"),
         ("kto_en_demo.json", "boolean feedback"),
-        ("glaive_toolcall_en_demo.json", "tools: not supported yet"),
-        ("reason_tool_use_demo_50.jsonl", "tools: not supported yet"),
     ],
 )
-def test_real_files_of_kinds_that_come_later_are_refused(name: str, words: str) -> None:
+def test_real_preferences_are_refused_until_it_is_said_what_to_learn(name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load(str(SHARED / "formats" / name))

@@ -466,6 +466,17 @@ def test_a_few_rows_are_learned_by_heart(kind: str, task: str, method: str, nets
         assert tuple((config.id2label or {}).values()) == ("bad", "fine", "good")
 
 
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", '{"labels": []}', '{"task": "sorting", "labels": []}', '{"task": "regression"}']
+)
+def test_damaged_names_of_labels_are_refused(damage: str, nets: Nets, tmp_path: Path) -> None:
+    done = train(run_recipe(nets, tmp_path, "Bert", "classification", train__max_steps=1))
+    (done.trained / "labels.json").write_text(damage)
+    with pytest.raises(UserError, match="names of the labels") as caught:
+        _ = done.task
+    assert caught.value.file == str(done.trained / "labels.json")
+
+
 def test_a_killed_run_of_labels_ends_with_the_same_bytes(nets: Nets, tmp_path: Path) -> None:
     short = {
         "train__max_steps": 6, "train__save_steps": 2, "train__eval_steps": 3, "data__val_size": 3, "count": 16,

@@ -20,6 +20,7 @@ import pytest
 from chats import CASES, Chat, chat
 
 from whet.base.errors import UserError
+from whet.data.example import Example
 from whet.data.template import use_template
 from whet.data.tokenise import Tokeniser, Tokens
 
@@ -82,24 +83,29 @@ def stripped(content: str, last: bool) -> str:
     return content.strip()
 
 
-SPELLED = ("other_special",)
+def unthought(content: str, last: bool) -> str:
+    """Qwen3 keeps the thinking of the last answer only, and takes line feeds off what it writes behind thinking."""
+    if last:
+        return content.lstrip("\n")
+    return content.split("</think>")[-1].lstrip("\n") if "</think>" in content else content
+
+
 SETUPS = [
     Setup("tiny", "own", "<|im_end|>"),
     Setup("tiny", "chatml", "<|im_end|>"),
     Setup("tiny", "alpaca", "<|im_end|>"),
     Setup("tiny", "spaced", "<|im_end|>"),
     Setup("tiny+", "llama3", "<|eot_id|>", stripped),
-    Setup("tiny+", "gemma", "<end_of_turn>", stripped, refuses=("system",)),
+    Setup("tiny+", "gemma", "<end_of_turn>", stripped, refuses=("system", "marker_in_system")),
     Setup("tiny+", "phi3", "<|end|>"),
     Setup("qwen", "chatml", "<|im_end|>"),
     Setup("qwen", "alpaca", "<|im_end|>"),
     Setup("qwen", "qwen2_5", "<|im_end|>"),
-    Setup("qwen", "qwen3", "<|im_end|>", lambda content, last: content.lstrip("\n") if last else content,
-          gap="<think>\n\n</think>\n\n", refuses=("thinking_twice",)),
+    Setup("qwen", "qwen3", "<|im_end|>", unthought, gap="<think>\n\n</think>\n\n"),
     Setup("qwen", "llama3", "<|eot_id|>"),
     Setup("qwen", "gemma", "<end_of_turn>"),
-    Setup("phi-3-mini", "phi3", "<|end|>", refuses=SPELLED),
-    Setup("phi-3-mini", "alpaca", "<|endoftext|>", refuses=SPELLED),
+    Setup("phi-3-mini", "phi3", "<|end|>"),
+    Setup("phi-3-mini", "alpaca", "<|endoftext|>"),
     Setup("phi-3-mini", "llama3", "<|eot_id|>"),
     Setup("phi-3-mini", "gemma", "<end_of_turn>"),
 ]  # fmt: skip
@@ -175,7 +181,7 @@ def problems(setup: Setup, messages: Chat, found: Found) -> list[str]:
         wrong.append("the tokens do not spell the rendered text")
     for (start, stop), (before, answer) in zip(spans, expected, strict=True):
         texts = (tok.decode(ids[start:stop]), tok.decode(ids[:stop])[len(tok.decode(ids[:start])) :])
-        if not any(same(setup, text, answer) for text in texts):
+        if not any(same(setup, text, answer, exact="</s>" not in answer) for text in texts):
             wrong.append(f"learned {texts[0]!r}, expected {answer!r}")
         if not same(setup, tok.decode(ids[:start]), before, exact=False):
             wrong.append(f"the answer {answer!r} is learned at another place")
@@ -340,3 +346,53 @@ def test_the_spans_of_prompts_hold_their_contents_and_nothing_of_the_template() 
                 piece = tokenizer("tiny").decode(row.ids[start:stop]).strip(" \ufffd")  # half a character
                 assert any(piece in message.content for message in messages)
                 assert not row.learned[start:stop].any()
+
+
+def test_weights_go_to_the_tokens_of_their_turn_and_zero_is_not_learned() -> None:
+    tokeniser = Setup("tiny", "own", "<|im_end|>").tokeniser()
+    plain = chat("u:one", "a:two", "u:three", "a:four")
+
+    def row(first: float | None, second: float | None, on: str = "assistant") -> Tokens:
+        messages = [plain[0], replace(plain[1], weight=first), plain[2], replace(plain[3], weight=second)]
+        return tokeniser.conversations([messages], on)[0]
+
+    def text(tokens: Tokens, weight: float) -> str:
+        assert tokens.weights is not None
+        return tokenizer("tiny").decode(tokens.ids[tokens.weights == np.float32(weight)])
+
+    assert row(None, None).weights is row(1, None).weights is row(1.0, 1).weights is None
+    assert text(row(0.25, None), 0.25) == "two<|im_end|>"
+    assert text(row(0.25, None), 1) == "four<|im_end|>"
+    for on in ("assistant", "completion"):
+        unlearned = row(0, None, on)
+        assert unlearned.weights is None, "all that is learned weighs 1"
+        assert tokenizer("tiny").decode(unlearned.ids[unlearned.learned]) == "four<|im_end|>"
+        assert len(unlearned.prompts) == 3
+    whole = row(0, 0.5, "all")
+    assert "two" not in tokenizer("tiny").decode(whole.ids[whole.learned])
+    assert text(whole, 0.5) == "four<|im_end|>"
+    assert np.array_equal(whole.weights > 0, whole.learned), "the two never say different things"  # type: ignore[operator]
+    assert not row(0, 0).learned.any()
+
+
+def test_a_completion_is_what_the_row_says_it_is() -> None:
+    tokeniser = Setup("tiny", "own", "<|im_end|>").tokeniser()
+    messages = tuple(chat("u:one", "a:two", "u:three", "a:four"))
+
+    def learned(start: int | None, on: str) -> str:
+        row = tokeniser.conversations([Example("", messages, None, "", 0, completion_from=start)], on)[0]
+        return tokenizer("tiny").decode(row.ids[row.learned])
+
+    assert learned(3, "completion") == "four<|im_end|>"
+    assert learned(1, "completion") == learned(None, "completion") == learned(3, "assistant")
+    assert learned(3, "assistant") == "two<|im_end|>four<|im_end|>"
+
+
+def test_a_template_that_writes_the_date_writes_the_same_every_day() -> None:
+    found = tokenizer("tiny")
+    kept = found.chat_template
+    found.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + kept
+    template = Tokeniser(found, chat=True).template
+    found.chat_template = kept
+    assert template is not None
+    assert template.text(chat("u:a")).startswith("2025-01-01")

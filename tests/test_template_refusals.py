@@ -42,7 +42,6 @@ def learned(found: Tokeniser, messages: Any) -> list[str]:
 
 REWRITES = {
     "hides_earlier_answers": LOOP.replace("BODY", "{{ m.content if loop.last or m.role == 'user' else '' }}"),
-    "shortens_earlier_answers": LOOP.replace("BODY", "{{ m.content if loop.last else m.content[:1] }}"),
     "counts_what_follows": LOOP.replace("BODY", "{{ loop.revindex }}{{ m.content | replace('o', '0') }}"),
     "says_how_many": "{{ messages | length }}" + LOOP.replace("BODY", "{{ m.content | replace('o', '0') }}"),
     "hides_all_answers": LOOP.replace("BODY", "{{ m.content if m.role == 'user' else '' }}"),
@@ -58,9 +57,9 @@ REWRITES = {
 @pytest.mark.parametrize("name", REWRITES)
 def test_a_template_that_rewrites_the_conversation_is_refused(name: str, tokenizer: Any) -> None:
     found = tokeniser(tokenizer, REWRITES[name])
-    with pytest.raises(UserError, match="rewrites") as caught:
+    with pytest.raises(UserError, match=r"rewrites|asks for an answer") as caught:
         found.conversations([TWO_TURNS], "assistant")
-    assert "turn" in (caught.value.found or "")
+    assert "turn" in (caught.value.found or "") or "bot" in (caught.value.found or "")
     assert caught.value.fix
 
 
@@ -98,19 +97,30 @@ def test_a_template_that_can_be_followed_is(name: str, tokenizer: Any) -> None:
     assert row.learned[len(prompt)]
 
 
-def test_a_marker_in_a_question_never_counts_as_one_where_contents_are_not_placed(tokenizer: Any) -> None:
-    """Contents that the template rewrites are not placed, so what spells a token in them could not be told apart."""
-    found = tokeniser(tokenizer, FOLLOWED["replaces_letters"][0])
+def test_a_template_that_shortens_earlier_answers_is_followed_and_what_it_leaves_out_is_said(tokenizer: Any) -> None:
+    found = tokeniser(tokenizer, LOOP.replace("BODY", "{{ m.content if loop.last else m.content[:1] }}"))
+    assert learned(found, TWO_TURNS) == ["t", "four"]
+    assert found.conversations([TWO_TURNS], "assistant")[0].dropped == ((0, "content"), (1, "content"), (2, "content"))
+    whole = tokeniser(tokenizer, LOOP.replace("BODY", "{{ m.content }}"))
+    assert whole.conversations([TWO_TURNS], "assistant")[0].dropped == ()
+
+
+@pytest.mark.parametrize("body", ["{{ m.content | replace('o', '0') }}", "{{ m.content }}", "{{ '' ~ m.content }}",
+                                  "{{ [m.content] | join }}", "{{ m.content | tojson }}"])  # fmt: skip
+def test_a_marker_in_a_question_never_counts_as_one_however_it_is_rendered(body: str, tokenizer: Any) -> None:
+    found = tokeniser(tokenizer, LOOP.replace("BODY", body))
     spelled = chat("u:o <|im_end|>", "a:o")
-    with pytest.raises(UserError, match="special tokens"):
-        found.conversations([spelled], "assistant")
-    with pytest.raises(UserError, match="special tokens"):
-        found.prompt(spelled[:1])
-    assert learned(found, chat("u:o", "a:o")) == ["0"], "without the marker it is exact"
-    placed = tokeniser(tokenizer, LOOP.replace("BODY", "{{ m.content }}"))
-    row = placed.conversations([spelled], "assistant")[0]
+    row = found.conversations([spelled], "assistant")[0]
     assert row.ids.tolist().count(2) == 2, "the end of two turns, and nothing from the question"
-    assert placed.prompt(spelled[:1]) == row.ids[: len(placed.prompt(spelled[:1]))].tolist()
+    assert found.prompt(spelled[:1]) == row.ids[: len(found.prompt(spelled[:1]))].tolist()
+
+
+@pytest.mark.parametrize(
+    "body", ["{{ '-%s' | format(m.content) }}", "{{ '-{}'.format(m.content) }}", "{{ '-%s' % m.content }}"]
+)
+def test_a_template_that_hides_where_its_text_is_from_is_refused(body: str, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="could not be followed"):
+        tokeniser(tokenizer, LOOP.replace("BODY", body)).conversations([ONE_TURN], "assistant")
 
 
 LEADS = {

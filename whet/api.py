@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from whet.recipe import Parsed, parse
 from whet.runs import Run, open_run
@@ -45,13 +45,15 @@ def train_parsed(parsed: Parsed) -> Run:
     return run
 
 
-def evaluate(run: str | Path, *, max_rows: int | None = None) -> dict[str, Any]:
-    """Score base and tuned model of a run on its held-out rows; updates its report."""
+def evaluate(
+    run: str | Path, *, max_rows: int | None = None, split: Literal["eval", "test"] = "eval"
+) -> dict[str, Any]:
+    """Score base and tuned model of a run on its held-out rows, or those kept for a test; updates its report."""
     from whet.evaluate.run import evaluate as run_evaluation
     from whet.report.page import write_page
 
     opened = open_run(run)
-    result = run_evaluation(opened, max_rows=max_rows)
+    result = run_evaluation(opened, max_rows=max_rows, split=split)
     write_page(opened.path)
     return result
 
@@ -92,11 +94,20 @@ def check(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, An
     return report(prepared(_parsed(recipe, overrides)))
 
 
-def prepared(parsed: Parsed) -> Prepared:
-    """The rows of a recipe, read and tokenised as training would."""
-    from whet.runs import prepared as prepare_rows
+def prepared(parsed: Parsed, *, any_model: bool = False) -> Prepared:
+    """The rows of a recipe, read, tokenised and checked against model and method as training would.
 
-    return prepare_rows(parsed.recipe)
+    any_model: rows are not limited to what the recipe's model can read.
+    """
+    from dataclasses import replace
+
+    from whet.engine.load import load_config
+    from whet.runs import prepared as prepare_rows
+    from whet.train.padded import check_recipe, data_for
+
+    found = prepare_rows(replace(parsed.recipe, data=data_for(parsed.recipe)), any_model=any_model)
+    check_recipe(parsed.recipe, load_config(parsed.recipe.model), found.task)
+    return found
 
 
 def chat(target: str, message: str, *, system: str | None = None, max_new_tokens: int = 256) -> str:

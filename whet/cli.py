@@ -77,10 +77,14 @@ def _parser() -> argparse.ArgumentParser:
     init = _verb(verbs, "init", "print a commented recipe", do.init, "whet init qlora > tickets.yaml")
     init.add_argument("name", help="lora, qlora, full or classify")
     data = _verb(verbs, "data", "look at data before training", do.data,
-                 "whet data check tickets.yaml --show 3\n  whet data check rows.jsonl data.columns.prompt=question "
-                 "data.columns.completion=answer")  # fmt: skip
+                 "whet data check tickets.yaml --show 3\n  whet data check tickets.yaml --html data.html --strict\n"
+                 "  whet data check rows.csv data.columns.prompt=question data.columns.completion=answer")  # fmt: skip
     data.add_argument("what", choices=["check"], help="check: what is in the data and what exactly is learned")
-    data.add_argument("target", help="a recipe (.yaml) or a data file, directory or glob")
+    data.add_argument("target", help="a recipe (.yaml) or a data file, directory, glob or hub:owner/name")
+    data.add_argument("--html", metavar="FILE", help="write a page with the findings and masks of real rows")
+    data.add_argument("--removed", metavar="FILE", help="write what is left out, and why, as JSONL")
+    data.add_argument("--strict", action="store_true", help="exit code 2 where anything deserves a second look")
+    data.add_argument("--fast", action="store_true", help="leave out near duplicates")
     data.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     data.add_argument("--show", type=int, default=0, metavar="N", help="print N rows, learned text in colour")
     _verb(verbs, "plan", "parameters and memory before anything is loaded", do.plan,
@@ -90,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
           "whet train tickets.yaml train.learning_rate=1e-4", target="a recipe (.yaml)", overrides=True)  # fmt: skip
     evaluation = _verb(verbs, "eval", "base against tuned on the held-out rows", do.evaluate, "whet eval runs/tickets",
                        target="a run directory")  # fmt: skip
+    evaluation.add_argument("--split", choices=["eval", "test"], default="eval", help="the held-out or the test rows")
     evaluation.add_argument("--max-rows", type=_positive, metavar="N", help="score only the first N held-out rows")
     chat = _verb(verbs, "chat", "talk to a run or a model", do.chat, 'whet chat runs/tickets --message "Hello"',
                  target="a run directory, a model directory or a model name")  # fmt: skip

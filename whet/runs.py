@@ -15,11 +15,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from whet.base.errors import UserError, nearest
 from whet.base.files import read_json, write_json, write_text
-from whet.engine.task import CAUSAL, Task, text_task
+from whet.engine.task import CAUSAL, Task, TaskName, text_task
 from whet.recipe import ON_THE_WAY, Parsed, Recipe, fingerprint, parse, resolve, to_tree, to_yaml
 
 if TYPE_CHECKING:
@@ -56,8 +56,17 @@ class Run:
         path = self.trained / LABELS
         if not path.is_file():
             return CAUSAL
-        found = read_json(path)
-        return Task(found["task"], tuple(found["labels"]))
+        try:
+            found = read_json(path)
+            task = Task(found["task"], tuple(str(name) for name in found["labels"]))
+            if task.name not in get_args(TaskName):
+                raise ValueError(f"no such task: {task.name}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"the names of the labels cannot be read: {error}", file=str(path),
+                expected='{"task": "classification", "labels": ["a", "b"]}', fix="copy it back, or train again",
+            ) from error  # fmt: skip
+        return task
 
     @property
     def checkpoints(self) -> Path:
@@ -99,15 +108,19 @@ class Run:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
 
 
-def prepared(recipe: Recipe) -> Prepared:
-    """The rows of a recipe, read and tokenised as training does it. Raises UserError."""
+def prepared(recipe: Recipe, *, any_model: bool = False) -> Prepared:
+    """The rows of a recipe, read and tokenised as training does it; any_model: whatever its model can read.
+
+    Raises UserError.
+    """
     from whet.data.prepare import prepare
     from whet.data.template import use_template
     from whet.engine.load import load_config, load_tokenizer, longest_input
 
     config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.model.chat_template)
-    return prepare(recipe.data, tokenizer, longest_input(config), recipe.model.task, text_task(config))
+    readable = None if any_model else longest_input(config)
+    return prepare(recipe.data, tokenizer, readable, recipe.model.task, text_task(config))
 
 
 def start(parsed: Parsed, decided: Mapping[str, tuple[object, str]], facts: Mapping[str, Any]) -> tuple[Run, bool]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+ROWS_ON_PAGE = 12  # whose masks the page of `whet data check` shows
 # Columns of the capability matrix as the terminal shows them.
 SHORT = {
     "mergeable": "merge", "peft_format": "PEFT", "vllm_unmerged": "vLLM", "composable": "sum", "compiles": "compile",
@@ -48,20 +50,44 @@ def _is_recipe(target: str) -> bool:
 
 def data(words: argparse.Namespace) -> dict[str, Any]:
     from whet import api
-    from whet.data.check import report, show
-    from whet.data.show import show_rows
+    from whet.data.check import check_strictly, report, show
+    from whet.data.quality import look
+    from whet.data.show import masked_rows, show_rows
     from whet.recipe import parse
 
     _prepare_libraries()
     source = words.target if _is_recipe(words.target) else None
-    extra = [] if source else [f"data.dataset={json.dumps(words.target)}", "data.val_size=0"]
-    found = api.prepared(parse(source, [*extra, *words.overrides]))
+    alone = ["data.val_size=0", "data.preference=check"]
+    extra = [] if source else [f"data.dataset={json.dumps(words.target)}", *alone]
+    found = api.prepared(parse(source, [*extra, *words.overrides]), any_model=source is None)
+    result = report(found, look(found, near=not words.fast))
+    if words.html:
+        from whet.report.data_page import write_data_page
+
+        _written(words.html, lambda place: write_data_page(place, result, masked_rows(found, ROWS_ON_PAGE)))
+    if words.removed:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result["dropped"])
+        _written(words.removed, lambda place: place.write_text(lines, encoding="utf-8"))
     if not words.json:
-        show(found)
+        show(found, result, None if source else "builtin:tiny")
     if words.show:
         show_rows(found, words.show)
     found.ledger.gate()
-    return report(found)
+    if words.strict:
+        check_strictly(result)
+    return result
+
+
+def _written(name: str, write: Callable[[Path], Any]) -> None:
+    """Write a file that the user named. Raises UserError where that cannot be done."""
+    from whet.base.errors import UserError
+
+    try:
+        write(Path(name).expanduser())
+    except OSError as error:
+        raise UserError(
+            f"the file cannot be written: {error.strerror or error}", file=name, fix="name a place that can be written"
+        ) from error
 
 
 def plan(words: argparse.Namespace) -> dict[str, Any]:
@@ -99,7 +125,7 @@ def evaluate(words: argparse.Namespace) -> dict[str, Any]:
 
     open_run(words.target)
     _prepare_libraries()
-    result = api.evaluate(words.target, max_rows=words.max_rows)
+    result = api.evaluate(words.target, max_rows=words.max_rows, split=words.split)
     from whet.evaluate.run import show
 
     if not words.json:

@@ -49,16 +49,24 @@ def quiet_libraries() -> None:
 
 
 class Progress:
-    """A progress bar with free text at its end; use as a context manager and call `advance`."""
+    """A progress bar with free text at its end; use as a context manager and call `advance`.
 
-    def __init__(self, title: str, total: int, start: int = 0) -> None:
-        self.title, self.total, self.done = title, total, start
+    patience_seconds: what ends earlier shows none.
+    """
+
+    def __init__(self, title: str, total: int, start: int = 0, patience_seconds: float = 0.0) -> None:
+        self.title, self.total, self.done, self.patience_seconds = title, total, start, patience_seconds
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
         self._last, self._first, self._from = 0.0, time.monotonic(), start
         self._width = 0
 
     def __enter__(self) -> Progress:
+        if not self.patience_seconds:
+            self._open()
+        return self
+
+    def _open(self) -> None:
         if console().is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -68,11 +76,15 @@ class Progress:
             )  # fmt: skip
             self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, text="")
             self._bar.start()
-        return self
 
     def advance(self, text: str = "", by: int = 1) -> None:
         """Move on by `by` and show `text`."""
         self.done += by
+        if self.patience_seconds:
+            if time.monotonic() - self._first < self.patience_seconds:
+                return
+            self.patience_seconds = 0.0
+            self._open()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, text=text)
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(eq=False)
@@ -46,6 +47,9 @@ class UserError(Exception):
         if self.fix:
             lines.append(f"  fix:      {self.fix}")
         return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # from one process to another, with every part
+        return UserError, (self.problem, self.fix, self.file, self.row, self.field, self.found, self.expected)
 
     def as_dict(self) -> dict[str, str | int | None]:
         """The same complaint for `--json`."""

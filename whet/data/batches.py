@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from whet.data.curriculum import short_first
 from whet.data.forms import Facts, Form, fitting
 from whet.data.rows import Rows
 
@@ -24,7 +25,8 @@ class Batch:
 
     bounds: document boundaries of a flat row, else None. targets: learned token ids, int64 [N], predicted at
     (rows, places), both int64 [N]. sources: indices of the rows of data in it; tokens: real ones. form: what the row
-    is filled up to, or None; lengths: tokens of each padded row.
+    is filled up to, or None; lengths: tokens of each padded row. weights: factor on each target's loss, float32 [N],
+    None: 1 for all.
     """
 
     ids: np.ndarray
@@ -37,26 +39,36 @@ class Batch:
     tokens: int
     form: Form | None = None
     lengths: tuple[int, ...] = ()
+    weights: np.ndarray | None = None
+
+    @property
+    def worth(self) -> float:
+        """What the summed loss is divided by: the targets, each by its weight."""
+        return len(self.targets) if self.weights is None else float(self.weights.sum(dtype=np.float64))
 
     def sha256(self) -> str:
         """Of what the model is shown and asked."""
         digest = hashlib.sha256()
         for array in (self.ids, self.positions, self.targets, self.rows, self.places):
             digest.update(np.ascontiguousarray(array).tobytes())
+        if self.weights is not None:
+            digest.update(self.weights.tobytes())
         return digest.hexdigest()
 
 
 class Batches:
     """The batches of a run. units: what is drawn together: single rows, or packed groups of rows.
 
-    multiple, forms: what flat rows are filled up to: a multiple of tokens, or the next of a few forms.
+    multiple, forms: what flat rows are filled up to: a multiple of tokens, or the next of a few forms. by_length: the
+    first epoch goes from short rows to long ones (`data.curriculum`), of rows that are not packed.
     """
 
     def __init__(
         self, rows: Rows, bins: Sequence[Sequence[int]] | None, *, size: int, accumulate: int, flat: bool, seed: int,
-        multiple: int = 1, forms: Sequence[Form] = (),
+        multiple: int = 1, forms: Sequence[Form] = (), by_length: bool = False,
     ) -> None:  # fmt: skip
-        self.rows, self.forms = rows, tuple(forms)
+        assert not by_length or bins is None, "packed rows are all of one length"
+        self.rows, self.forms, self.by_length = rows, tuple(forms), by_length
         self.units = [tuple(unit) for unit in bins] if bins is not None else [(index,) for index in range(len(rows))]
         self.size, self.accumulate, self.flat, self.seed, self.multiple = size, accumulate, flat, seed, multiple
         self.steps_per_epoch = math.ceil(len(self.units) / (size * accumulate))
@@ -72,7 +84,8 @@ class Batches:
         return [self._batch([int(unit) for unit in group]) for group in groups]
 
     def _draw(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.units))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.units))
+        return short_first(order, self.rows.lengths) if self.by_length and epoch == 0 else order
 
     def facts(self, steps: int) -> Facts:
         """Of every batch of the first `steps` steps: what forms are chosen from."""
@@ -98,16 +111,29 @@ class Batches:
     def _batch(self, units: list[int]) -> Batch:
         rows = tuple(row for unit in units for row in self.units[unit])
         pieces = [self.rows.row(row) for row in rows]
+        weights = self._weights(rows)
         if not self.flat:
-            return _padded(pieces, rows)
+            return _padded(pieces, rows, weights)
         tokens = sum(len(piece[0]) for piece in pieces)
         form = fitting(self.forms, tokens)
         filler = form.tokens - tokens if form is not None else -tokens % self.multiple
-        return _flat(pieces, rows, tokens, filler, form)
+        return _flat(pieces, rows, tokens, filler, form, weights)
+
+    def _weights(self, rows: tuple[int, ...]) -> np.ndarray | None:
+        """Of the targets of these rows, in order."""
+        if self.rows.weights is None:
+            return None
+        spans = [self.rows.span(row) for row in rows]
+        return np.concatenate([self.rows.weights[span][self.rows.learned[span]] for span in spans])
 
 
 def _flat(
-    pieces: list[tuple[np.ndarray, np.ndarray]], rows: tuple[int, ...], tokens: int, filler: int, form: Form | None
+    pieces: list[tuple[np.ndarray, np.ndarray]],
+    rows: tuple[int, ...],
+    tokens: int,
+    filler: int,
+    form: Form | None,
+    weights: np.ndarray | None,
 ) -> Batch:
     """Documents end to end; documents of zeros fill up, so that few shapes occur and each is prepared once (new shapes
     cost oneDNN half a millisecond a product). They attend to themselves and teach nothing."""
@@ -122,11 +148,11 @@ def _flat(
     targets = np.flatnonzero(learned)
     return Batch(
         ids[None], positions[None], bounds, np.zeros(len(targets), np.int64), targets - 1, ids[targets], rows, tokens,
-        form,
+        form, weights=weights,
     )  # fmt: skip
 
 
-def _padded(pieces: list[tuple[np.ndarray, np.ndarray]], rows: tuple[int, ...]) -> Batch:
+def _padded(pieces: list[tuple[np.ndarray, np.ndarray]], rows: tuple[int, ...], weights: np.ndarray | None) -> Batch:
     longest = max(len(piece[0]) for piece in pieces)
     ids = np.zeros((len(pieces), longest), np.int64)
     learned = np.zeros((len(pieces), longest), bool)
@@ -137,4 +163,5 @@ def _padded(pieces: list[tuple[np.ndarray, np.ndarray]], rows: tuple[int, ...]) 
     positions = np.broadcast_to(np.arange(longest, dtype=np.int64), ids.shape).copy()
     tokens = sum(len(piece[0]) for piece in pieces)
     lengths = tuple(len(piece[0]) for piece in pieces)
-    return Batch(ids, positions, None, row_index, place - 1, ids[row_index, place], rows, tokens, None, lengths)
+    targets = ids[row_index, place]
+    return Batch(ids, positions, None, row_index, place - 1, targets, rows, tokens, None, lengths, weights)

@@ -5,19 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 from whet.base.console import console, say
-from whet.base.errors import shorten
+from whet.base.errors import UserError, shorten
 from whet.data.labels import imbalance, labels_text
 from whet.data.prepare import Prepared
+from whet.data.quality import sentences
 from whet.data.show import length_histogram
 
 IMBALANCED, FEW_ROWS, MOST_SHOWN = 10, 5, 20
+PAGE_BINS = 32
 
 
-def report(prepared: Prepared) -> dict[str, Any]:
-    """The ledger, the lengths and what deserves a second look, as one JSON object."""
+def report(prepared: Prepared, quality: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The ledger, the lengths and what deserves a second look, as one JSON object. quality: of `quality.look`."""
     ledger = prepared.ledger
-    found = {**ledger.as_dict(), "lengths": length_histogram(prepared), "warnings": warnings(prepared)}
+    repeated = ledger.rows_repeated and quality is None
+    said = warnings(prepared) + ([f"{ledger.rows_repeated:,} rows repeat an earlier one"] if repeated else [])
+    said += [] if quality is None else sentences(quality)
+    found = {**ledger.as_dict(), "lengths": length_histogram(prepared, PAGE_BINS), "warnings": said}
+    found |= {} if quality is None else {"quality": quality}
     return found | ({"label_examples": label_examples(prepared)} if prepared.task.labels else {})
+
+
+def check_strictly(found: dict[str, Any]) -> None:
+    """Raises UserError where `report` has a warning."""
+    if found["warnings"]:
+        raise UserError(
+            f"{len(found['warnings'])} findings, and --strict allows none", field="data",
+            found="; ".join(found["warnings"]), expected="no findings", fix="act on them, or leave out --strict",
+        )  # fmt: skip
 
 
 def warnings(prepared: Prepared) -> list[str]:
@@ -30,13 +45,13 @@ def warnings(prepared: Prepared) -> list[str]:
                      f"({first['reason']})")  # fmt: skip
     if ledger.tokens_lost:
         found.append(f"{ledger.tokens_lost:,} tokens are lost to data.max_length={prepared.max_length}")
+    for name, count in ledger.not_rendered.items():
+        found.append(f"{count:,} rows have {name} that the chat template leaves out, so it is not learned")
+    found += [*ledger.mixture.get("notes", ()), *ledger.replay.get("notes", ())]
     if ledger.rows_without_end_of_turn:
         found.append(f"{ledger.rows_without_end_of_turn:,} rows do not teach the end of the turn")
     if ledger.rows_on_both_sides:
         found.append(f"{ledger.rows_on_both_sides:,} rows stand in training and in the held-out rows")
-    duplicates = len(prepared.train_examples) - len({example.id for example in prepared.train_examples})
-    if duplicates:
-        found.append(f"{duplicates:,} rows repeat another one exactly")
     if ledger.contradictory_rows:
         found.append(f"{ledger.contradictory_rows:,} rows have a text that stands in another row with another label")
     return found + _label_warnings(prepared)
@@ -95,12 +110,14 @@ def _show_labels(prepared: Prepared) -> None:
         say(f"  and {len(shown) - MOST_SHOWN:,} more labels; --json shows all", style="dim")
 
 
-def show(prepared: Prepared) -> None:
-    """The same for people."""
+def show(prepared: Prepared, found: dict[str, Any] | None = None, stand_in: str | None = None) -> None:
+    """The same for people. found: of `report`, if it was made; stand_in: whose tokenizer counted, if no recipe said."""
     from rich.table import Table
 
     ledger = prepared.ledger
     say(f"format: {ledger.format} ({ledger.format_reason})")
+    if stand_in is not None:
+        say(f"tokens as {stand_in} counts them; a recipe, or model.path=…, counts with your model", style="dim")
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -108,6 +125,7 @@ def show(prepared: Prepared) -> None:
     for name, value in (
         ("rows to learn from", f"{ledger.rows_train:,}"),
         ("rows held out", f"{ledger.rows_eval:,}"),
+        *([("rows for a test", f"{ledger.rows_test:,}")] if ledger.rows_test else []),
         ("tokens", f"{ledger.tokens:,}"),
         *([] if ledger.labels else [("learned tokens", f"{ledger.supervised_tokens:,} ({share:.0f} %)")]),
         ("median row", f"{ledger.median_row:,} tokens"),
@@ -124,5 +142,5 @@ def show(prepared: Prepared) -> None:
     for b in bins:
         bar = "█" * round(30 * b["rows"] / most) if most else ""
         say(f"  {b['from']:>5}–{max(b['from'], b['to'] - 1):<5} {bar} {b['rows']:,}", style="dim")
-    for warning in warnings(prepared):
+    for warning in warnings(prepared) if found is None else found["warnings"]:
         say(f"! {warning}", style="yellow")

@@ -4,23 +4,50 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Lt
 
 from whet.base.config import config, setting
-from whet.data.standardise import FormatName
+from whet.data.recognise import FormatName
 
 
 @config
 class Data:
     """Rows, template, mask, lengths, split."""
 
-    dataset: str | list[str] = setting("builtin:support_tickets", "File, directory or glob, or a list of them.")
+    dataset: str | list[str] = setting(
+        "builtin:support_tickets", "File, directory, glob or hub:owner/name, or a list of them."
+    )
     eval_dataset: str | list[str] | None = setting(None, "Held-out rows; auto = `val_size` of `dataset`.")
+    test_dataset: str | list[str] | None = setting(None, "Rows for `whet eval --split test` alone.")
     format: FormatName | None = setting(None, "Shape of a row; auto = recognised from the first 100 rows.")
     columns: dict[str, str] = setting({}, "Standard field to yours, e.g. `{prompt: question, completion: answer}`.")
+    preference: Literal["error", "chosen", "check"] = setting(
+        "error", "Rows that judge answers are refused, their good answers learned, or (to look at) both sides."
+    )
     val_size: Annotated[float, Ge(0)] = setting(
         0.05, "Held-out share (below 1) or number of rows (1 or more), chosen by a hash of the row; 0 = none."
     )
+    test_size: Annotated[float, Ge(0)] = setting(0.0, "The same for the test rows.")
+    stratify: bool = setting(False, "Hold out the same share of every label.")
+    group: str | None = setting(
+        None, "A column whose rows stay on one side, or `near_duplicates`, so that paraphrases do; auto = none."
+    )
+    weights: dict[str, Annotated[float, Gt(0)]] = setting(
+        {}, "Share of each source of `dataset` in what is learned, by its name; auto = every row once."
+    )
+    replay_dataset: str | list[str] | None = setting(None, "General data, mixed in against forgetting.")
+    replay: Annotated[float, Ge(0), Lt(1)] = setting(0.15, "Its share of the rows to learn from.")
+    duplicates: Literal["keep", "drop", "drop_near"] = setting(
+        "keep", "Rows to learn from that repeat another one, exactly or nearly, are kept or dropped."
+    )
+    leakage: Literal["keep", "drop", "drop_near"] = setting(
+        "keep", "Rows to learn from whose question is held out as well, exactly or nearly, are kept or dropped."
+    )
+    personal: Literal["keep", "redact", "drop"] = setting(
+        "keep", "Rows with personal data (e-mail, phone, card, keys, …) are kept, get placeholders, or are dropped."
+    )
+    blocklist: str | list[str] | None = setting(None, "Files of words; rows that hold one are dropped.")
+    order: Literal["random", "short_first"] = setting("random", "Order of the first epoch; later ones are random.")
     max_rows: Annotated[int, Ge(1)] | None = setting(None, "Use only the first so many rows; auto = all.")
     max_length: Annotated[int, Ge(8)] | None = setting(
         None, "Longest row in tokens; auto = the longest row there is, up to what the model can read and 4,096."
@@ -29,10 +56,11 @@ class Data:
         None, "A longer row is refused, dropped, cut or (text only) split; auto = drop for chats, split for text."
     )
     empty: Literal["error", "drop"] = setting("error", "A row with nothing to learn from is refused or dropped.")
-    loss_on: Literal["assistant", "last_assistant", "all"] | None = setting(
+    loss_on: Literal["assistant", "last_assistant", "completion", "all"] | None = setting(
         None, "Which tokens are learned; auto = assistant for chats, all for text."
     )
     packing: bool | None = setting(None, "Fill rows of `max_length` with several documents; auto = only for text.")
     padding_free: bool | None = setting(
         None, "Lay a batch out as one row without padding; auto = yes where the model passes the isolation check."
     )
+    num_proc: Annotated[int, Ge(1)] = setting(1, "Processes that tokenise; more pay from about 100,000 rows on.")

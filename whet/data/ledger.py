@@ -28,6 +28,10 @@ class Ledger:
     rows_read: int = 0
     rows_train: int = 0
     rows_eval: int = 0
+    rows_test: int = 0
+    rows_redacted: int = 0
+    mixture: dict[str, Any] = field(default_factory=dict)
+    replay: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
     supervised_tokens: int = 0
     supervised_by_role: dict[str, int] = field(default_factory=dict)
@@ -39,13 +43,15 @@ class Ledger:
     median_row: int = 0
     packed_rows: int | None = None
     packing_fill: float | None = None
+    not_rendered: dict[str, int] = field(default_factory=dict)
     rows_on_both_sides: int = 0
+    rows_repeated: int = 0
     dropped: list[dict[str, Any]] = field(default_factory=list)
     sha256: str = ""
 
-    def count(self, train: Rows, evaluation: Rows, role: str) -> None:
+    def count(self, train: Rows, evaluation: Rows, test: Rows, role: str) -> None:
         """Fill in the counts of the finished rows. role: whose tokens are learned; `label`: one label a row."""
-        self.rows_train, self.rows_eval = len(train), len(evaluation)
+        self.rows_train, self.rows_eval, self.rows_test = len(train), len(evaluation), len(test)
         self.tokens, self.supervised_tokens = len(train.ids), train.targets
         self.supervised_by_role = {role: train.targets}
         each = train.lengths

@@ -12,6 +12,18 @@ from whet.data.tokenise import Tokens
 LONGEST_BY_DEFAULT = 4096
 
 
+def longest_allowed(wanted: int | None, readable: int | None) -> int:
+    """The most tokens that a row may have, known before any row is. Raises UserError where the model cannot read it."""
+    if wanted is None:
+        return max(8, min(readable or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT))
+    if readable is not None and wanted > readable:
+        raise UserError(
+            "the model cannot read rows of this length", field="data.max_length", found=str(wanted),
+            expected=f"at most {readable} tokens", fix=f"data.max_length={readable}",
+        )  # fmt: skip
+    return wanted
+
+
 def choose_length(
     wanted: int | None, longest: int, readable: int | None, decided: dict[str, tuple[object, str]]
 ) -> int:
@@ -19,14 +31,9 @@ def choose_length(
 
     Raises UserError where the model cannot read so much.
     """
+    limit = longest_allowed(wanted, readable)
     if wanted is not None:
-        if readable is not None and wanted > readable:
-            raise UserError(
-                "the model cannot read rows of this length", field="data.max_length", found=str(wanted),
-                expected=f"at most {readable} tokens", fix=f"data.max_length={readable}",
-            )  # fmt: skip
         return wanted
-    limit = min(readable or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT)
     chosen = max(8, min(longest, limit))
     why = "the longest row" if chosen == longest else f"the longest row has {longest} tokens, limited to {limit}"
     decided["data.max_length"] = (chosen, why)
@@ -51,7 +58,7 @@ def fit(tokens: Tokens, max_length: int, policy: str) -> Fitted:
     if policy == "drop":
         return Fitted(None, len(tokens.ids))
     if policy == "truncate":
-        short = Tokens(tokens.ids[:max_length], tokens.learned[:max_length], tokens.prompts, False)
+        short = _chosen(tokens, np.arange(len(tokens.ids)) < max_length, tokens.prompts, False)
         return Fitted(short, excess) if short.learned[1:].any() else Fitted(None, len(tokens.ids))
     assert policy == "truncate_prompt", policy
     kept = np.ones(len(tokens.ids), dtype=bool)
@@ -62,4 +69,9 @@ def fit(tokens: Tokens, max_length: int, policy: str) -> Fitted:
         left -= cut
     if left:
         return Fitted(None, len(tokens.ids))
-    return Fitted(Tokens(tokens.ids[kept], tokens.learned[kept], [], tokens.closed), excess)
+    return Fitted(_chosen(tokens, kept, [], tokens.closed), excess)
+
+
+def _chosen(tokens: Tokens, kept: np.ndarray, prompts: list[tuple[int, int]], closed: bool) -> Tokens:
+    weights = None if tokens.weights is None else tokens.weights[kept]
+    return Tokens(tokens.ids[kept], tokens.learned[kept], prompts, closed, weights, tokens.dropped)

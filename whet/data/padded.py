@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Decided = dict[str, tuple[object, str]]
-Sides = tuple[list[Example], list[Example]]
+Sides = tuple[Sequence[Example], ...]
 
 
 def task_for(
@@ -70,23 +70,23 @@ def task_for(
 def padded_rows(
     data: Data, tokenizer: PreTrainedTokenizerFast, task: Task, sides: Sides, readable: int | None, ledger: Ledger,
     decided: Decided,
-) -> tuple[Rows, Rows, int]:  # fmt: skip
-    """(rows to learn from, rows held out, longest row in tokens) of the examples in `sides`. Raises UserError."""
+) -> tuple[list[Rows], int]:  # fmt: skip
+    """(rows of each of `sides`: to learn from, held out, for a test; longest row in tokens). Raises UserError."""
     policy = _policy(data, task, decided)
     make = _Labelled if task.labelled else _Pairs
-    both = [make(tokenizer, examples, ledger) for examples in sides]
-    longest = max((side.longest for side in both), default=8)
+    made = [make(tokenizer, examples, ledger) for examples in sides]
+    longest = max((side.longest for side in made), default=8)
     max_length = choose_length(data.max_length, longest, readable, decided)
     ledger.policy = {"over_length": policy, "max_length": max_length}
-    train, held = (side.rows(task, max_length, policy) for side in both)
-    ledger.count(train, held, "label" if task.labelled else "answer")
+    train, held, test = (side.rows(task, max_length, policy) for side in made)
+    ledger.count(train, held, test, "label" if task.labelled else "answer")
     if task.labelled:
-        ledger.contradictory_rows = contradictions([*sides[0], *sides[1]])
+        ledger.contradictory_rows = contradictions([example for side in sides for example in side])
         assert train.labels is not None
         assert held.labels is not None
         ledger.labels = label_counts(task, train.labels)
         ledger.labels_held_out = label_counts(task, held.labels)
-    return train, held, max_length
+    return [train, held, test], max_length
 
 
 def _policy(data: Data, task: Task, decided: Decided) -> str:
@@ -99,6 +99,11 @@ def _policy(data: Data, task: Task, decided: Decided) -> str:
             )  # fmt: skip
         if getattr(data, name) is None:
             decided[f"data.{name}"] = (False, f"rows of the task {task.name} are padded")
+    if data.order != "random":
+        raise UserError(
+            f"rows of the task {task.name} come in random order", field="data.order", found=data.order,
+            expected="random", fix="remove the line",
+        )  # fmt: skip
     if data.loss_on is not None:
         raise UserError(
             "there are no turns to choose from: the label or the answer is learned", field="data.loss_on",

@@ -1,47 +1,40 @@
-"""From files to rows of tokens, in one pass and one order: read, recognise, standardise, split, tokenise, fit, count.
+"""From files to rows of tokens, in one order: read, recognise, standardise, split, tokenise, fit, count.
 
 Everything here is deterministic and needs no torch: `whet data check` shows the very rows that `whet train` uses.
+Texts wait in a file between reading and tokenising (store.py), tokens go to files as well (lay.py), and what took
+long is found again at the next start (cache.py); so memory does not grow with the data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from whet.base.errors import UserError
+from whet.data.cache import cached, name_of
+from whet.data.collect import Sides, collect, fingerprints
 from whet.data.config import Data
 from whet.data.example import Example
+from whet.data.lay import Laying, lay_rows
 from whet.data.ledger import Ledger
-from whet.data.length import choose_length, fit
+from whet.data.length import choose_length, longest_allowed
 from whet.data.pack import best_fit
 from whet.data.padded import padded_rows, task_for
-from whet.data.read import data_files, read_files, sha256
 from whet.data.rows import Rows
-from whet.data.split import held_out
-from whet.data.standardise import Dropped, Format, recognise, standardise
-from whet.data.tokenise import Tokeniser, Tokens
+from whet.data.saved import EXAMPLES, load, save
+from whet.data.tokenise import Tokeniser
 from whet.engine.task import CAUSAL, Task, TaskName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SAMPLE = 100
-CHUNK = 1000
-PACKAGE = Path(__file__).parents[1]
-BUILTIN = {
-    "builtin:support_tickets": ("support_tickets", "train.jsonl"),
-    "builtin:support_tickets_test": ("support_tickets", "test.jsonl"),
-}
-
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows ready for batches. train, evaluation: tokens; held_out: the examples behind `evaluation`.
+    """Rows ready for batches. train, evaluation, test: tokens; train_examples, held_out, test_examples: what of.
 
     bins: packed rows as lists of row indices, or None when each row stands alone; decided: dotted path to the value
     that was auto, with its reason; task: what is learned, with its classes.
@@ -49,14 +42,29 @@ class Prepared:
 
     train: Rows
     evaluation: Rows
-    train_examples: list[Example]
-    held_out: list[Example]
+    test: Rows
+    train_examples: Sequence[Example]
+    held_out: Sequence[Example]
+    test_examples: Sequence[Example]
     bins: list[list[int]] | None
     max_length: int
     ledger: Ledger
     tokeniser: Tokeniser
     decided: dict[str, tuple[object, str]]
     task: Task = CAUSAL
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Who will read the rows. readable: the most tokens it takes (None: unknown).
+
+    task: what the recipe says, None: what the rows are fit for, and `unlabelled` where they have no label.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    readable: int | None
+    task: TaskName | None
+    unlabelled: TaskName
 
 
 def prepare(
@@ -68,92 +76,67 @@ def prepare(
     task: what the recipe says, None: what the rows are fit for, and `unlabelled` where they have no label.
     Raises UserError for bad files, rows and settings, before any model is loaded.
     """
-    ledger = Ledger()
+    reader = Reader(tokenizer, readable, task, unlabelled)
+    files = fingerprints(data)
+    parts = {"files": files, "data": asdict(data), "reader": [readable, task, unlabelled]}
+
+    def opened(folder: Path, facts: dict[str, Any]) -> Prepared:
+        found = load(folder, facts)
+        return Prepared(**found, tokeniser=Tokeniser(tokenizer, chat=facts["chat"]))
+
+    def saved(prepared: Prepared, folder: Path) -> dict[str, Any]:
+        return save(prepared, folder) | {"chat": prepared.tokeniser.template is not None}
+
+    name = name_of(parts | {"tokenizer": _identity(tokenizer)})
+    return cached(name, lambda folder: _made(data, reader, folder, files), saved, opened)
+
+
+def _identity(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
+    """Everything of a tokenizer that decides which tokens come out."""
+    state = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return [state, tokenizer.chat_template, tokenizer.all_special_tokens, ends, type(tokenizer).__name__]
+
+
+def _made(data: Data, reader: Reader, folder: Path, files: list[dict[str, Any]]) -> Prepared:
+    ledger = Ledger(files=files)
     decided: dict[str, tuple[object, str]] = {}
-    examples, evaluation, kind = _both_sides(data, ledger)
-    chat = kind.name != "text"
-    found = task_for(kind.name, examples, evaluation, task, unlabelled, decided)
+    sides = collect(data, folder / EXAMPLES, ledger)
+    others = [*sides.evaluation, *sides.test] if sides.kind.name == "classification" else []
+    found = task_for(sides.kind.name, sides.train, others, reader.task, reader.unlabelled, decided)
     ledger.task = found.name
     if found.name != "causal":
-        train, held, max_length = padded_rows(data, tokenizer, found, (examples, evaluation), readable, ledger, decided)
-        tokeniser = Tokeniser(tokenizer, chat=False)
-        return Prepared(train, held, examples, evaluation, None, max_length, ledger, tokeniser, decided, found)
+        all_sides = (sides.train, sides.evaluation, sides.test)
+        rows, longest = padded_rows(data, reader.tokenizer, found, all_sides, reader.readable, ledger, decided)
+        tokeniser = Tokeniser(reader.tokenizer, chat=False)
+        return Prepared(*rows, *all_sides, None, longest, ledger, tokeniser, decided, found)
+    return _conversations(data, reader, sides, folder, ledger, decided)
+
+
+def _conversations(
+    data: Data, reader: Reader, sides: Sides, folder: Path, ledger: Ledger, decided: dict[str, tuple[object, str]]
+) -> Prepared:
+    """Rows of the task causal: conversations or raw text."""
+    chat = sides.kind.name != "text"
     policy = _policy(data, chat, decided)
-    tokeniser = Tokeniser(tokenizer, chat)
-    tokens = [_tokenised(side, tokeniser, policy["loss_on"]) for side in (examples, evaluation)]
-    longest = max((len(row.ids) for row in chain(*tokens)), default=8)
-    max_length = choose_length(data.max_length, longest, readable, decided)
+    limit = longest_allowed(data.max_length, reader.readable)
+    laying = Laying(chat, str(policy["loss_on"]), str(policy["over_length"]), limit)
+    named = {"train": sides.train, "evaluation": sides.evaluation, "test": sides.test}
+    laid = [
+        lay_rows(examples, reader.tokenizer, laying, folder, name, ledger, data.num_proc)
+        for name, examples in named.items()
+    ]
+    train, held, test = (rows for rows, _ in laid)
+    max_length = choose_length(data.max_length, max(8, *(longest for _, longest in laid)), reader.readable, decided)
     ledger.policy = {**policy, "max_length": max_length}
-    train, held = (
-        _fitted(side, rows, max_length, policy["over_length"], ledger)
-        for side, rows in zip((examples, evaluation), tokens, strict=True)
-    )
     bins = best_fit(train.lengths.tolist(), max_length) if policy["packing"] and len(train) else None
-    ledger.count(train, held, "assistant" if chat else "text")
+    ledger.count(train, held, test, "assistant" if chat else "text")
     if bins is not None:
         ledger.packed_rows, ledger.packing_fill = len(bins), len(train.ids) / (len(bins) * max_length)
-    return Prepared(train, held, examples, evaluation, bins, max_length, ledger, tokeniser, decided)
-
-
-def _both_sides(data: Data, ledger: Ledger) -> tuple[list[Example], list[Example], Format]:
-    """The examples to learn from, those held out, and their format."""
-    examples, kind = _examples(data.dataset, data, ledger, data.max_rows)
-    ledger.format, ledger.format_reason = kind.name, kind.reason
-    if data.eval_dataset is not None:
-        evaluation, other = _examples(data.eval_dataset, data, ledger, None)
-        if "classification" in (kind.name, other.name) and kind.name != other.name:
-            raise UserError(
-                "the held-out rows are of another kind than those to learn from", field="data.eval_dataset",
-                found=f"{other.name}: {other.reason}", expected=f"{kind.name}: {kind.reason}",
-                fix="give both files the same fields",
-            )  # fmt: skip
-    else:
-        if data.val_size >= 1 and not data.val_size.is_integer():
-            raise UserError(
-                "from 1 on, val_size is a number of rows", field="data.val_size", found=str(data.val_size),
-                expected="a share below 1, or a whole number", fix=f"data.val_size={round(data.val_size)}",
-            )  # fmt: skip
-        sides = held_out([example.id for example in examples], data.val_size)
-        evaluation = [example for example, out in zip(examples, sides, strict=True) if out]
-        examples = [example for example, out in zip(examples, sides, strict=True) if not out]
-    ledger.rows_on_both_sides = len({e.id for e in examples} & {e.id for e in evaluation})
-    return examples, evaluation, kind
-
-
-def dataset_paths(dataset: str | Sequence[str]) -> list[str]:
-    """Paths with the built-in names replaced by where their files lie."""
-    names = [dataset] if isinstance(dataset, str) else list(dataset)
-    return [_builtin_file(name) if name.startswith("builtin:") else name for name in names]
-
-
-def _builtin_file(name: str) -> str:
-    if name not in BUILTIN:
-        raise UserError(
-            "there is no such built-in data", field="data.dataset", found=name, expected=", ".join(BUILTIN),
-            fix="write builtin:support_tickets",
-        )  # fmt: skip
-    folder, file = BUILTIN[name]
-    installed, checkout = PACKAGE / "builtin" / folder / file, PACKAGE.parent / "examples" / folder / file
-    return str(installed if installed.exists() else checkout)
-
-
-def _examples(dataset: str | list[str], data: Data, ledger: Ledger, limit: int | None) -> tuple[list[Example], Format]:
-    paths = dataset_paths(dataset)
-    records = read_files(paths)
-    sample = list(islice(records, SAMPLE))
-    if not sample:
-        raise UserError("the data holds no rows", file=paths[0], fix="give a file with at least one row")
-    kind = recognise(sample, data.columns, data.format)
-    dropped = Dropped()
-    stream: Iterable = chain(sample, records)
-    found = list(islice(standardise(iter(stream), kind, data.columns, empty=data.empty, dropped=dropped), limit))
-    for file, row, reason in dropped.rows:
-        ledger.drop(file, row, reason)
-    ledger.rows_without_target += len(dropped.rows)
-    ledger.rows_read += len(found) + len(dropped.rows)
-    for path in paths:
-        ledger.files += [{"path": str(place), "sha256": sha256(str(place))} for place in data_files(path)]
-    return found, kind
+    tokeniser = Tokeniser(reader.tokenizer, chat)
+    return Prepared(
+        train, held, test, sides.train, sides.evaluation, sides.test, bins, max_length, ledger, tokeniser, decided
+    )
 
 
 def _policy(data: Data, chat: bool, decided: dict[str, tuple[object, str]]) -> dict[str, object]:
@@ -175,6 +158,11 @@ def _policy(data: Data, chat: bool, decided: dict[str, tuple[object, str]]) -> d
             "a conversation cannot be split", field="data.over_length", found="split",
             expected="error, drop, truncate_prompt or truncate", fix="data.over_length=drop",
         )  # fmt: skip
+    if policy["packing"] and data.order != "random":
+        raise UserError(
+            "packed rows are all of one length", field="data.order", found=data.order, expected="random",
+            fix="data.packing=false, or remove data.order",
+        )  # fmt: skip
     if policy["packing"] and data.padding_free is False:
         raise UserError(
             "packed rows are laid out without padding", field="data.padding_free", found="false with packing",
@@ -191,67 +179,3 @@ def _policy(data: Data, chat: bool, decided: dict[str, tuple[object, str]]) -> d
             expected="split, drop, truncate or error", fix="data.over_length=split",
         )  # fmt: skip
     return policy
-
-
-def _tokenised(examples: list[Example], tokeniser: Tokeniser, loss_on: object) -> list[Tokens]:
-    result: list[Tokens] = []
-    for start in range(0, len(examples), CHUNK):
-        chunk = examples[start : start + CHUNK]
-        if tokeniser.template is None:
-            result += tokeniser.texts([example.text or "" for example in chunk])
-            continue
-        try:
-            result += tokeniser.conversations([example.messages or () for example in chunk], str(loss_on))
-        except UserError:
-            for example in chunk:
-                _locate(example, tokeniser, str(loss_on))
-            raise
-    return result
-
-
-def _locate(example: Example, tokeniser: Tokeniser, loss_on: str) -> None:
-    """Raise again what this row alone is refused for, now with its place."""
-    try:
-        tokeniser.conversations([example.messages or ()], loss_on)
-    except UserError as error:
-        error.file, error.row = example.file, example.row
-        raise
-
-
-def _fitted(examples: list[Example], tokens: list[Tokens], limit: int, policy: object, ledger: Ledger) -> Rows:
-    return Rows.gather(_fitting(examples, tokens, limit, str(policy), ledger))
-
-
-def _fitting(
-    examples: list[Example], tokens: list[Tokens], limit: int, policy: str, ledger: Ledger
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    for source, (example, row) in enumerate(zip(examples, tokens, strict=True)):
-        if len(row.ids) <= limit:
-            if not row.learned[1:].any():
-                ledger.rows_without_target += 1
-                ledger.drop(example.file, example.row, "nothing to learn")
-                continue
-            ledger.rows_without_end_of_turn += not row.closed
-            yield source, row.ids, row.learned
-            continue
-        ledger.rows_over_length += 1
-        if policy == "split":
-            for start in range(0, len(row.ids), limit):
-                if len(row.ids) - start == 1:  # nothing predicts it, and it predicts nothing
-                    ledger.tokens_lost += 1
-                else:
-                    yield source, row.ids[start : start + limit], row.learned[start : start + limit]
-            continue
-        if policy == "error":
-            raise UserError(
-                "the row is longer than data.max_length", file=example.file, row=example.row, field="data.over_length",
-                found=f"{len(row.ids)} tokens", expected=f"at most {limit}",
-                fix=f"data.max_length={len(row.ids)}, or data.over_length=drop",
-            )  # fmt: skip
-        fitted = fit(row, limit, policy)
-        ledger.tokens_lost += fitted.lost
-        if fitted.tokens is None:
-            ledger.drop(example.file, example.row, f"{len(row.ids)} tokens, over {limit}")
-            continue
-        ledger.rows_without_end_of_turn += not fitted.tokens.closed
-        yield source, fitted.tokens.ids, fitted.tokens.learned

@@ -15,7 +15,8 @@ class Rows:
 
     sources: index of each row's example in the order of reading, int64 [R]. labels: what rows with a label are asked
     for, int64 [R], float32 [R] or float32 [R, C]; types: token types of pairs of texts, int8 [N]; answers: what is
-    written when row i was read, its tokens all learned.
+    written when row i was read, its tokens all learned; weights: factor on the loss of each token, float32 [N], None:
+    1 for all.
     """
 
     ids: np.ndarray
@@ -25,6 +26,7 @@ class Rows:
     labels: np.ndarray | None = None
     types: np.ndarray | None = None
     answers: Rows | None = None
+    weights: np.ndarray | None = None
 
     @classmethod
     def whole(cls, parts: Iterable[tuple[int, np.ndarray]], *, learned: bool) -> Rows:
@@ -80,7 +82,7 @@ class Rows:
         digest = hashlib.sha256()
         for array in (self.ids, self.learned, self.starts):
             digest.update(np.ascontiguousarray(array).tobytes())
-        for array in (self.labels, self.types):
+        for array in (self.labels, self.types, self.weights):
             if array is not None:
                 digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         if self.answers is not None:

@@ -35,6 +35,11 @@ class LabelBatch:
     sources: tuple[int, ...]
     tokens: int
 
+    @property
+    def worth(self) -> float:
+        """What the summed loss is divided by."""
+        return len(self.targets)
+
     def sha256(self) -> str:
         """Of what the model is shown and asked."""
         return _sha256(self.ids, self.mask, self.types, self.targets)
@@ -55,6 +60,11 @@ class PairBatch:
     targets: np.ndarray
     sources: tuple[int, ...]
     tokens: int
+
+    @property
+    def worth(self) -> float:
+        """What the summed loss is divided by."""
+        return len(self.targets)
 
     def sha256(self) -> str:
         """Of what the model is shown and asked."""

@@ -1,91 +1,63 @@
 """Conversations become text and character spans: what each message wrote, and where its turn ends.
 
-Spans come from structure. A conversation is rendered twice: as it is, and with every content replaced by a mark of
-its own; the text between the marks is what the template itself writes, and walking the real text along it gives the
-place of every content, however often its words occur elsewhere. Templates that change contents (strip them, drop
-earlier thinking) are followed where the rewriting is recognisable and refused where it is not. Nothing is ever found
-by searching for a string.
+A template is run on strings that remember their source (`whet.data.traced`), so the text itself says which characters
+came from which message, whatever the template did with them: strip them, drop earlier thinking, write them as JSON, put
+the system message into the user's turn. What an answer is, is what a model writes: from the end of the generation
+prompt, which is rendered too, to the token that closes the turn. A template that leaves out a part of a message is
+reported; one that leaves out a whole answer or call, or mixes turns, is refused. Nothing is found by searching.
+
+Most rows are plain turns in a usual order. For each order the template's own words are learned once from a trial run;
+a row that follows them to the last character has its spans without being traced, and any other row is traced.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whet.base.errors import UserError, nearest
-from whet.data.example import Message
+from whet.base.errors import UserError
+from whet.data.example import Example, Message
+from whet.data.named import LARGEST, NAMED, use_template
+from whet.data.sandbox import attributes, compiled
+from whet.data.spans import Alone, Rendered, Turn, dropped, lost, place
+from whet.data.traced import TOOLS, Source, spans_of, traced_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-NAMED = {path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
+__all__ = ["LARGEST", "NAMED", "Chat", "Rendered", "Template", "Turn", "contract", "use_template"]
+
 # What Python raises inside a template that adds text to a number, divides by zero, calls itself or loops for ever.
 TEMPLATE_MISTAKES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
-CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-LARGEST = 1_000_000  # characters; published templates have under 20,000
 SLOWEST_SECONDS = 10.0  # for two short messages, which take a thousandth of a second
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that templates know it by
+Chat = Example | Sequence[Message]
+# Of each message its role, whether it says something, whether it thinks, and how many tools it calls; and of the whole
+# whether tools are defined.
+Shape = tuple[tuple[tuple[str, bool, bool, int], ...], bool]
+_PROBE_TOOLS = (
+    '[{"type": "function", "function": {"name": "qztool", "description": "qztool", "parameters": '
+    '{"type": "object", "properties": {"qztool": {"type": "string", "description": "qztool"}}, "required": []}}}]'
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """Where a message stands in the text. start..end: what whoever takes the turn writes; stop: end of its last token.
+class _Plan:
+    """What the template writes between the contents of plain turns in one order of roles.
 
-    content: where the content begins, after what a model has to write in front of its answer because the generation
-    prompt lacks it (an empty thinking block); elsewhere start. stop == end when no special token closes the turn.
+    literals: one before each content, and the last text. turns: of each, how far before its content it starts, how far
+    behind it stops, and whether it is closed. markers: special tokens in the literals.
     """
 
-    role: str
-    start: int
-    content: int
-    end: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """One conversation as the model reads it, with its turns in order."""
-
-    text: str
-    turns: tuple[Turn, ...]
-
-
-def use_template(tokenizer: PreTrainedTokenizerFast, name: str | None) -> None:
-    """Give the tokenizer the template that the recipe names; the model's own stays when it names none.
-
-    Raises UserError for an unknown name and for markers that the vocabulary does not have.
-    """
-    if name is None:
-        return
-    if name in NAMED:
-        missing = [t for t in CHATML_TOKENS if t not in tokenizer.get_vocab()] if name == "chatml" else []
-        if missing:
-            raise UserError(
-                f"the tokenizer has no token {missing[0]}, so ChatML turns would never end",
-                field="model.chat_template",
-                found=name,
-                expected="a template whose markers are in the vocabulary",
-                fix="model.chat_template=alpaca, which ends turns with the model's own end token",
-            )
-        tokenizer.chat_template = NAMED[name].read_text(encoding="utf-8")
-        return
-    path = Path(name).expanduser()
-    if path.suffix == ".jinja" and path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            tokenizer.chat_template = file.read(LARGEST + 1)
-        return
-    raise UserError(
-        "there is no such chat template",
-        field="model.chat_template",
-        found=name,
-        expected=f"{', '.join(NAMED)} or a .jinja file",
-        fix=f"write {nearest(name, NAMED) or 'chatml'}",
-    )
+    literals: tuple[str, ...]
+    turns: tuple[tuple[str, int, int, bool], ...]
+    markers: int
 
 
 class Template:
@@ -101,11 +73,19 @@ class Template:
                 fix="model.chat_template=alpaca (or chatml when the vocabulary has its markers)",
             )
         self.tokenizer = tokenizer
-        self._check_cost(slowest_seconds)
+        sources = tokenizer.chat_template
+        # A model may have one template for conversations with tools and another for the rest.
+        several: dict[str, str] = sources if isinstance(sources, dict) else {"default": str(sources)}
+        self._plain_source = several.get("default", next(iter(several.values())))
+        self._tool_source = several.get("tool_use", self._plain_source)
         added = tokenizer.added_tokens_decoder.values()
-        self.specials = sorted({str(t) for t in added if t.special} | set(tokenizer.all_special_tokens), key=len)
-        self._literals = lru_cache(maxsize=4096)(self._find_literals)
-        self._leads = lru_cache(maxsize=4096)(self._find_leads)
+        self.specials = sorted({str(t) for t in added if t.special} | set(tokenizer.all_special_tokens), key=len)[::-1]
+        self.special = re.compile("|".join(re.escape(token) for token in self.specials) or r"(?!)")
+        self._variables = dict(tokenizer.special_tokens_map)
+        self._plans = lru_cache(maxsize=4096)(self._find_plan)
+        self._tails = lru_cache(maxsize=4096)(self._find_tail)
+        self._alones = lru_cache(maxsize=4096)(self._find_alone)
+        self._check_cost(slowest_seconds)
 
     def _check_cost(self, seconds: float) -> None:
         """Refuse a template that is too large, or does not end on two short messages within `seconds`.
@@ -114,12 +94,12 @@ class Template:
         with the process. A template that loops on other messages only is not found out.
         """
         wrong: dict[str, Any] = {"field": "model.chat_template", "fix": "use model.chat_template=chatml or alpaca"}
-        if len(str(self.tokenizer.chat_template)) > LARGEST:
+        if max(len(self._plain_source), len(self._tool_source)) > LARGEST:
             raise UserError("the chat template is too large", **wrong, expected=f"at most {LARGEST:,} characters")
 
         def render() -> None:
             with contextlib.suppress(UserError):  # it will be said of the row that it concerns
-                self._render([_plain([Message("user", "a"), Message("assistant", "b")])], False)
+                self.text([Message("user", "a"), Message("assistant", "b")])
 
         worker = threading.Thread(target=render, daemon=True)
         worker.start()
@@ -129,151 +109,262 @@ class Template:
                 "the chat template does not come to an end", **wrong, found=f"two messages, {seconds:g} seconds",
             )  # fmt: skip
 
-    def text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+    def text(self, chat: Chat, *, prompt: bool = False) -> str:
         """The rendered conversation; with `prompt`, followed by the header of the answer to come."""
-        return self._render([_plain(messages)], prompt)[0]
+        messages, tools = _both(chat)
+        plain = [self._plain(message) for message in messages]
+        return self._run(plain, None if tools is None else json.loads(tools), prompt)
 
-    def lead(self, question: Sequence[Message]) -> str:
+    def prompt(self, chat: Chat) -> Rendered:
+        """The prompt that asks for the next answer, with its turns where they can be placed."""
+        messages, tools = _both(chat)
+        traced = self._traced(messages, tools, True)
+        turns: tuple[Turn, ...] = ()
+        with contextlib.suppress(UserError):  # what cannot be learned can be asked all the same
+            turns = self._place(traced, messages, tools, ())
+        return self._with_data(traced, turns)
+
+    def lead(self, question: Chat) -> str:
         """What a tuned model writes before the answer to `question`, as it learned to: "" with most templates."""
-        return self._leads((*(message.role for message in question), "assistant"))[-1] or ""
+        messages, tools = _both(question)
+        found = self._exact([*_probes(_shape(messages, tools)), Message("assistant", "qzlead")], tools)
+        turn = found.turns[-1]
+        return found.text[turn.start : turn.content]
 
-    def render(self, conversations: Sequence[Sequence[Message]]) -> list[Rendered]:
+    def render(self, chats: Sequence[Chat]) -> list[Rendered]:
         """Text and turns of each conversation. Raises UserError for one that the template cannot render exactly."""
-        texts = self._render([_plain(messages) for messages in conversations], False)
-        return [
-            Rendered(text, self._turns(text, messages)) for text, messages in zip(texts, conversations, strict=True)
-        ]
+        return [self._rendered(*_both(chat)) for chat in chats]
 
-    def _render(self, conversations: list[list[dict[str, str]]], prompt: bool) -> list[str]:
+    def _rendered(self, messages: Sequence[Message], tools: str | None) -> Rendered:
+        if tools is None:
+            roles = []
+            for message in messages:
+                if not message.content or message.reasoning is not None or message.tool_calls or message.name:
+                    break
+                roles.append(message.role)
+            plan = self._plans(tuple(roles)) if len(roles) == len(messages) else None
+            if plan is not None:
+                text = self._run([{"role": m.role, "content": m.content} for m in messages], None, False)
+                found = _follow(text, messages, plan)
+                if found is not None:
+                    return found
+        return self._exact(messages, tools)
+
+    def _plain(self, message: Message) -> dict[str, Any]:
+        found: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.reasoning is not None:
+            known = attributes(self._plain_source) | attributes(self._tool_source)
+            found |= {name: message.reasoning for name in REASONING if name in known}
+        if message.tool_calls:
+            found["tool_calls"] = list(message.tool_calls)
+        if message.name is not None:
+            found["name"] = message.name
+        if message.tool_call_id is not None:
+            found["tool_call_id"] = message.tool_call_id
+        return found
+
+    def _traced(self, messages: Sequence[Message], tools: str | None, prompt: bool) -> str:
+        """The rendered text, with its sources."""
+        found = []
+        for index, message in enumerate(messages):
+            plain = self._plain(message)
+            for name, value in plain.items():
+                if name != "role":
+                    field = "reasoning" if name in REASONING else name
+                    plain[name] = traced_value(value, Source(index, field))
+            found.append(plain)
+        defined = None if tools is None else traced_value(json.loads(tools), Source(TOOLS, "tools"), paths=False)
+        return self._run(found, defined, prompt)
+
+    def _run(self, messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
         from jinja2 import TemplateError
 
+        source = self._plain_source if tools is None else self._tool_source
         try:
-            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
-                conversations, tokenize=False, add_generation_prompt=prompt
+            return compiled(source).render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self._variables
             )
         except (TemplateError, *TEMPLATE_MISTAKES) as error:
-            if len(conversations) > 1:
-                return [self._render([conversation], prompt)[0] for conversation in conversations]
             raise UserError(
                 f"the chat template refuses this conversation: {error}",
                 field="messages",
-                found=" ".join(message["role"] for message in conversations[0]),
+                found=" ".join(message["role"] for message in messages) + (", with tools" if tools else ""),
                 expected="roles in the order that the model's template accepts",
-                fix="remove the system message, or use model.chat_template=chatml",
+                fix="remove what it names (a system message, a tool), or use model.chat_template=chatml",
             ) from error
 
-    def _turns(self, text: str, messages: Sequence[Message]) -> tuple[Turn, ...]:
-        literals = self._literals(tuple(message.role for message in messages))
-        turns = self._walk(text, messages, literals) if literals is not None else None
-        if turns is not None:
-            leads = self._leads(tuple(message.role for message in messages))
-            if turns[-1].role == "assistant" and leads[-1] is None:
-                raise UserError(
-                    "the chat template asks for an answer with other text than stands before one",
-                    field="model.chat_template", found=f"prompt: …{self.text(messages[:-1], prompt=True)[-30:]!r}",
-                    expected="the text before an answer, as in a whole conversation",
-                    fix="mend the add_generation_prompt part of the template, or use model.chat_template=chatml",
-                )  # fmt: skip
-            turns = tuple(replace(t, start=t.start - len(lead or "")) for t, lead in zip(turns, leads, strict=True))
-        return turns if turns is not None else self._by_prefix(text, messages)
+    def _exact(self, messages: Sequence[Message], tools: str | None) -> Rendered:
+        """The conversation traced, and every turn placed. Raises UserError."""
+        traced = self._traced(messages, tools, False)
+        shape = _shape(messages, tools)
+        left_out = dropped(traced, messages, tools)
+        if left_out and (name := lost(self._traced(_probes(shape), _PROBE_TOOLS if tools else None, False))):
+            raise UserError(
+                "the chat template builds its text in a way that could not be followed", field="model.chat_template",
+                found=f"the source of {name} was lost", expected="contents that are joined, stripped, cut or split",
+                fix="use model.chat_template=chatml, or a template that joins text with + or ~",
+            )  # fmt: skip
 
-    def _find_literals(self, roles: tuple[str, ...]) -> tuple[str, ...] | None:
-        """What the template writes before, between and after the contents, or None when contents are repeated."""
-        text, marks = self._marked(roles)
-        literals = []
-        for mark in marks:
-            if text.count(mark) != 1:
-                return None
-            literal, _, text = text.partition(mark)
-            literals.append(literal)
-        return (*literals, text)
+        turns = self._place(traced, messages, tools, left_out)
+        if not left_out and len(turns) > 1 and turns[-1].role == "assistant" and turns[-1].index == len(messages) - 1:
+            self._check_prompt(str.__str__(traced), messages, tools)
+        return self._with_data(traced, turns, left_out)
 
-    def _marked(self, roles: tuple[str, ...]) -> tuple[str, list[str]]:
-        """A conversation whose contents are marks, rendered."""
-        marks = [f"qzx{index}xzq" for index in range(len(roles))]
-        return self._render([[{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]], False)[0], marks
+    def _place(
+        self, traced: str, messages: Sequence[Message], tools: str | None, left_out: Sequence[tuple[int, str]]
+    ) -> tuple[Turn, ...]:
+        shape = _shape(messages, tools)
 
-    def _find_leads(self, roles: tuple[str, ...]) -> tuple[str | None, ...]:
-        """Of each turn, the text between generation prompt and content, which is learned: nothing else writes it.
+        def actual_tail(index: int) -> tuple[int | None, str]:
+            return _tail(self._traced(messages[:index], tools, True))
 
-        "" where there is none and for all but answers (one that opens a conversation answers nothing); None where an
-        answer does not begin with the generation prompt.
-        """
-        text, marks = self._marked(roles)
-        leads: list[str | None] = []
-        for index, (role, mark) in enumerate(zip(roles, marks, strict=True)):
-            if role != "assistant" or index == 0:
-                leads.append("")
-                continue
-            before = [{"role": r, "content": m} for r, m in zip(roles[:index], marks[:index], strict=True)]
-            head = self._render([before], True)[0]
-            start = text.find(mark, len(head))
-            leads.append(text[len(head) : start] if text.startswith(head) and start >= 0 else None)
-        return tuple(leads)
+        return place(
+            traced, messages, left_out,
+            alone=lambda index: self._alones(_head(shape, index + 1)),
+            tails=lambda index: (self._tails(_head(shape, index)), lambda: actual_tail(index)),
+            closing=self._closing,
+        )  # fmt: skip
 
-    def _walk(self, text: str, messages: Sequence[Message], literals: tuple[str, ...]) -> tuple[Turn, ...] | None:
-        """Turns found by following the literals through `text`, or None when the text does not follow them."""
-        position = 0
-        turns = []
-        for message, before, after in zip(messages, literals, literals[1:], strict=False):
-            if not text.startswith(before, position):
-                return None
-            start = position + len(before)
-            forms = (message.content, message.content.rstrip(), message.content.lstrip(), message.content.strip())
-            form = next(
-                (f for f in forms if text.startswith(f, start) and text.startswith(after, start + len(f))), None
+    def _check_prompt(self, text: str, messages: Sequence[Message], tools: str | None) -> None:
+        """Refuse a template that writes what is before the last answer otherwise when it asks for that answer."""
+        asked = str.__str__(self._traced(messages[:-1], tools, True))
+        if not text.startswith(asked):
+            same = next((at for at, (a, b) in enumerate(zip(text, asked, strict=False)) if a != b), len(text))
+            raise UserError(
+                "the chat template rewrites what came before, when it asks for the last answer",
+                field="model.chat_template",
+                found=f"turn {len(messages)}: …{text[same : same + 20]!r}, in the prompt …{asked[same : same + 20]!r}",
+                expected="the text before an answer, as in a whole conversation",
+                fix="mend the template, or use model.chat_template=chatml",
             )
-            if form is None:
-                return None
-            position = start + len(form)
-            turns.append(Turn(message.role, start, start, position, position + self._closing(after)))
-        return tuple(turns) if len(text) == position + len(literals[-1]) else None
+
+    def _with_data(self, traced: str, turns: Sequence[Turn], left_out: Sequence[tuple[int, str]] = ()) -> Rendered:
+        """With the places of all text that is not the template's own, and the special tokens in the text that is."""
+        data: list[tuple[int, int]] = []
+        for span in sorted(spans_of(traced)):
+            if data and span.start <= data[-1][1]:
+                data[-1] = (data[-1][0], max(span.end, data[-1][1]))
+            else:
+                data.append((span.start, span.end))
+        text = str.__str__(traced)
+        edges = [0, *(edge for pair in data for edge in pair), len(text)]
+        markers = sum(len(self.special.findall(text[a:b])) for a, b in zip(edges[::2], edges[1::2], strict=True))
+        return Rendered(text, tuple(turns), tuple(data), markers, tuple(left_out))
 
     def _closing(self, literal: str) -> int:
         """Characters of `literal` up to the end of the first special token in it, 0 when it has none."""
-        found = [(literal.find(token), len(token)) for token in self.specials if token in literal]
-        if not found:
-            return 0
-        start, length = min(found, key=lambda pair: (pair[0], -pair[1]))
-        return start + length
+        found = self.special.search(literal)
+        return found.end() if found else 0
 
-    def _by_prefix(self, text: str, messages: Sequence[Message]) -> tuple[Turn, ...]:
-        """Answers only, each between its own prompt and its own end: for templates that rewrite what came before."""
-        turns = []
-        for index, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            head = self.text(messages[:index], prompt=True)
-            whole = self.text(messages[: index + 1])
-            marked, marks = self._marked(tuple(message.role for message in messages[: index + 1]))
-            tail = marked.rpartition(marks[-1])[2]
-            end = len(whole) - len(tail)
-            stop = end + self._closing(tail)
-            exact = whole.startswith(head) and whole.endswith(tail) and text.startswith(whole[:stop])
-            if not exact or end <= len(head):
-                raise UserError(
-                    "the chat template rewrites an earlier turn when the conversation goes on, so what is learned "
-                    "could not be said exactly",
-                    field="messages",
-                    found=f"turn {index + 1} of {len(messages)}",
-                    expected="a template that keeps earlier turns as they were",
-                    fix="split the conversation so that each row ends with one answer",
-                )
-            turns.append(Turn("assistant", len(head), len(head), end, stop))
-        return tuple(turns)
+    def _find_tail(self, shape: Shape) -> tuple[int | None, str] | None:
+        """What follows the last content in a prompt: its message and the text, None where a trial is refused."""
+        try:
+            return _tail(self._traced(_probes(shape), _PROBE_TOOLS if shape[1] else None, True))
+        except UserError:
+            return None
+
+    def _find_alone(self, shape: Shape) -> Alone | None:
+        """The last answer of a conversation with nothing behind it: how it is closed, and how often it says a thing."""
+        try:
+            traced = self._traced(_probes(shape), _PROBE_TOOLS if shape[1] else None, False)
+        except UserError:
+            return None
+        last = len(shape[0]) - 1
+        spans = [span for span in spans_of(traced) if span.source.message == last]
+        end = max((span.end for span in spans), default=len(traced))
+        fields = [span.source.field for span in spans]
+        closing = self.special.search(str.__str__(traced), end)
+        return Alone(closing.group() if closing else "", {field: fields.count(field) for field in fields})
+
+    def _find_plan(self, roles: tuple[str, ...]) -> _Plan | None:
+        """None where the template does more with plain turns than to write them one after the other."""
+        shape: Shape = (tuple((role, True, False, 0) for role in roles), False)
+        try:
+            found = self._exact(_probes(shape), None)
+        except UserError:
+            return None
+        if [turn.index for turn in found.turns] != list(range(len(roles))) or found.dropped:
+            return None
+        literals, turns, at = [], [], 0
+        for turn, probe in zip(found.turns, _probes(shape), strict=True):
+            if found.text[turn.content : turn.end] != probe.content or turn.content < at:
+                return None
+            literals.append(found.text[at : turn.content])
+            turns.append((turn.role, turn.content - turn.start, turn.stop - turn.end, turn.closed))
+            at = turn.end
+        return _Plan((*literals, found.text[at:]), tuple(turns), found.markers)
 
 
-def contract(
-    tokenizer: PreTrainedTokenizerFast, goldens: Sequence[tuple[Sequence[Message], list[int], list[int]]]
-) -> str:
+def _follow(text: str, messages: Sequence[Message], plan: _Plan) -> Rendered | None:
+    """The turns of a text that consists of the plan's literals and of the contents between them, None if it does not.
+
+    A template may strip contents; each is taken as it stands, else without the white space on one side or both.
+    """
+    position = 0
+    turns, data = [], []
+    for index, message in enumerate(messages):
+        before, after = plan.literals[index], plan.literals[index + 1]
+        if not text.startswith(before, position):
+            return None
+        start = position + len(before)
+        content = message.content
+        if not (text.startswith(content, start) and text.startswith(after, start + len(content))):
+            forms = (content.rstrip(), content.lstrip(), content.strip())
+            found = (f for f in forms if text.startswith(f, start) and text.startswith(after, start + len(f)))
+            content = next(found, None)
+            if content is None:
+                return None
+        position = start + len(content)
+        role, ahead, behind, closed = plan.turns[index]
+        turns.append(Turn(index, role, start - ahead, start, position, position + behind, closed))
+        data.append((start, position))
+    if len(text) != position + len(plan.literals[-1]):
+        return None
+    return Rendered(text, tuple(turns), tuple(data), plan.markers, ())
+
+
+def _tail(traced: str) -> tuple[int | None, str]:
+    """The message of the last content in a rendered text, and the text behind it."""
+    last = max(spans_of(traced), key=lambda span: (span.end, span.start), default=None)
+    return (None, str.__str__(traced)) if last is None else (last.source.message, str.__str__(traced)[last.end :])
+
+
+def _both(chat: Chat) -> tuple[Sequence[Message], str | None]:
+    return (chat.messages or (), chat.tools) if isinstance(chat, Example) else (chat, None)
+
+
+def _shape(messages: Sequence[Message], tools: str | None) -> Shape:
+    return (
+        tuple((m.role, bool(m.content), m.reasoning is not None, len(m.tool_calls)) for m in messages),
+        tools is not None,
+    )
+
+
+def _head(shape: Shape, count: int) -> Shape:
+    return shape[0][:count], shape[1]
+
+
+def _probes(shape: Shape) -> list[Message]:
+    """A conversation of this shape whose words occur nowhere else."""
+    return [
+        Message(
+            role,  # type: ignore[arg-type]
+            f"qzx{index}xzq" if says else "",
+            f"qzr{index}rzq" if thinks else None,
+            tuple(
+                {"type": "function", "function": {"name": f"qzn{index}n{n}zq", "arguments": {"qz": f"qza{index}a{n}"}}}
+                for n in range(calls)
+            ),
+        )
+        for index, (role, says, thinks, calls) in enumerate(shape[0])
+    ]
+
+
+def contract(tokenizer: PreTrainedTokenizerFast, goldens: Sequence[tuple[dict[str, Any], list[int], list[int]]]) -> str:
     """JSON saved beside an adapter: the template and conversations with their exact token ids (DESIGN section 4)."""
     record: dict[str, Any] = {
         "chat_template": tokenizer.chat_template,
         "eos_token": tokenizer.eos_token,
-        "golden": [{"messages": _plain(messages), "ids": ids, "prompt": prompt} for messages, ids, prompt in goldens],
+        "golden": [{**conversation, "ids": ids, "prompt": prompt} for conversation, ids, prompt in goldens],
     }
     return json.dumps(record, ensure_ascii=False, indent=1)
-
-
-def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]

@@ -9,22 +9,23 @@ the model learned to answer it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from whet.base.errors import UserError
 from whet.data.example import Example, Message
-from whet.data.template import Rendered, Template, Turn
+from whet.data.pieces import Pieces
+from whet.data.template import Chat, Rendered, Template, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 DOCUMENT_END = "<|endoftext|>"
+LossOn = Literal["assistant", "last_assistant", "completion", "all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,70 +33,84 @@ class Tokens:
     """One row. ids: token ids, int32 [T]; learned: True where the token is a target, bool [T].
 
     prompts: token spans of contents that are not learned, oldest first; closed: learned spans end with an end of turn.
+    weights: factor on the loss of each token, float32 [T], 0 where it is not learned; None: 1 for all learned ones.
+    dropped: (index of the message, field) of what the template does not render (`Rendered.dropped`).
     """
 
     ids: np.ndarray
     learned: np.ndarray
     prompts: list[tuple[int, int]]
     closed: bool
+    weights: np.ndarray | None = None
+    dropped: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """ids: of a whole row. turns: of each turn its tokens, [0, 0] where it has none; contents: those of its content.
+
+    The tokens of an answer are all that a model writes; those of another turn are the whole tokens of its content.
+    """
+
+    ids: list[int]
+    turns: list[tuple[int, int]]
+    contents: list[tuple[int, int]]
 
 
 class Tokeniser:
     """A tokenizer with its chat template (absent for raw text)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, chat: bool) -> None:
-        from tokenizers import Tokenizer
-
         self.tokenizer = tokenizer
         self.backend = tokenizer.backend_tokenizer
         self.template = Template(tokenizer) if chat else None
-        self.plain = Tokenizer.from_str(self.backend.to_str())
-        self.plain.encode_special_tokens = True
-        specials = self.template.specials if self.template else list(tokenizer.all_special_tokens)
-        self._special = re.compile("|".join(re.escape(token) for token in specials) or r"(?!)")
+        self._headers = lru_cache(maxsize=4096)(self._header)
 
     @cached_property
     def document_end(self) -> int:
         """The token that closes a document. Raises UserError for a tokenizer that has none, as those of encoders."""
         return _document_end(self.tokenizer)
 
-    def conversations(self, rows: Sequence[Sequence[Message]], loss_on: str) -> list[Tokens]:
-        """Each conversation as tokens, learning what `loss_on` says (assistant, last_assistant, all)."""
+    @cached_property
+    def _pieces(self) -> Pieces:
+        return Pieces(self.backend, self.tokenizer)
+
+    def conversations(self, rows: Sequence[Chat], loss_on: str) -> list[Tokens]:
+        """Each conversation as tokens, learning what `loss_on` says.
+
+        assistant: all answers; last_assistant: the last one; completion: what is not the prompt in rows that tell the
+        two apart (`Example.completion_from`), all answers elsewhere; all: every token. A turn of weight 0 is never
+        learned. Raises UserError.
+        """
         assert self.template is not None
         rendered = self.template.render(rows)
         encodings = self.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
         result = []
-        for messages, row, encoding in zip(rows, rendered, encodings, strict=True):
-            learned = _learned_turns(row.turns, loss_on)
-            spelled = any(self._special.search(message.content) for message in messages)
-            if spelled:
-                _check_places(row, messages)
-            tokens = None if spelled else _by_offsets(row, learned, encoding, loss_on)
-            result.append(tokens or self._by_pieces(row, learned, loss_on, spelled))
+        for chat, row, encoding in zip(rows, rendered, encodings, strict=True):
+            result.append(_marked(row, self._placed(row, encoding), chat, loss_on))
         return result
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, chat: Chat) -> list[int]:
         """Token ids after which the model answers: the same path as in training."""
         assert self.template is not None
-        text = self.template.text(messages, prompt=True)
-        if not any(self._special.search(message.content) for message in messages):
-            return self.backend.encode(text, add_special_tokens=False).ids
-        answered = [*messages, Message("assistant", "x")]
-        whole = self.template.render([answered])[0]
-        _check_places(whole, answered)
-        head = [turn for turn in whole.turns if turn.start <= len(text)]
-        return self._pieces(Rendered(text, tuple(head)), set())[0]
+        row = self.template.prompt(chat)
+        return self._placed(row, self.backend.encode(row.text, add_special_tokens=False)).ids
 
-    def answered(self, question: Sequence[Message], reply: str) -> str:
+    def answered(self, question: Chat, reply: str) -> str:
         """A reply to `question` without what the model wrote before it because the template does (`Template.lead`)."""
         assert self.template is not None
         return reply.removeprefix(self.template.lead(question))
 
     def longest_reply(self, examples: Sequence[Example]) -> int:
-        """Tokens of the longest answer, with what the model writes before it (`Template.lead`)."""
+        """Tokens of the longest last answer, with all that the model writes before it (`Template.lead`)."""
         assert self.template is not None
-        replies = [self.template.lead(example.question) + example.answer for example in examples]
-        return max(len(found.ids) for found in self.backend.encode_batch_fast(replies, add_special_tokens=False))
+        longest = 0
+        for start in range(0, len(examples), 1000):
+            rows = self.template.render(examples[start : start + 1000])
+            replies = [row.text[row.turns[-1].start : row.turns[-1].end] for row in rows]
+            found = self.backend.encode_batch_fast(replies, add_special_tokens=False)
+            longest = max(longest, *(len(reply.ids) for reply in found))
+        return longest
 
     def texts(self, rows: Sequence[str]) -> list[Tokens]:
         """Raw documents, each closed by the document-end token; special tokens in the text are parsed."""
@@ -114,106 +129,131 @@ class Tokeniser:
                 found.add(int(row.ids[np.flatnonzero(row.learned)[-1]]))
         return sorted(found)
 
-    def _by_pieces(self, row: Rendered, learned: set[int], loss_on: str, spelled: bool) -> Tokens:
-        """The row cut at the edges of its answers and of contents that spell a special token."""
-        ids, marks, prompts = self._pieces(row, learned)
-        if spelled and self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) != row.text:
-            raise UserError(
-                "a message spells one of the model's special tokens, and this tokenizer cannot write it as plain text",
-                field="messages",
-                found=str(self._special.findall(row.text)[:3]),
-                fix="remove the marker from the data",
-            )
-        learns_all = loss_on == "all"
-        closed = all(row.turns[index].stop > row.turns[index].end for index in learned)
-        learned_marks = np.ones(len(ids), dtype=bool) if learns_all else np.array(marks, dtype=bool)
-        return Tokens(np.array(ids, dtype=np.int32), learned_marks, prompts, closed)
+    def _spelled(self, row: Rendered) -> list[tuple[int, int]]:
+        """The places of contents that spell a special token, wholly or together with the template's words."""
+        assert self.template is not None
+        found = [match.span() for match in self.template.special.finditer(row.text)]
+        if len(found) == row.markers:
+            return []
+        return [(start, end) for start, end in row.data if any(first < end and start < last for first, last in found)]
 
-    def _pieces(self, row: Rendered, learned: set[int]) -> tuple[list[int], list[bool], list[tuple[int, int]]]:
-        ids: list[int] = []
-        edges: list[tuple[int, int]] = []
+    def _header(self, text: str) -> list[int]:
+        """The ids that a prompt ends with whose last words are `text`."""
+        assert self.template is not None
+        special = max((match.end() for match in self.template.special.finditer(text)), default=0)
+        ids = self.backend.encode(text[special:], add_special_tokens=False).ids
+        return ids if special else ids[1:]  # the first one hangs on what is before
 
-        def add(start: int, end: int, backend: Any) -> None:
-            if start < end:
-                piece = backend.encode(row.text[start:end], add_special_tokens=False)
-                ids.extend(piece.ids)
-                edges.extend((start + first, start + last) for first, last in piece.offsets)
+    def _header_differs(self, row: Rendered, turn: Turn, before: Sequence[int]) -> bool:
+        """Whether the tokens `before` an answer are not those that its prompt ends with.
 
-        position = 0
-        for index, turn in enumerate(row.turns):
-            spelled = self._special.search(row.text, turn.content, turn.end)
-            if spelled or index in learned:
-                add(position, turn.start, self.backend)
-                cut = turn.content if spelled else turn.start
-                add(turn.start, cut, self.backend)
-                add(cut, turn.end, self.plain if spelled else self.backend)
-                position = turn.end
-        add(position, len(row.text), self.backend)
-        marks = [False] * len(ids)
-        prompts = []
-        for index, turn in enumerate(row.turns):
-            if index in learned:
-                inside = [place for place, edge in enumerate(edges) if turn.start <= edge[0] < turn.stop]
-                for place in inside:
-                    marks[place] = True
+        Some tokenizers look ahead (GPT-2 writes two line feeds as one token, but as two where a letter follows), and
+        the model has to learn its answer behind the tokens that it will be given.
+        """
+        data_ends = [end for _, end in row.data if end <= turn.start]
+        ids = self._headers(row.text[data_ends[-1] if data_ends else 0 : turn.start])
+        return bool(ids) and list(before[-len(ids) :]) != ids
+
+    def _asked_otherwise(self, row: Rendered, turn: Turn, ids: Sequence[int], edges: Sequence[tuple[int, int]]) -> bool:
+        """`_header_differs` for a row that is encoded already."""
+        first = next((place for place, edge in enumerate(edges) if edge[0] >= turn.start), len(ids))
+        return self._header_differs(row, turn, ids[:first])
+
+    def _placed(self, row: Rendered, encoding: Any) -> _Placed:
+        """The row with all its answers placed, learned or not, so that it has the same tokens either way."""
+        spelled = self._spelled(row)
+        return (None if spelled else self._by_offsets(row, encoding)) or self._by_pieces(row, spelled)
+
+    def _by_offsets(self, row: Rendered, encoding: Any) -> _Placed | None:
+        """Spans carried over to tokens, or None when a token reaches across the edge of an answer."""
+        ids = encoding.ids
+        count, length = len(ids), len(row.text)
+
+        def at(edge: int) -> tuple[int, int]:
+            """The first token that covers a character at or after `edge`, and where it begins."""
+            place = edge
+            while place < length:
+                token = encoding.char_to_token(place)
+                if token is not None:
+                    return token, encoding.token_to_chars(token)[0]
+                place += 1
+            return count, edge
+
+        turns, contents = [], []
+        for turn in row.turns:
+            first, start = at(turn.content)
+            last, _ = at(turn.end)
+            first += start < turn.content  # that token is partly the template's
+            contents.append((first, last) if first < last else (0, 0))
+            if turn.role != "assistant":
+                turns.append(contents[-1])
                 continue
+            if turn.start == turn.stop:
+                return None
+            first, start = at(turn.start)
+            last, stop = at(turn.stop)
+            if turn.end <= stop < turn.stop:  # the closing token takes the white space behind it along
+                last, stop = last + 1, turn.stop
+            if (start, stop) != (turn.start, turn.stop) or self._header_differs(
+                row, turn, ids[max(0, first - 64) : first]
+            ):
+                return None
+            turns.append((first, last))
+        return _Placed(ids, turns, contents)
+
+    def _by_pieces(self, row: Rendered, spelled: Sequence[tuple[int, int]]) -> _Placed:
+        """The row cut around contents that spell a special token, and at the edges of answers where it has to be."""
+        answers = [turn for turn in row.turns if turn.role == "assistant"]
+        cuts = {0, len(row.text)} | {edge for place in spelled for edge in place}
+        ids, edges = self._pieces.encode(row.text, cuts, spelled)
+        more = {turn.start for turn in answers if self._asked_otherwise(row, turn, ids, edges)}
+        wanted = {turn.start for turn in answers} | {turn.stop for turn in answers if turn.stop == turn.end}
+        more |= {edge for edge in wanted if any(first < edge < last for first, last in edges)}
+        if more:
+            ids, edges = self._pieces.encode(row.text, cuts | more, spelled)
+        turns, contents = [], []
+        for turn in row.turns:
             inside = [p for p, (first, last) in enumerate(edges) if turn.content <= first and last <= turn.end]
-            prompts += [(inside[0], inside[-1] + 1)] if inside else []
-        return ids, marks, prompts
+            contents.append((inside[0], inside[-1] + 1) if inside else (0, 0))
+            inside = [place for place, edge in enumerate(edges) if turn.start <= edge[0] < turn.stop]
+            whole = (inside[0], inside[-1] + 1) if inside else (0, 0)
+            turns.append(whole if turn.role == "assistant" else contents[-1])
+        return _Placed(ids, turns, contents)
 
 
-def _check_places(row: Rendered, messages: Sequence[Message]) -> None:
-    """Refuse text whose special tokens cannot be told from the template's, because not every content was placed."""
-    if len(row.turns) != len(messages):
-        raise UserError(
-            "a message spells one of the model's special tokens, and the chat template rewrites the conversation, so "
-            "the two could not be told apart",
-            field="messages",
-            found=f"{len(row.turns)} of {len(messages)} contents found in the text",
-            expected="contents that are rendered as they are",
-            fix="remove the marker from the data",
-        )
+def _learned_turns(turns: Sequence[Turn], chat: Chat, loss_on: str) -> list[bool]:
+    """Of each turn whether `loss_on` chooses it."""
+    answers = [turn.index for turn in turns if turn.role == "assistant"]
+    if loss_on == "last_assistant":
+        answers = answers[-1:]
+    elif loss_on == "completion" and isinstance(chat, Example) and chat.completion_from is not None:
+        answers = [index for index in answers if index >= chat.completion_from]
+    return [turn.index in answers for turn in turns]
 
 
-def _learned_turns(turns: Sequence[Turn], loss_on: str) -> set[int]:
-    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-    return set(answers[-1:] if loss_on == "last_assistant" else answers)
-
-
-def _by_offsets(row: Rendered, learned: set[int], encoding: Any, loss_on: str) -> Tokens | None:
-    """Spans carried over to tokens, or None when a token reaches across the edge of a learned one."""
-    count = len(encoding.ids)
-    marks = np.full(count, loss_on == "all")
-    prompts = []
+def _marked(row: Rendered, placed: _Placed, chat: Chat, loss_on: str) -> Tokens:
+    """The finished row: its marks, and the weights where a turn has one."""
+    messages = chat.messages or () if isinstance(chat, Example) else chat
+    marks = np.full(len(placed.ids), loss_on == "all")
+    weighted = any(message.weight is not None for message in messages)
+    weights = np.ones(len(placed.ids), np.float32) if weighted else None
+    prompts: list[tuple[int, int]] = []
     closed = True
-    for index, turn in enumerate(row.turns):
-        if turn.start == turn.stop:
+    learned = _learned_turns(row.turns, chat, loss_on)
+    for turn, chosen, (first, last), content in zip(row.turns, learned, placed.turns, placed.contents, strict=True):
+        weight = messages[turn.index].weight
+        if not chosen or weight == 0:
+            prompts += [content] if content[0] < content[1] else []
+            if chosen:
+                marks[first:last] = False
             continue
-        mark = index in learned
-        edges = (turn.start, turn.stop) if mark else (turn.content, turn.end)
-        first, last = (_token_at(encoding, edge, len(row.text), count) for edge in edges)
-        starts = [encoding.token_to_chars(t)[0] if t < count else edges[1] for t in (first, last)]
-        if not mark:
-            first += starts[0] < edges[0]  # that token is partly the template's
-            prompts += [(first, last)] if first < last else []
-            continue
-        if turn.end <= starts[1] < edges[1]:  # the closing token takes the white space behind it along
-            last, starts[1] = last + 1, edges[1]
-        if starts != list(edges):
-            return None
         marks[first:last] = True
-        closed = closed and turn.stop > turn.end
-    return Tokens(np.array(encoding.ids, dtype=np.int32), marks, prompts, closed)
-
-
-def _token_at(encoding: Any, position: int, length: int, count: int) -> int:
-    """Index of the first token that covers a character at or after `position`."""
-    while position < length:
-        token = encoding.char_to_token(position)
-        if token is not None:
-            return token
-        position += 1
-    return count
+        closed = closed and turn.closed
+        if weights is not None and weight is not None:
+            weights[first:last] = weight
+    if weights is not None:
+        weights = None if bool((weights[marks] == 1).all()) else weights * marks
+    return Tokens(np.array(placed.ids, dtype=np.int32), marks, prompts, closed, weights, row.dropped)
 
 
 def _document_end(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from whet.base.console import say
+from whet.base.errors import UserError
 from whet.engine.cached_attention import CACHED_ATTENTION
 from whet.engine.decode import Decoder, padded, proven
 from whet.engine.static_cache import generation_bytes, layers_of
@@ -80,6 +81,12 @@ def answer(
     answers: list[list[int]] = [[] for _ in prompts]
     if not prompts or max_new_tokens < 1:
         return answers
+    if not prompts[order[-1]]:
+        raise UserError(
+            f"prompt {order[-1] + 1} of {len(prompts)} has no tokens, so the model has nothing to answer to",
+            field="messages", found="an empty prompt, and a tokenizer without a begin token",
+            expected="one token or more", fix="use model.chat_template=chatml or alpaca, or a prompt that is not empty",
+        )  # fmt: skip
     size, start = min(batch_size, len(prompts)), 0
     with _ready(model, stop_ids, max_new_tokens, size, len(prompts[order[0]]), way) as generate:
         while start < len(order):

@@ -35,17 +35,19 @@ class Head:
     softcap: float | None
     fp8: tuple[torch.Tensor, ...] | None = None
 
-    def loss(self, inputs: dict[str, Any], places: torch.Tensor, targets: torch.Tensor):
+    def loss(
+        self, inputs: dict[str, Any], places: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
+    ):
         """Summed -log p(target) of the tokens predicted at `places` of the flattened batch, a float32 scalar.
 
-        places, targets: int64 [N]; a target below 0 counts for nothing.
+        places, targets: int64 [N]; a target below 0 counts for nothing. weights: factor on each loss, float32 [N].
         """
         hidden = self.decoder(**inputs).last_hidden_state
         chosen = hidden.flatten(0, 1).index_select(0, places)
         if torch.is_autocast_enabled(chosen.device.type):
             chosen = chosen.to(torch.get_autocast_dtype(chosen.device.type))
         weight = self.output.weight if self.fp8 is None else self.fp8[0]
-        return HeadLoss.apply(chosen, weight, self.output.bias, targets, self.softcap, self.fp8)
+        return HeadLoss.apply(chosen, weight, self.output.bias, targets, self.softcap, self.fp8, weights)
 
     def in_fp8(self, network: nn.Module, *, both_orders: bool) -> Head:
         """The same head with its products on FP8 tensor cores; it must be frozen.
@@ -69,13 +71,13 @@ class HeadLoss(torch.autograd.Function):
     """Sum of -log softmax(h W^T + b)[target]: h [N, H], W [V, H], b [V] or None, targets [N]; float32 scalar.
 
     fp8: None, or W (which is given as its bytes then) as e4m3 bytes [V, H], the scale of each row [V], and, if kept,
-    the bytes turned round [H, V].
+    the bytes turned round [H, V]. weights: None, or what each loss is multiplied with, float32 [N].
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
-        softcap: float | None, fp8: tuple[torch.Tensor, ...] | None = None,
+        softcap: float | None, fp8: tuple[torch.Tensor, ...] | None = None, weights: torch.Tensor | None = None,
     ):  # fmt: skip
         rows = chunk_rows(hidden.device.type, weight.shape[0])
         matrix = weight.to(hidden.dtype) if fp8 is None else weight
@@ -95,7 +97,12 @@ class HeadLoss(torch.autograd.Function):
                 torch.mm(part, matrix.t(), out=logits)
             else:
                 logits = forward_product("fp8+fp8", part, fp8, None)
-            total += _gradients(logits, wide[: part.shape[0]], bias, wanted, softcap)
+            losses = _gradients(logits, wide[: part.shape[0]], bias, wanted, softcap)
+            if weights is not None:
+                factor = weights[start : start + rows]
+                losses = losses * factor
+                logits.mul_(factor[:, None])
+            total += losses.sum()
             if grad_hidden is not None and fp8 is None:
                 torch.mm(logits, matrix, out=grad_hidden[start : start + rows])
             elif grad_hidden is not None:
@@ -117,6 +124,7 @@ class HeadLoss(torch.autograd.Function):
             None if hidden is None else hidden * scale.to(hidden.dtype),
             None if weight is None else (weight * scale).to(ctx.types[0]),
             None if bias is None else (bias * scale).to(ctx.types[1]),
+            None,
             None,
             None,
             None,
@@ -145,7 +153,7 @@ def _times_fp8(grad: torch.Tensor, fp8: tuple[torch.Tensor, ...]) -> torch.Tenso
 def _gradients(
     logits: torch.Tensor, wide: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, softcap: float | None
 ) -> torch.Tensor:
-    """Summed loss of a few rows of raw `logits` [C, V], which become its gradient; wide: float32 room of that size."""
+    """Loss of each of a few rows of raw `logits` [C, V], which become its gradient; wide: float32 room of that size."""
     if logits.is_cuda and logits.dtype != torch.float32:
         from whet.engine.head_triton import rows_to_gradients
 
@@ -160,7 +168,7 @@ def _gradients(
 
 
 def _chunk(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """Summed loss of a few rows; `logits` [C, V], float32 and raw, are replaced by their gradient."""
+    """Loss of each of a few rows [C]; `logits` [C, V], float32 and raw, are replaced by their gradient."""
     squashed = None
     if softcap is not None:
         squashed = torch.tanh(logits / softcap)
@@ -171,7 +179,7 @@ def _chunk(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -
     peak = logits.amax(1, keepdim=True)
     logits.sub_(peak).exp_()
     mass = logits.sum(1, keepdim=True)
-    loss = ((mass.log() + peak - chosen) * counts).sum()
+    loss = ((mass.log() + peak - chosen) * counts)[:, 0]
     logits.mul_(counts / mass)
     logits.scatter_add_(1, index, -counts.to(logits.dtype))
     if squashed is not None:
@@ -179,9 +187,11 @@ def _chunk(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -
     return loss
 
 
-def plain_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def plain_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """The twin of `HeadLoss` on logits [N, V] that exist: for models with a head of their own, and for tests."""
-    return cross_entropy(logits.float(), targets, reduction="sum", ignore_index=-1)
+    if weights is None:
+        return cross_entropy(logits.float(), targets, reduction="sum", ignore_index=-1)
+    return (cross_entropy(logits.float(), targets, reduction="none", ignore_index=-1) * weights).sum()
 
 
 @torch.inference_mode()

@@ -62,11 +62,11 @@ def _tanh(x):
 def rows_to_gradients(
     logits: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, softcap: float | None
 ) -> torch.Tensor:
-    """Summed loss, float32; `logits` [C, V] are replaced by its gradient. A target below 0 counts for nothing."""
+    """Loss of each row, float32 [C]; `logits` [C, V] become its gradient. A target below 0 counts for nothing."""
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _row_kernel[(len(logits),)](  # type: ignore[index]
         logits, logits if bias is None else bias, targets, losses, logits.shape[1], logits.stride(0),
         0.0 if softcap is None else softcap, BIASED=bias is not None, CAPPED=softcap is not None,
         BLOCK=4096, num_warps=8,
     )  # fmt: skip
-    return losses.sum()
+    return losses

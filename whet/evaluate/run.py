@@ -5,7 +5,8 @@ Every answer is kept beside its reference, and every difference comes with its c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from whet import runs
 from whet.base.console import Progress, say
@@ -28,12 +29,15 @@ from whet.runs import Run
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Split = Literal["eval", "test"]
 USUAL_ROWS = 200
 SHOWN_CONFUSIONS = 5
 
 
-def evaluate(run: Run, *, max_rows: int | None = None) -> dict[str, Any]:
+def evaluate(run: Run, *, max_rows: int | None = None, split: Split = "eval") -> dict[str, Any]:
     """Score base and tuned model; writes results/evaluation.json and results/predictions.jsonl, returns the former.
+
+    split: the held-out rows, or those kept for a test, whose scores go to results/test.json.
 
     Of a labelled task every held-out row is read, since a row takes one pass; of written answers the first 200, unless
     `max_rows` or the recipe says otherwise. Raises UserError when there is nothing held out, the run is unfinished, or
@@ -41,6 +45,14 @@ def evaluate(run: Run, *, max_rows: int | None = None) -> dict[str, Any]:
     """
     recipe = run.recipe
     prepared = runs.prepared(recipe)
+    if split == "test":
+        if not prepared.test_examples:
+            raise UserError(
+                "there are no test rows", field="data.test_size", found="0 test rows",
+                expected="data.test_size above 0 when training, or data.test_dataset",
+                fix="whet eval RUN without --split scores the held-out rows",
+            )  # fmt: skip
+        prepared = replace(prepared, evaluation=prepared.test, held_out=prepared.test_examples)
     task, limit = prepared.task, max_rows or recipe.eval.max_rows
     if task.name == "causal":
         result = _evaluate_written(run, prepared, limit or USUAL_ROWS)
@@ -51,7 +63,8 @@ def evaluate(run: Run, *, max_rows: int | None = None) -> dict[str, Any]:
             result = evaluate_labels(run, prepared, min(held, limit or held))
         else:
             result = evaluate_sequences(run, prepared, min(held, limit or USUAL_ROWS))
-    run.write("results/evaluation.json", result)
+    result["split"] = split
+    run.write("results/evaluation.json" if split == "eval" else "results/test.json", result)
     return result
 
 
@@ -60,7 +73,7 @@ def _evaluate_written(run: Run, prepared: Prepared, limit: int) -> dict[str, Any
     examples = _held_out(prepared, limit)
     tokeniser = prepared.tokeniser
     check_contract(tokeniser, run.trained / CONTRACT)
-    prompts = [tokeniser.prompt(example.question) for example in examples]
+    prompts = [tokeniser.prompt(example.unanswered) for example in examples]
     references = [example.answer for example in examples]
     longest = recipe.eval.max_new_tokens or max(8, int(1.25 * tokeniser.longest_reply(examples)) + 1)
     opened = open_trained(recipe.model, recipe.base, run.trained, recipe.method)
@@ -69,7 +82,7 @@ def _evaluate_written(run: Run, prepared: Prepared, limit: int) -> dict[str, Any
         tuned = _answers(opened.answering, prompts, tokeniser, recipe, bar, "tuned", options)
         base = _base_answers(opened, prompts, tokeniser, recipe, bar, options)
     base, tuned = (
-        [tokeniser.answered(example.question, text) for example, text in zip(examples, texts, strict=True)]
+        [tokeniser.answered(example.unanswered, text) for example, text in zip(examples, texts, strict=True)]
         for texts in (base, tuned)
     )
     scores = {name: score(texts, references, recipe.eval.metrics) for name, texts in (("base", base), ("tuned", tuned))}

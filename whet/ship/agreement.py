@@ -141,7 +141,7 @@ def decoder_reference(network: PreTrainedModel, prepared: Prepared) -> Reference
         longest = 32
     else:
         tokeniser = prepared.tokeniser
-        prompts = [tokeniser.prompt(example.question) for example in examples]
+        prompts = [tokeniser.prompt(example.unanswered) for example in examples]
         longest = min(128, tokeniser.longest_reply(examples) + 8)
     stop_ids = prepared.tokeniser.stop_ids()
 

@@ -252,7 +252,7 @@ def replace_sizes(batches: Batches, size: int, accumulate: int, multiple: int = 
     """The same units in the same order, cut otherwise."""
     return Batches(
         batches.rows, batches.units, size=size, accumulate=accumulate, flat=batches.flat, seed=batches.seed,
-        multiple=multiple, forms=forms,
+        multiple=multiple, forms=forms, by_length=batches.by_length,
     )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ class GraphSteps:
                 self.model, self.optimiser, batches, self.forward, max_grad_norm=self.limit, step=step
             ))  # fmt: skip
         targets = sum(len(batch.targets) for batch in batches)
-        self.inverse.fill_(1.0 / targets)
+        self.inverse.fill_(1.0 / sum(batch.worth for batch in batches))
         if len(batches) == 1:
             self._replay(batches[0], whole=True)
         else:

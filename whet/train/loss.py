@@ -24,7 +24,7 @@ from whet.engine.head import Head, plain_loss
 class Shown:
     """A batch on the device. ids, positions [B, T]; places, targets [M]: where in the flattened batch what is learned.
 
-    Entries that only fill up to a form have target -1.
+    Entries that only fill up to a form have target -1. weights: factor on each target's loss, float32 [M], or None.
     """
 
     ids: torch.Tensor
@@ -32,11 +32,13 @@ class Shown:
     documents: Documents | None
     places: torch.Tensor
     targets: torch.Tensor
+    weights: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything that differs between batches of one form."""
         ends = [] if self.documents is None else [self.documents.cu]
-        return [self.ids, self.positions, self.places, self.targets, *ends]
+        weights = [] if self.weights is None else [self.weights]
+        return [self.ids, self.positions, self.places, self.targets, *weights, *ends]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Forward:
     prepare: Callable[[], None] | None = None
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Sum of -log p(target) over the batch's targets, a float32 scalar."""
+        """Sum of -log p(target) over the batch's targets, each times its weight, a float32 scalar."""
         return self.loss_of(model, show(batch, self.device))
 
     def loss_of(self, model: torch.nn.Module, shown: Shown) -> torch.Tensor:
@@ -64,20 +66,21 @@ class Forward:
             inputs["documents"] = shown.documents
         with context:
             if self.head is not None:
-                return self.head.loss(inputs, shown.places, shown.targets)
+                return self.head.loss(inputs, shown.places, shown.targets, shown.weights)
             logits = model(**inputs).logits.flatten(0, 1)
-            return plain_loss(logits[shown.places], shown.targets)
+            return plain_loss(logits[shown.places], shown.targets, shown.weights)
 
 
 def show(batch: Batch, device: torch.device) -> Shown:
     """Move a batch to the device, filled up to its form; on CUDA without waiting for the copies."""
     places = batch.rows * batch.ids.shape[1] + batch.places
-    targets, form, documents = batch.targets, batch.form, None
+    targets, weights, form, documents = batch.targets, batch.weights, batch.form, None
     bounds = batch.bounds
     if form is not None:
         missing = form.targets - len(targets)
         places = np.concatenate([places, np.zeros(missing, np.int64)])
         targets = np.concatenate([targets, np.full(missing, -1, np.int64)])
+        weights = None if weights is None else np.concatenate([weights, np.zeros(missing, np.float32)])
     if bounds is not None:
         ends = bounds if form is None else bounds + (bounds[-1],) * (form.documents + 1 - len(bounds))
         cu = _moved(np.asarray(ends, dtype=np.int32), device)
@@ -88,7 +91,7 @@ def show(batch: Batch, device: torch.device) -> Shown:
             documents = Documents(cu, longest, bounds=bounds)
     return Shown(
         _moved(batch.ids, device), _moved(batch.positions, device), documents, _moved(places, device),
-        _moved(targets, device),
+        _moved(targets, device), None if weights is None else _moved(weights, device),
     )  # fmt: skip
 
 

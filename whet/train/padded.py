@@ -99,7 +99,10 @@ def batches_for(
     """Batches of `rows`, whatever they are."""
     if rows.labels is not None or rows.answers is not None:
         return TaskBatches(rows, size=size, accumulate=accumulate, seed=seed)
-    return Batches(rows, bins, size=size, accumulate=accumulate, flat=bool(data.padding_free), seed=seed)
+    by_length = data.order == "short_first"
+    return Batches(
+        rows, bins, size=size, accumulate=accumulate, flat=bool(data.padding_free), seed=seed, by_length=by_length
+    )
 
 
 def arrange_padded(

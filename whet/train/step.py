@@ -26,8 +26,8 @@ class NotFinite(Exception):
 
 @dataclass(frozen=True)
 class Stepped:
-    """loss: mean over the step's learned tokens, without a penalty; grad_norm: before clipping; tokens: real ones;
-    targets: learned."""
+    """loss: mean over the step's learned tokens by their weights, without a penalty; grad_norm: before clipping;
+    tokens: real ones; targets: learned."""
 
     loss: float
     grad_norm: float
@@ -59,12 +59,12 @@ def train_step(
 
     penalty: makes what is added to the mean loss of the whole step, once, however many micro-batches there are.
     """
-    targets = sum(len(batch.targets) for batch in batches)
+    targets, worth = sum(len(batch.targets) for batch in batches), sum(batch.worth for batch in batches)
     if forward.prepare is not None:
         forward.prepare()
     total = torch.zeros((), dtype=torch.float32, device=forward.device)
     for batch in batches:
-        loss = forward.loss(model, batch) / targets
+        loss = forward.loss(model, batch) / worth
         loss.backward()
         total += loss.detach()
     extra = penalty() if penalty is not None else None
@@ -108,10 +108,10 @@ def held_out_loss(model: torch.nn.Module, batches: Sequence[Batch], forward: For
     model.eval()
     if forward.prepare is not None:
         forward.prepare()
-    total, targets = 0.0, 0
+    total, targets, worth = 0.0, 0, 0.0
     with uncompiled():
         for batch in batches:
             total += float(forward.loss(model, batch))
-            targets += len(batch.targets)
+            targets, worth = targets + len(batch.targets), worth + batch.worth
     model.train(was_training)
-    return total / max(1, targets), targets
+    return total / (worth or 1.0), targets

@@ -74,7 +74,9 @@ class TaskForward(Forward):
         length = batch.ids.shape[1]
         ends = np.asarray(batch.lengths)[:, None]
         logits = model(**self._inputs(batch.ids, np.arange(length)[None] < ends)).logits[:, -length:]
-        return plain_loss(logits[self._moved(batch.rows), self._moved(batch.places)], self._moved(batch.targets))
+        weights = None if batch.weights is None else self._moved(batch.weights)
+        chosen = logits[self._moved(batch.rows), self._moved(batch.places)]
+        return plain_loss(chosen, self._moved(batch.targets), weights)
 
     def _inputs(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
         inputs: dict[str, Any] = {

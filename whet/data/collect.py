@@ -1,0 +1,206 @@
+"""From files to examples on disk and their sides: read, recognise, standardise, clean, hold out, mix.
+
+One pass over the files; an example goes to the store as soon as it is standardised. What needs all of them (who is held
+out, who repeats whom, how much of each source is learned) is decided afterwards from ids, and from texts only where a
+setting asks for it. Whatever is left out is listed in the ledger with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from whet.base.errors import UserError, nearest
+from whet.data.config import Data
+from whet.data.example import Example
+from whet.data.ledger import Ledger
+from whet.data.read import Record, fingerprint, read_files
+from whet.data.recognise import Format, recognise
+from whet.data.removed import Removed
+from whet.data.select import learned, sides_of
+from whet.data.standardise import Dropped, standardise
+from whet.data.store import Examples, Store
+
+SAMPLE = 100
+PACKAGE = Path(__file__).parents[1]
+BUILTIN = {
+    "builtin:support_tickets": ("support_tickets", "train.jsonl"),
+    "builtin:support_tickets_test": ("support_tickets", "test.jsonl"),
+}
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Examples to learn from, held out, and kept for a test; the format that they had."""
+
+    train: Examples
+    evaluation: Examples
+    test: Examples
+    kind: Format
+
+
+def collect(data: Data, place: Path, ledger: Ledger) -> Sides:
+    """Everything that `data` names, written to the file `place`. Raises UserError for the first row that is refused."""
+    reading = _Reading(data, Store(place), ledger)
+    kind = reading.read("dataset", data.max_rows)
+    ledger.format, ledger.format_reason = kind.name, kind.reason
+    ends = [len(reading.store)]
+    for field in ("eval_dataset", "test_dataset", "replay_dataset"):
+        if getattr(data, field) is not None:
+            _check_kind(kind, reading.read(field, None), field)
+        ends.append(len(reading.store))
+    examples = reading.store.finish()
+    own, evaluation, test, general = (examples[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True))
+    sides = sides_of(own, data, np.array(reading.groups, np.uint64) if reading.groups else None)
+    evaluation = own.take(sides == 1) if data.eval_dataset is None else evaluation
+    test = own.take(sides == 2) if data.test_dataset is None else test
+    rows = np.flatnonzero(sides == 0)
+    ledger.rows_on_both_sides = len(np.intersect1d(own.ids[rows], np.concatenate([evaluation.ids, test.ids])))
+    source = np.array(reading.sources[: len(own)], np.int64)[rows]
+    train = learned(own.take(rows), source, reading.names, general, (evaluation, test), data, ledger)
+    ledger.rows_repeated = len(train) - len(np.unique(train.ids))
+    return Sides(train, evaluation, test, kind)
+
+
+class _Reading:
+    """Reads files into the store. sources: of each example, which of `names` it came from; groups: as data.group."""
+
+    def __init__(self, data: Data, store: Store, ledger: Ledger) -> None:
+        self.data, self.store, self.ledger = data, store, ledger
+        self.names: list[str] = []
+        self.sources: list[int] = []
+        self.groups: list[int] = []
+        self._group_of: dict[tuple[str, int], str] = {}
+
+    def read(self, field: str, limit: int | None) -> Format:
+        """Put the examples of all sources of a setting into the store; returns their format."""
+        kind, left = None, limit
+        given = getattr(self.data, field)
+        for name in [given] if isinstance(given, str) else given:
+            found = self._source(name, field, left)
+            if kind is not None:
+                _check_kind(kind, found, field)
+            kind = kind or found
+            left = None if limit is None else limit - len(self.store)
+        if kind is None:
+            raise UserError(
+                "no data files were given", field=f"data.{field}", found="an empty list",
+                fix="name at least one file, directory or glob",
+            )  # fmt: skip
+        return kind
+
+    def _source(self, name: str, field: str, limit: int | None) -> Format:
+        (path,) = dataset_paths(name)
+        records = self._noted(read_files([path]), grouped=field == "dataset")
+        sample = list(islice(records, SAMPLE))
+        if not sample:
+            raise UserError("the data holds no rows", file=path, fix="give a file with at least one row")
+        kind = recognise(sample, self.data.columns, self.data.format)
+        dropped, before = Dropped(), len(self.store)
+        stream = standardise(
+            chain(sample, records), kind, self.data.columns, empty=self.data.empty, dropped=dropped,
+            preference=self.data.preference,
+        )  # fmt: skip
+        for example in islice(self._cleaned(stream), limit):
+            self.store.add(example)
+            self.sources.append(len(self.names))
+            if field == "dataset" and self._grouped:
+                self.groups.append(_place(self._group_of[example.file, example.row]))
+        self.names.append(name)
+        for file, row, reason in (*dropped.rows, *dropped.answers):
+            self.ledger.drop(file, row, reason)
+        self.ledger.rows_without_target += len(dropped.rows)
+        self.ledger.rows_read += len(self.store) - before + len(dropped.rows)
+        return kind
+
+    @property
+    def _grouped(self) -> bool:
+        return self.data.group not in (None, "near_duplicates")
+
+    def _noted(self, records: Iterator[Record], *, grouped: bool) -> Iterator[Record]:
+        """The records, with the group of each remembered until its example comes."""
+        if not (grouped and self._grouped):
+            yield from records
+            return
+        for record in records:
+            name = str(self.data.group)
+            if name not in record.value:
+                near = nearest(name, record.value)
+                raise UserError(
+                    "the row has no such column", file=record.file, row=record.row, field="data.group", found=name,
+                    expected=f"one of {', '.join(record.value)}", fix=f"data.group={near or 'near_duplicates'}",
+                )  # fmt: skip
+            self._group_of[record.file, record.row] = str(record.value[name])
+            yield record
+
+    def _cleaned(self, stream: Iterable[Example]) -> Iterator[Example]:
+        """Without blocked words and personal data, as the settings want it."""
+        from whet.data.blocklist import Blocked, BlockList, without_blocked
+        from whet.data.personal import PersonalData, without_personal_data
+
+        def note(removed: Removed) -> None:
+            if removed.reason.endswith("placeholders"):
+                self.ledger.rows_redacted += 1
+                return
+            self.ledger.rows_read += 1
+            self.ledger.drop(removed.file, removed.row, removed.reason)
+
+        if self.data.blocklist is not None:
+            given = self.data.blocklist
+            words = BlockList.read([given] if isinstance(given, str) else given)
+            stream = without_blocked(stream, words, "drop", Blocked(), note)
+        if self.data.personal != "keep":
+            stream = without_personal_data(stream, self.data.personal, PersonalData(), note)
+        return iter(stream)
+
+
+def _check_kind(kind: Format, other: Format, field: str) -> None:
+    """Refuse sources that cannot be learned together: labels, raw text and conversations do not mix."""
+    family = {"classification": "labels", "text": "text"}
+    if family.get(kind.name) != family.get(other.name):
+        raise UserError(
+            "these rows are of another kind than those before", field=f"data.{field}",
+            found=f"{other.name}: {other.reason}", expected=f"{kind.name}: {kind.reason}",
+            fix="give all sources rows of one kind: labels, raw text, or conversations",
+        )  # fmt: skip
+
+
+def _place(name: str) -> int:
+    from whet.data.split import places_of
+
+    return int(places_of([name])[0])
+
+
+def dataset_paths(dataset: str | Sequence[str]) -> list[str]:
+    """Paths with the built-in names replaced by where their files lie."""
+    names = [dataset] if isinstance(dataset, str) else list(dataset)
+    return [_builtin_file(name) if name.startswith("builtin:") else name for name in names]
+
+
+def _builtin_file(name: str) -> str:
+    if name not in BUILTIN:
+        raise UserError(
+            "there is no such built-in data", field="data.dataset", found=name, expected=", ".join(BUILTIN),
+            fix="write builtin:support_tickets",
+        )  # fmt: skip
+    folder, file = BUILTIN[name]
+    installed, checkout = PACKAGE / "builtin" / folder / file, PACKAGE.parent / "examples" / folder / file
+    return str(installed if installed.exists() else checkout)
+
+
+def fingerprints(data: Data) -> list[dict[str, Any]]:
+    """path, bytes and sha256 of every file that decides what the rows are, in order."""
+    given = [data.dataset, data.eval_dataset, data.test_dataset, data.replay_dataset]
+    paths = [path for dataset in given if dataset is not None for path in dataset_paths(dataset)]
+    found: list[dict[str, Any]] = [dict(entry) for entry in fingerprint(paths)]
+    if data.blocklist is not None:
+        from whet.data.read import sha256
+
+        words = [data.blocklist] if isinstance(data.blocklist, str) else data.blocklist
+        found += [{"path": path, "bytes": Path(path).stat().st_size, "sha256": sha256(path)} for path in words]
+    return found

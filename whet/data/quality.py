@@ -1,0 +1,116 @@
+"""What deserves a second look in the rows that are learned from and held out: found here, decided by the settings.
+
+One pass over the examples counts personal data, odd answers and languages; repeated rows, leaks and contradictions are
+found from hashes of the texts, near ones by sketches and exact edit distances (`duplicates`), which takes a package
+and some minutes for a million short rows. Nothing is changed here: that is what data.duplicates, data.leakage,
+data.personal and data.blocklist are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from whet.base.console import Progress
+from whet.data.answers import Answers
+from whet.data.duplicates import Duplicates, exact_duplicates, near_duplicates, text_keys
+from whet.data.example import Example
+from whet.data.language import LanguageMix
+from whet.data.leakage import SIMILARITY, Leak, contradictions, leaks
+from whet.data.personal import PersonalData
+from whet.data.prepare import Prepared
+from whet.data.wording import Wording, words
+
+SHOWN, TEXT_CHARACTERS = 10, 300
+
+
+def look(prepared: Prepared, *, near: bool = True) -> dict[str, Any]:
+    """Findings by kind, as `--json` and the page show them. near: near duplicates and near leaks too.
+
+    Raises UserError where near ones are asked for and the package for them is missing.
+    """
+    sides = {"train": prepared.train_examples, "held out": prepared.held_out, "test": prepared.test_examples}
+    sides = {name: side for name, side in sides.items() if len(side)}
+    found: dict[str, Any] = _row_by_row(sides)
+    train = prepared.train_examples
+    both = Wording(train, "both")
+    repeated = near_duplicates(both) if near else exact_duplicates(text_keys(both))
+    found["duplicates"] = _duplicates(repeated, train, near)
+    if len(sides) > 1:
+        asked = {name: Wording(side, "asked") for name, side in sides.items()}
+        found["leakage"] = [_leak(leak, sides, near) for leak in leaks(asked, SIMILARITY if near else None)]
+    torn = contradictions(text_keys(Wording(train, "asked")), text_keys(Wording(train, "said")))
+    examples = [
+        {name: _shown(train[row], with_answer=True) for name, row in zip("ab", group[:2], strict=True)}
+        for group in torn.groups[:SHOWN]
+    ]
+    found["contradictions"] = {"rows": len(torn.rows), "texts": torn.texts, "examples": examples}
+    return found
+
+
+def _row_by_row(sides: dict[str, Sequence[Example]]) -> dict[str, Any]:
+    personal, answers, languages = PersonalData(), Answers(), LanguageMix()
+    total = sum(len(side) for side in sides.values())
+    with Progress("looking at rows", total, patience_seconds=2) as bar:
+        for side in sides.values():
+            for number, example in enumerate(side, 1):
+                personal.redacted(example)
+                answers.add(example)
+                languages.add(words(example, "both"), example.file, example.row)
+                if number % 1000 == 0:
+                    bar.advance("rows", 1000)
+    mix = languages.as_dict()
+    return {"personal": personal.as_dict(), "answers": answers.as_dict(), "languages": mix["shares"]}
+
+
+def _duplicates(found: Duplicates, examples: Sequence[Example], near: bool) -> dict[str, Any]:
+    """Counts and the first pairs. near_rows: rows that have a near, not an equal, earlier one."""
+    repeated = found.repeated
+    pairs = [(row, int(found.same[row]), 1.0) for row in repeated[:SHOWN].tolist()]
+    pairs += [(int(b), int(a), float(s)) for (a, b), s in zip(found.pairs[:SHOWN], found.similarity, strict=False)]
+    shown = [{"similarity": round(s, 3), "a": _shown(examples[a]), "b": _shown(examples[b])} for b, a, s in pairs]
+    kinds = {"exact_rows": len(repeated), "clusters": len(found.clusters())}
+    if near:
+        kinds["near_rows"] = len(np.setdiff1d(found.removable, repeated))
+    return kinds | {"examples": shown}
+
+
+def _leak(leak: Leak, sides: dict[str, Sequence[Example]], near: bool) -> dict[str, Any]:
+    """exact: rows of the second side whose question the first one has; near: those that have one much like it."""
+    pairs = zip(leak.pairs[:SHOWN].tolist(), leak.similarity[:SHOWN].tolist(), strict=True)
+    one, other = sides[leak.into], sides[leak.of]
+    shown = [{"similarity": round(s, 3), "a": _shown(one[a]), "b": _shown(other[b])} for (a, b), s in pairs]
+    counts = {"exact": len(leak.same)} | ({"near": len(leak.near) - len(leak.same)} if near else {})
+    return {"between": [leak.into, leak.of], "rows_to_remove": len(leak.into_near), **counts, "examples": shown}
+
+
+def _shown(example: Example, *, with_answer: bool = False) -> dict[str, Any]:
+    text = words(example, "asked")
+    found = {"file": example.file, "row": example.row, "text": text[:TEXT_CHARACTERS]}
+    return found | ({"answer": words(example, "said")[:TEXT_CHARACTERS]} if with_answer else {})
+
+
+def sentences(found: dict[str, Any]) -> list[str]:
+    """One sentence for each finding that is not empty, with the setting that acts on it."""
+    said = []
+    repeated = found["duplicates"]
+    if repeated["exact_rows"]:
+        said.append(f"{repeated['exact_rows']:,} rows repeat an earlier one (data.duplicates=drop)")
+    if repeated.get("near_rows"):
+        said.append(f"{repeated['near_rows']:,} rows are near duplicates of an earlier one (data.duplicates=drop_near)")
+    for leak in found.get("leakage", ()):
+        between = " and ".join(leak["between"])
+        if leak["exact"]:
+            said.append(f"{leak['exact']:,} questions stand in {between} (data.leakage=drop)")
+        if leak.get("near"):
+            said.append(f"{leak['near']:,} questions are nearly the same in {between} (data.leakage=drop_near)")
+    if found["contradictions"]["rows"]:
+        said.append(f"{found['contradictions']['rows']:,} rows have a question that another row answers otherwise")
+    if found["personal"]["rows"]:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in found["personal"]["kinds"].items())
+        said.append(f"{found['personal']['rows']:,} rows hold personal data: {kinds} (data.personal=redact)")
+    for kind, count in found["answers"]["kinds"].items():
+        said.append(f"{count:,} answers look odd: {kind}")
+    return said

@@ -1,0 +1,46 @@
+"""What rows ask and what they answer, as texts to compare.
+
+asked: all that stands before the answer (of a conversation the user's turns and the system message; of other rows their
+text); said: the answers, or the label; both: the two together. Whether a row repeats another one is a question about
+both, whether the model has seen a test question is one about `asked` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from whet.data.example import Example
+from whet.data.labels import label_text
+
+Part = Literal["asked", "said", "both"]
+
+
+def words(example: Example, part: Part) -> str:
+    """One part of an example as text."""
+    if part == "both":
+        return f"{words(example, 'asked')}\n{words(example, 'said')}"
+    if example.messages is not None:
+        chosen = (m for m in example.messages if (m.role == "assistant") == (part == "said"))
+        return "\n".join(f"{m.content}{m.tool_calls or ''}" for m in chosen)
+    if part == "said":
+        return label_text(example.label)
+    return "\n".join(text for text in (example.text, example.text_pair) if text is not None)
+
+
+class Wording(Sequence[str]):
+    """One part of each example [N], read when it is asked for."""
+
+    def __init__(self, examples: Sequence[Example], part: Part) -> None:
+        self.examples, self.part = examples, part
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return Wording(self.examples[index], self.part)
+        return words(self.examples[index], self.part)
+
+    def __iter__(self) -> Iterator[str]:
+        return (words(example, self.part) for example in self.examples)

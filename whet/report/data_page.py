@@ -1,0 +1,261 @@
+"""What `whet data check` found, as one HTML file that needs nothing else: no network and no script.
+
+It leads with one sentence and the few numbers that decide whether to train, then what deserves a look, and only then
+the details. A part of the report that is absent is left out with its heading. The size does not follow the rows: of
+100,000 dropped rows there are counts by reason and the first few places. The sentence is only kind when every check
+that ran found nothing. All text from data passes `markup.safe` or `masks`, which escape it. Given up: looking at any
+row; `whet data check --show` and `--json` have them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+from whet.report.charts import Record, as_number, bytes_text, label_of, part, plain, text_of, write_atomically
+from whet.report.findings import counts_table, findings, found_faults
+from whet.report.histogram import bins_of, histogram
+from whet.report.markup import Html, fold, objects, pairs, paragraph, ratio, safe, score_text, table
+from whet.report.masks import masks, place_text, roles
+
+SHOWN_REASONS, SHOWN_PLACES, SHOWN_LABELS, SHOWN_FILES, SHOWN_WARNINGS = 20, 6, 40, 100, 50
+FAULTS = {  # counts in the ledger that are 0 in good data
+    "rows_without_target": "rows without anything to learn", "rows_without_end_of_turn": "rows without an end of turn",
+    "tokens_lost": "tokens cut off", "rows_on_both_sides": "rows on both sides",
+    "contradictory_rows": "contradictory rows",
+}  # fmt: skip
+LONG_REASON = 500  # characters
+_NUMBER = re.compile(r"\d[\d,]*")
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'">
+<meta name="color-scheme" content="light dark">
+<meta name="referrer" content="no-referrer">
+<title>$title · whet data check</title>
+<style>
+$style
+</style>
+</head>
+<body>
+<header>
+<p class="eyebrow">whet · data check</p>
+<h1>$title</h1>
+$head
+</header>
+<main>
+$sections
+</main>
+<footer>Made by <code>whet data check</code>. Nothing on this page is loaded from anywhere else.</footer>
+</body>
+</html>
+""")
+
+
+def data_page(report: Record, rows: Sequence[Record]) -> str:
+    """The page. report: the object of `whet data check --json`; rows: {file, row, tokens, learned, pieces} as
+    `whet.data.show.masked_rows` makes them. Any key may be absent."""
+    made = {
+        "warnings": ("What to look at", _warnings(report)),
+        "lengths": ("Lengths", histogram(bins_of(report), _limit(report))),
+        "learned": ("What is learned", _learned(report)),
+        "masks": ("Rows as the model reads them", masks(rows)),
+        "dropped": ("Dropped rows", _dropped(report)),
+        "quality": ("Quality", findings(part(report, "quality"))),
+        "files": ("Files", _files(report)),
+        "counts": ("All counts", _counts(report)),
+    }
+    shown = {name: both for name, both in made.items() if both[1]}
+    here = Path(__file__).parent
+    style = "".join((here / name).read_text(encoding="utf-8") for name in ("page.css", "data_page.css"))
+    jump = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, (title, _) in shown.items())
+    return PAGE.substitute(
+        title=_title(report), style=style,
+        head=f'{_head(report)}<nav aria-label="Parts"><ul class="jump">{jump}</ul></nav>' if jump else _head(report),
+        sections="\n".join(
+            f'<section id="{name}"><h2>{title}</h2>{body}</section>' for name, (title, body) in shown.items()
+        ),
+    )  # fmt: skip
+
+
+def write_data_page(path: Path, report: Record, rows: Sequence[Record]) -> Path:
+    """Write the page to `path`, whole or not at all. Raises OSError where that is not possible."""
+    return write_atomically(path, data_page(report, rows).encode("utf-8", errors="replace"))
+
+
+def _title(report: Record) -> Html:
+    names = [place_text({"file": item.get("path")}) for item in objects(report, "files") if item.get("path")]
+    more = f" and {plain(len(names) - 1)} more" if len(names) > 1 else ""
+    return Html(f"{names[0]}{more}") if names else Html("Your data")
+
+
+def verdict(report: Record) -> tuple[str, str]:
+    """A tone (good, bad or none) and one sentence: can one train on this, and what comes first."""
+    rows, learned, tokens = (as_number(report.get(key)) for key in ("rows_train", "supervised_tokens", "tokens"))
+    if rows == 0:
+        return "bad", "<b>No row</b> is left to learn from."
+    if learned == 0:
+        return "bad", "<b>Nothing would be learned</b>: no token is a target, so the model would stay as it is."
+    text = "The data can be read"
+    if rows is not None:
+        text = f"There {'is' if rows == 1 else 'are'} <b>{plain(rows)}</b> row{'' if rows == 1 else 's'} to learn from"
+    share = ratio(learned, tokens)
+    if share is not None and not part(report, "labels"):
+        text += f", and <b>{score_text(share, True)}</b> of the tokens are learned"
+    warnings, faults = len(_texts(report)), _faults(report)
+    if warnings:
+        return "", f"{text}. {plain(warnings)} {'thing deserves' if warnings == 1 else 'things deserve'} a look first."
+    if faults:
+        return "", f"{text}. These checks found something: {safe(', '.join(faults).lower(), 600)}."
+    return "good", f"{text}. The checks that ran found nothing against it."
+
+
+def _texts(report: Record) -> list[str]:
+    found = report.get("warnings")
+    return [text_of(item) for item in found] if isinstance(found, list) else []
+
+
+def _faults(report: Record) -> list[str]:
+    """What was found, whether or not a warning says so."""
+    faults = [name for key, name in FAULTS.items() if (as_number(report.get(key)) or 0) > 0]
+    dropped = report.get("dropped")
+    return faults + (["dropped rows"] if dropped else []) + found_faults(part(report, "quality"))
+
+
+def _head(report: Record) -> str:
+    tone, sentence = verdict(report)
+    labelled = bool(part(report, "labels"))
+    dropped = report.get("dropped")
+    limit = _limit(report)
+    share = ratio(report.get("supervised_tokens"), report.get("tokens"))
+    held_out = as_number(report.get("rows_eval"))
+    facts = {
+        "Rows": (text_of(report.get("rows_train")), f"{plain(held_out)} held out" if held_out else ""),
+        "Tokens": (text_of(report.get("tokens")), ""),
+        "Learned": ("–" if labelled else score_text(share, True), f"{text_of(report.get('supervised_tokens'))} tokens"),
+        "Longest row": (text_of(report.get("longest_row")), f"of at most {plain(limit)} tokens" if limit else "tokens"),
+        "Dropped": (plain(len(dropped)) if isinstance(dropped, list) else "–", "rows"),
+        "Warnings": (plain(len(_texts(report))) if isinstance(report.get("warnings"), list) else "–", ""),
+    }
+    tiles = "".join(
+        f"<div><dt>{name}</dt><dd>{safe(value)} <small>{safe(note)}</small></dd></div>"
+        for name, (value, note) in facts.items()
+        if value != "–"
+    )
+    tiles = f'<dl class="facts">{tiles}</dl>' if tiles else ""
+    return f'<p class="verdict {tone}">{sentence}</p>{tiles}'
+
+
+def _warnings(report: Record) -> str:
+    texts = _texts(report)
+    items = "".join(f"<li>{safe(text, 600)}</li>" for text in texts[:SHOWN_WARNINGS])
+    more = paragraph("none", f"and {plain(len(texts) - SHOWN_WARNINGS)} more") if len(texts) > SHOWN_WARNINGS else ""
+    return f'<ul class="worries">{items}</ul>{more}' if items else ""
+
+
+def _limit(report: Record) -> float | None:
+    return as_number(report.get("max_length")) or as_number(part(report, "policy").get("max_length"))
+
+
+def _learned(report: Record) -> str:
+    """Learned tokens by role, or the labels; and the settings that decided it."""
+    body = ""
+    labels = part(report, "labels")
+    by_role = dict(roles(report))
+    if labels:
+        body += f'<div class="card">{_labels(report, labels)}</div>'
+    elif by_role:
+        body += f'<div class="card">{counts_table("Role", by_role, "Learned tokens")}</div>'
+    policy = {key: value for key, value in part(report, "policy").items() if value is not None}
+    if policy and body:
+        body += fold("Settings behind it", pairs({f"data.{key}": value for key, value in policy.items()}))
+    return body
+
+
+def _labels(report: Record, labels: Record) -> str:
+    """Rows of each label with an example, or what the values are like."""
+    counts = {name: number for name, value in labels.items() if (number := as_number(value)) is not None}
+    if report.get("task") == "regression" or not counts:
+        return pairs(labels)
+    held_out, examples = part(report, "labels_held_out"), part(report, "label_examples")
+    order = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    columns = {"Label": "key", "Rows": "num", "Held out": "num", "For example": ""}
+    rows = [
+        [name, plain(count), text_of(held_out.get(name)), safe(examples.get(name) or "", 160)]
+        for name, count in order[:SHOWN_LABELS]
+    ]
+    rest = len(order) - SHOWN_LABELS
+    return table(columns, rows) + (paragraph("none", f"and {plain(rest)} more labels") if rest > 0 else "")
+
+
+def reasons(dropped: Sequence[object]) -> list[tuple[str, list[Record]]]:
+    """Dropped rows by reason, the most frequent first. Reasons that differ in numbers alone are one, with … for
+    those."""
+    groups: dict[str, list[Record]] = {}
+    numbers: dict[str, list[set[str]]] = {}
+    for item in dropped:
+        if not isinstance(item, dict):
+            continue
+        reason = text_of(item.get("reason"))[:LONG_REASON]
+        form = _NUMBER.sub("\0", reason)
+        groups.setdefault(form, []).append(item)
+        given = _NUMBER.findall(reason)
+        for seen, number in zip(numbers.setdefault(form, [set() for _ in given]), given, strict=True):
+            if len(seen) < 2:
+                seen.add(number)
+    order = sorted(groups.items(), key=lambda pair: -len(pair[1]))
+    return [(_filled(form, numbers[form]), items) for form, items in order]
+
+
+def _filled(form: str, numbers: Sequence[set[str]]) -> str:
+    """The form with the numbers that never changed."""
+    parts = form.split("\0")
+    given = [next(iter(seen)) if len(seen) == 1 else "…" for seen in numbers]
+    return "".join(a + b for a, b in zip(parts, [*given, ""], strict=True))
+
+
+def _places(items: Sequence[Record]) -> Html:
+    """The first rows, with the name of a file once for all rows of it."""
+    by_file: dict[str, list[str]] = {}
+    for item in items[:SHOWN_PLACES]:
+        by_file.setdefault(place_text({"file": item.get("file")}), []).append(safe(str(item.get("row")), 20))
+    shown = "; ".join(f"{name} row {', '.join(rows)}" for name, rows in by_file.items())
+    return Html(shown + (", …" if len(items) > SHOWN_PLACES else ""))
+
+
+def _dropped(report: Record) -> str:
+    dropped = report.get("dropped")
+    found = reasons(dropped) if isinstance(dropped, list) else []
+    rows = [[safe(reason, 200), plain(len(items)), _places(items)] for reason, items in found[:SHOWN_REASONS]]
+    rest = sum(len(items) for _, items in found[SHOWN_REASONS:])
+    body = table({"Reason": "key", "Rows": "num", "Where": "code"}, rows)
+    body += paragraph("none", f"and {plain(rest)} more rows, for other reasons") if rest else ""
+    return f'<div class="card">{body}</div>' if rows else ""
+
+
+def _files(report: Record) -> str:
+    """What was read, with the hash that says whether it is still the same."""
+    items = objects(report, "files", SHOWN_FILES)
+    given = {
+        "Path": ("key", lambda item: item.get("path")),
+        "Rows": ("num", lambda item: text_of(item.get("rows"))),
+        "Size": ("num", lambda item: bytes_text(item.get("bytes"))),
+        "SHA-256": ("code", lambda item: item.get("sha256")),
+    }
+    columns = {name: of for name, of in given.items() if any(text_of(of[1](item)) != "–" for item in items)}
+    rows = [[of(item) for _, of in columns.values()] for item in items]
+    body = table({name: css for name, (css, _) in columns.items()}, rows)
+    listed = report.get("files")
+    rest = len(listed) - len(items) if isinstance(listed, list) else 0
+    body += paragraph("none", f"and {plain(rest)} more files") if rest > 0 else ""
+    return f'<div class="card">{body}</div>' if rows else ""
+
+
+def _counts(report: Record) -> str:
+    """Every number of the ledger, for whoever wants one that is not above."""
+    items = {key: value for key, value in report.items() if isinstance(value, str | int | float) and value != ""}
+    return fold("Show", pairs({label_of(key): value for key, value in items.items()})) if items else ""
