@@ -381,4 +381,4 @@ def test_a_template_without_system_messages_promises_the_others(tmp_path: Path) 
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     found.chat_template = refusal + found.chat_template
     write_contract(Tokeniser(found, chat=True), tmp_path / FILE)
-    assert check_contract(Tokeniser(found, chat=True), tmp_path / FILE) == 4
+    assert check_contract(Tokeniser(found, chat=True), tmp_path / FILE) == 5

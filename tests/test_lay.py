@@ -67,9 +67,30 @@ def test_a_complaint_travels_whole() -> None:
     assert pickle.loads(pickle.dumps(UserError(problem="what"))).problem == "what"  # noqa: S301
 
 
-def test_there_are_processes_only_if_they_are_asked_for(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("rows", "cores", "forks", "expected"), [
+    (100, 8, True, 1), (40_000, 8, True, 2), (1_000_000, 8, True, 8), (1_000_000, 8, False, 1),
+])  # fmt: skip
+def test_as_many_processes_as_pay(
+    rows: int, cores: int, forks: bool, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lay.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(lay, "forks_safely", lambda: forks)
+    assert lay.usual_processes(rows) == expected
+
+
+@pytest.mark.parametrize("forked", [True, False])
+def test_forked_and_fresh_processes_make_the_same(
+    forked: bool, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lay, "forks_safely", lambda: forked)
+    monkeypatch.setattr(lay, "CHUNK", 17)
+    alone = made(tokenizer, tmp_path, ROWS, num_proc=1)
+    found = made(tokenizer, tmp_path, ROWS, num_proc=2)
+    assert np.array_equal(alone.train.ids, found.train.ids)
+    assert alone.ledger.as_dict() == found.ledger.as_dict()
+
+
+def test_small_data_gets_no_process(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: Any) -> None:
         raise AssertionError("a process was started")
 
@@ -79,8 +100,12 @@ def test_there_are_processes_only_if_they_are_asked_for(
         made(tokenizer, tmp_path, ROWS, num_proc=2)
 
 
+def _dies(*_: Any) -> None:
+    os._exit(3)
+
+
 def test_a_process_that_dies_is_said(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lay, "_begin", os.abort)
+    monkeypatch.setattr(lay, "_begin" if not lay.forks_safely() else "_work", _dies)
     with pytest.raises(UserError, match="ended before its work") as caught:
         made(tokenizer, tmp_path, ROWS, num_proc=2)
     assert caught.value.field == "data.num_proc"

@@ -214,7 +214,7 @@ def test_a_template_that_changed_since_training_is_refused(model_dir: Path, data
     run = _own_copy(model_dir, data_file, tmp_path)
     merge(run, tmp_path / "sound")
     template = tmp_path / "model/chat_template.jinja"
-    template.write_text(template.read_text(encoding="utf-8").replace("'\\n' ~", "'\\n ' ~"), encoding="utf-8")
+    template.write_text(template.read_text(encoding="utf-8").replace("'\\n' +", "'\\n ' +"), encoding="utf-8")
     with pytest.raises(UserError, match="not the one that the adapter was trained with"):
         merge(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -404,6 +404,7 @@ def test_the_penalty_counts_once_however_a_step_is_cut() -> None:
     class Fake:
         def __init__(self, x: torch.Tensor) -> None:
             self.x, self.targets, self.tokens, self.sources = x, np.zeros(len(x)), len(x), ()
+            self.worth = len(x)
 
     class Counting(Forward):
         def loss(self, model: Any, batch: Any) -> torch.Tensor:

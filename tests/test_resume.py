@@ -7,6 +7,7 @@ time is broken on purpose to show that the comparison would see it.
 from __future__ import annotations
 
 import json
+import re
 import os
 import signal
 import subprocess
@@ -217,16 +218,18 @@ def test_changed_data_are_refused_with_both_hashes(
 ) -> None:
     records = tiny.rows()
     data = tiny.write_rows(tmp_path / "rows.jsonl", records)
-    before = tiny.recipe(model_dir, data, tmp_path / "run", data__eval_dataset=str(data), **SHORT)
+    settings = SHORT | {"data__val_size": 0.05, "data__eval_dataset": str(data)}
+    before = tiny.recipe(model_dir, data, tmp_path / "run", **settings)
     killed_before(before, cut)
-    old = json.loads((tmp_path / "run/data.json").read_text(encoding="utf-8"))["sha256"]
+    old = json.loads((tmp_path / "run/data.json").read_text(encoding="utf-8"))["files"][0]["sha256"]
     tiny.write_rows(data, [record | {"output": record["output"].replace("fox", "dog")} for record in records])
     with pytest.raises(UserError) as caught:
         train(before)
-    assert "rows have changed" in caught.value.problem
-    assert old[:16] in str(caught.value.expected)
+    assert "changed since the start" in caught.value.problem
+    assert old in str(caught.value.expected)
     assert caught.value.found is not None
-    assert old[:16] not in caught.value.found
+    assert re.search("[0-9a-f]{64}", caught.value.found)
+    assert old not in caught.value.found
     tiny.write_rows(data, records)
     assert train(before).finished is not None
 

@@ -8,7 +8,10 @@ from types import ModuleType
 from whet.base.errors import UserError
 
 EXTRAS = {
+    "backports": "data",
     "bitsandbytes": "gpu",
+    "pyarrow": "data",
+    "rapidfuzz": "data",
     "rouge_score": "eval",
     "sacrebleu": "eval",
     "tensorboard": "trackers",

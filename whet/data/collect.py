@@ -19,7 +19,7 @@ from whet.base.errors import UserError, nearest
 from whet.data.config import Data
 from whet.data.example import Example
 from whet.data.ledger import Ledger
-from whet.data.read import Record, fingerprint, read_files
+from whet.data.read import Fingerprint, Record, check_unchanged, fingerprint, read_files
 from whet.data.recognise import Format, recognise
 from whet.data.removed import Removed
 from whet.data.select import learned, sides_of
@@ -54,6 +54,7 @@ def collect(data: Data, place: Path, ledger: Ledger) -> Sides:
         if getattr(data, field) is not None:
             _check_kind(kind, reading.read(field, None), field)
         ends.append(len(reading.store))
+    check_unchanged(ledger.files[: len(reading.files)], reading.files)
     examples = reading.store.finish()
     own, evaluation, test, general = (examples[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True))
     sides = sides_of(own, data, np.array(reading.groups, np.uint64) if reading.groups else None)
@@ -73,6 +74,7 @@ class _Reading:
     def __init__(self, data: Data, store: Store, ledger: Ledger) -> None:
         self.data, self.store, self.ledger = data, store, ledger
         self.names: list[str] = []
+        self.files: list[Fingerprint] = []
         self.sources: list[int] = []
         self.groups: list[int] = []
         self._group_of: dict[tuple[str, int], str] = {}
@@ -96,7 +98,7 @@ class _Reading:
 
     def _source(self, name: str, field: str, limit: int | None) -> Format:
         (path,) = dataset_paths(name)
-        records = self._noted(read_files([path]), grouped=field == "dataset")
+        records = self._noted(read_files([path], self.files), grouped=field == "dataset")
         sample = list(islice(records, SAMPLE))
         if not sample:
             raise UserError("the data holds no rows", file=path, fix="give a file with at least one row")

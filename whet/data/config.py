@@ -63,4 +63,6 @@ class Data:
     padding_free: bool | None = setting(
         None, "Lay a batch out as one row without padding; auto = yes where the model passes the isolation check."
     )
-    num_proc: Annotated[int, Ge(1)] = setting(1, "Processes that tokenise; more pay from about 100,000 rows on.")
+    num_proc: Annotated[int, Ge(1)] | None = setting(
+        None, "Processes that tokenise; auto = one for every 20,000 rows, up to the processors, where forking is safe."
+    )

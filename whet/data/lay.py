@@ -3,12 +3,16 @@
 A chunk of examples is all that is held at a time. What a chunk becomes depends on nothing but the chunk, so chunks may
 go to several processes; they come back in order, and the rows are the same whatever the number of processes. A limit
 in tokens is known before the first row: a row is over it or not whatever the longest row turns out to be.
-Gives up: a process of its own needs about three seconds before it helps, and a script that asks for some must keep its
-work below `if __name__ == "__main__"`, as Python's own processes demand; so there are none unless they are asked for.
+Processes are forks where that is safe, which start at once. Gives up: elsewhere a process needs about three seconds
+before it helps, and a script that asks for some must keep its work below `if __name__ == "__main__"`, as Python's own
+processes demand; so there they are made only when they are asked for.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CHUNK = 500
+ROWS_FOR_A_PROCESS = 20_000
 
 
 @dataclass(frozen=True)
@@ -159,17 +164,17 @@ class Layer:
 
 def lay_rows(
     examples: Examples, tokenizer: PreTrainedTokenizerFast, laying: Laying, folder: Path, name: str, ledger: Ledger,
-    processes: int = 1,
+    processes: int | None = None,
 ) -> tuple[Rows, int]:  # fmt: skip
     """(rows of all `examples`, tokens of the longest before fitting), in files of `folder` that begin with `name`.
 
-    processes: how many make rows. Raises UserError for the first row, in order, that is refused.
+    processes: how many make rows; None: as many as pay. Raises UserError for the first row, in order, that is refused.
     """
     ids, learned = Column(folder / f"{name}.ids", np.int32), Column(folder / f"{name}.learned", np.bool_)
     weights = _Weights(folder / f"{name}.weights")
     sizes, sources, longest, start = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0, 0
     progress = Progress("tokenising", len(examples), patience_seconds=2)
-    with _laid(examples, tokenizer, laying, processes) as chunks, progress as bar:
+    with _laid(examples, tokenizer, laying, processes or usual_processes(len(examples))) as chunks, progress as bar:
         for number, laid in chunks:
             if laid.problem is not None:
                 raise laid.problem
@@ -232,15 +237,28 @@ def _laid(
         layer = Layer(tokenizer, laying)
         yield ((len(chunk), layer.lay([from_json(line) for line in chunk])) for chunk in chunks)
         return
-    # A fork of a process with threads may hang, and tokenizers has threads; so each starts afresh.
+    forked = forks_safely()
+    if forked:
+        _begin(tokenizer, laying)
+    start: Any = {} if forked else {"initializer": _begin, "initargs": (tokenizer, laying)}
     try:
-        with ProcessPoolExecutor(processes, get_context("spawn"), _begin, (tokenizer, laying)) as pool:
+        with ProcessPoolExecutor(processes, get_context("fork" if forked else "spawn"), **start) as pool:
             yield _in_order(pool, chunks, 2 * processes)
     except BrokenProcessPool as error:
         raise UserError(
             "a process that tokenises ended before its work", field="data.num_proc", found=str(processes),
             expected="1, or a script whose work stands below if __name__ == '__main__'", fix="data.num_proc=1",
         ) from error  # fmt: skip
+
+
+def usual_processes(rows: int) -> int:
+    """How many processes pay for so many rows; 1 where they would have to start from nothing."""
+    return max(1, min(len(os.sched_getaffinity(0)), rows // ROWS_FOR_A_PROCESS)) if forks_safely() else 1
+
+
+def forks_safely() -> bool:
+    """A fork copies locks that other threads hold, so there must be none; and only Linux has a sound one."""
+    return sys.platform == "linux" and threading.active_count() == 1
 
 
 def _chunks(lines: Iterator[str]) -> Iterator[list[str]]:

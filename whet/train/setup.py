@@ -22,6 +22,7 @@ from whet.data.batches import Batches
 from whet.data.labels import labels_text
 from whet.data.ledger import Ledger
 from whet.data.prepare import Prepared, prepare
+from whet.data.read import check_unchanged
 from whet.data.task_batches import TaskBatches
 from whet.data.template import use_template
 from whet.engine.device import Placement, device_name, place
@@ -85,7 +86,10 @@ def get_ready(parsed: Parsed) -> Ready:
         "plan.json": plan(recipe, tokens=_most_tokens(recipe, prepared), task=prepared.task),
     }
     run, existed = runs.start(parsed, decided, facts)
-    known = (run.read("data.json") or {}).get("sha256")
+    began = run.read("data.json") or {}
+    if run.finished is None:
+        check_unchanged(began.get("files", []), prepared.ledger.files)
+    known = began.get("sha256")
     if run.finished is None and known != prepared.ledger.sha256:
         raise UserError(
             "the training rows have changed since this run began", file=str(run.path), field="data.dataset",
