@@ -61,3 +61,16 @@ def test_the_names_of_metrics_that_a_recipe_takes_are_those_there_are() -> None:
     right, values = np.array([0, 1, 1]), np.array([0.5, 1.0, 2.0])
     labels = {*label_metrics.score_classes(right, right).metrics, *label_metrics.score_values(values, values).metrics}
     assert set(get_args(LabelMetricName)) == {name for name in labels if not names_a_field(name)}
+
+
+def test_the_test_rows_are_scored_apart(recipe: Callable[..., Parsed]) -> None:
+    from whet.base.errors import UserError
+
+    run = train(recipe(train__max_steps=1, data__val_size=3, data__test_size=5))
+    held, test = evaluate(run), evaluate(run, split="test")
+    assert (held["rows"], held["split"], test["rows"], test["split"]) == (3, "eval", 5, "test")
+    assert run.read("results/test.json") == test
+    assert run.read("results/evaluation.json") == held
+    without = train(recipe("without", train__max_steps=1, data__val_size=3))
+    with pytest.raises(UserError, match="no test rows"):
+        evaluate(without, split="test")

@@ -94,23 +94,18 @@ def _shown(example: Example, *, with_answer: bool = False) -> dict[str, Any]:
 
 def sentences(found: dict[str, Any]) -> list[str]:
     """One sentence for each finding that is not empty, with the setting that acts on it."""
-    said = []
+    said: list[tuple[int, str]] = []
     repeated = found["duplicates"]
-    if repeated["exact_rows"]:
-        said.append(f"{repeated['exact_rows']:,} rows repeat an earlier one (data.duplicates=drop)")
-    if repeated.get("near_rows"):
-        said.append(f"{repeated['near_rows']:,} rows are near duplicates of an earlier one (data.duplicates=drop_near)")
+    said.append((repeated["exact_rows"], "rows that repeat an earlier one: {} (data.duplicates=drop)"))
+    said.append((repeated.get("near_rows", 0), "near duplicates of an earlier row: {} (data.duplicates=drop_near)"))
     for leak in found.get("leakage", ()):
         between = " and ".join(leak["between"])
-        if leak["exact"]:
-            said.append(f"{leak['exact']:,} questions stand in {between} (data.leakage=drop)")
-        if leak.get("near"):
-            said.append(f"{leak['near']:,} questions are nearly the same in {between} (data.leakage=drop_near)")
-    if found["contradictions"]["rows"]:
-        said.append(f"{found['contradictions']['rows']:,} rows have a question that another row answers otherwise")
-    if found["personal"]["rows"]:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in found["personal"]["kinds"].items())
-        said.append(f"{found['personal']['rows']:,} rows hold personal data: {kinds} (data.personal=redact)")
-    for kind, count in found["answers"]["kinds"].items():
-        said.append(f"{count:,} answers look odd: {kind}")
-    return said
+        said.append((leak["exact"], f"questions that stand in {between}: {{}} (data.leakage=drop)"))
+        said.append(
+            (leak.get("near", 0), f"questions that are nearly the same in {between}: {{}} (data.leakage=drop_near)")
+        )
+    said.append((found["contradictions"]["rows"], "rows with a question that another row answers otherwise: {}"))
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in found["personal"]["kinds"].items())
+    said.append((found["personal"]["rows"], f"rows with personal data: {{}}, of it {kinds} (data.personal=redact)"))
+    said += [(count, f"answers that look odd, {kind}: {{}}") for kind, count in found["answers"]["kinds"].items()]
+    return [text.format(f"{count:,}") for count, text in said if count]

@@ -113,7 +113,7 @@ def _roles(prepared: Prepared, example: Any, ids: np.ndarray, learned: np.ndarra
     template, tokenizer = prepared.tokeniser.template, prepared.tokeniser.tokenizer
     if template is None or example.messages is None:
         return ["text"] * len(ids)
-    rendered = template.render([example.messages])[0]
+    rendered = template.render([example])[0]
     if not rendered.text.startswith(_decoded(tokenizer, ids)):
         only_answers = prepared.ledger.policy.get("loss_on") != "all"
         return ["assistant" if mark and only_answers else None for mark in learned]
