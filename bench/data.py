@@ -43,8 +43,8 @@ say = partial(print, file=sys.stderr, flush=True)
 
 def systems(cores: int) -> dict[str, dict[str, Any]]:
     """What is measured: its settings by name; `after` names the run whose cache it finds."""
-    found: dict[str, dict[str, Any]] = {"whet": {"processes": 1}, "whet cached": {"after": "whet"}}
-    found |= {f"whet, {cores} processes": {"processes": cores}} if cores > 1 else {}
+    found: dict[str, dict[str, Any]] = {"whet": {"processes": None}, "whet cached": {"after": "whet"}}
+    found |= {"whet, 1 process": {"processes": 1}} if cores > 1 else {}
     for count in sorted({1, cores}):
         plural = "process" if count == 1 else "processes"
         for loss in ("assistant_only_loss", "completion_only_loss"):
@@ -111,7 +111,7 @@ def work_whet(job: dict[str, Any]) -> dict[str, Any]:
     from whet.data.prepare import prepare
 
     tokenizer, file = tokenizer_of(job["tokenizer"]), str(Path(job["rows"]) / "messages.jsonl")
-    processes = {"num_proc": job["settings"].get("processes", 1)} if "num_proc" in Data.__annotations__ else {}
+    processes = {"num_proc": job["settings"].get("processes")} if "num_proc" in Data.__annotations__ else {}
     data = Data(dataset=file, val_size=0, loss_on="assistant", packing=True, max_length=job["max_length"], **processes)
     start, before = time.perf_counter(), cpu_seconds()
     ready = prepare(data, tokenizer, None)

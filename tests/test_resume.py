@@ -7,8 +7,8 @@ time is broken on purpose to show that the comparison would see it.
 from __future__ import annotations
 
 import json
-import re
 import os
+import re
 import signal
 import subprocess
 import sys

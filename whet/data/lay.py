@@ -61,10 +61,10 @@ class Laid:
     out, by its name.
     """
 
-    ids: np.ndarray
-    learned: np.ndarray
-    sizes: np.ndarray
-    owners: np.ndarray
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    learned: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    owners: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     open_turns: int = 0
     over_length: int = 0
     lost: int = 0
@@ -84,7 +84,7 @@ class Layer:
 
     def lay(self, examples: list[Example]) -> Laid:
         """The rows of a chunk; a row that is refused stops it and stands in `problem` with its place."""
-        laid = Laid(*(np.zeros(0, kind) for kind in (np.int32, bool, np.int64, np.int64)))
+        laid = Laid()
         try:
             rows = [
                 (owner, row)

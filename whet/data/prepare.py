@@ -109,7 +109,9 @@ def _made(data: Data, reader: Reader, folder: Path, files: list[dict[str, Any]])
         all_sides = (sides.train, sides.evaluation, sides.test)
         rows, longest = padded_rows(data, reader.tokenizer, found, all_sides, reader.readable, ledger, decided)
         tokeniser = Tokeniser(reader.tokenizer, chat=False)
-        return Prepared(*rows, *all_sides, None, longest, ledger, tokeniser, decided, found)
+        return Prepared(
+            rows[0], rows[1], rows[2], *all_sides, None, longest, ledger, tokeniser, decided, found
+        )  # fmt: skip
     return _conversations(data, reader, sides, folder, ledger, decided)
 
 

@@ -32,7 +32,8 @@ class Wording(Sequence[str]):
     """One part of each example [N], read when it is asked for."""
 
     def __init__(self, examples: Sequence[Example], part: Part) -> None:
-        self.examples, self.part = examples, part
+        self.examples = examples
+        self.part: Part = part
 
     def __len__(self) -> int:
         return len(self.examples)

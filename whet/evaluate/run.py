@@ -5,6 +5,7 @@ Every answer is kept beside its reference, and every difference comes with its c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,7 +91,7 @@ def _evaluate_written(run: Run, prepared: Prepared, limit: int) -> dict[str, Any
     return comparison(scores, len(examples), longest)
 
 
-def _held_out(prepared: Prepared, limit: int) -> list[Example]:
+def _held_out(prepared: Prepared, limit: int) -> Sequence[Example]:
     if prepared.tokeniser.template is None:
         raise UserError(
             "raw text has no answers to score", field="data.format", found="text", expected="conversations",
