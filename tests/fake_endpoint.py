@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -51,15 +51,15 @@ def serving(answer: Callable[[dict[str, Any], int], Say]) -> Iterator[Fake]:
                 fake.under_way += 1
                 fake.most = max(fake.most, fake.under_way)
             try:
-                self._say(fake.answer(request, before))
-            except (BrokenPipeError, ConnectionResetError):
-                pass
+                say = fake.answer(request, before)
+                time.sleep(0 if say.drip else say.seconds)
             finally:
-                with fake.lock:
+                with fake.lock:  # before the reply is sent: whoever has it may ask again at once
                     fake.under_way -= 1
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self._say(say)
 
         def _say(self, say: Say) -> None:
-            time.sleep(0 if say.drip else say.seconds)
             choice = {"message": {"role": "assistant", "content": say.text}, "finish_reason": "stop"}
             body = json.dumps({"choices": [choice]}).encode() if say.body is None else say.body
             self.send_response(say.status)

@@ -91,7 +91,7 @@ def test_forked_and_fresh_processes_make_the_same(
 
 
 def test_small_data_gets_no_process(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: Any) -> None:
+    def none(*_: Any, **__: Any) -> None:
         raise AssertionError("a process was started")
 
     monkeypatch.setattr(lay, "ProcessPoolExecutor", none)
