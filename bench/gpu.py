@@ -122,7 +122,7 @@ class Session:
         if found is None:
             text = f"exit {done.code}\n{(done.error.strip() or done.output.strip())[-ERROR_CHARACTERS:]}"
             return row | {"failed": self.shown(text)}
-        return row | found
+        return row | {key: self.shown(value) if isinstance(value, str) else value for key, value in found.items()}
 
     def prepare(self, case: Case) -> str | None:
         """Make the case's checkpoint; why it failed, or None."""
