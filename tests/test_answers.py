@@ -190,7 +190,7 @@ def test_time_and_memory_grow_with_the_rows() -> None:
 def test_a_long_answer_takes_no_longer_than_it_is(unit: str) -> None:
     start = time.process_time()
     kinds([unit * (400_000 // len(unit))])
-    assert time.process_time() - start < 4.0
+    assert time.process_time() - start < 1.0
 
 
 def rows(name: str) -> list[dict[str, Any]]:

@@ -264,7 +264,7 @@ def test_a_page_for_many_rows_is_small_and_quick() -> None:
     rows = [a_row(*[piece("긴 글 " * 2000, "user"), piece("짧다", "assistant", True)] * 50)] * 200
     start = time.perf_counter()
     page = data_page(report, rows)
-    assert time.perf_counter() - start < 10  # a tenth of that alone; other processes may run
+    assert time.perf_counter() - start < 3  # a third of that alone; other processes may run
     assert len(page.encode()) < 1_000_000
     Outline(page)
 

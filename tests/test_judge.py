@@ -136,7 +136,7 @@ def test_a_server_that_stays_busy_ends_the_run_and_keeps_what_there_is(tmp_path:
         start = time.monotonic()
         with pytest.raises(UserError, match="does not answer") as refused:
             judged(fake, cache, 6, timeout_seconds=0.2, attempts=2)
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < 5
         assert refused.value.field == "base_url"
     assert len(cache.read_bytes().splitlines()) == 2
 

@@ -89,4 +89,4 @@ def test_long_texts_cost_no_more(unit: str) -> None:
     start = time.process_time()
     for _ in range(10):
         languages(unit * 300_000)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 0.5

@@ -275,7 +275,7 @@ def test_short_rows_are_fast() -> None:
     rows = [f"이 영화 {n}번 봤어요. 정말 재미있고 배우들 연기도 좋았습니다 ㅋㅋ {n % 10}점" for n in range(20_000)]
     start = time.process_time()
     assert all(find(row) == [] for row in rows)
-    assert time.process_time() - start < 4  # slow and busy machines must pass, quadratic time must not
+    assert time.process_time() - start < 1.2  # 100,000 in 3 s would be 0.6; twice that for a busy machine
 
 
 @pytest.mark.parametrize(
