@@ -234,6 +234,21 @@ def test_changed_data_are_refused_with_both_hashes(
     assert train(before).finished is not None
 
 
+def test_other_rows_of_the_same_files_are_refused(recipe: Make, tmp_path: Path) -> None:
+    """As another version of a tokenizer or of whet would make them: no file changed, and the tokens did."""
+    before = recipe(**SHORT)
+    killed_before(before, 5)
+    place = tmp_path / "run/data.json"
+    found = json.loads(place.read_text(encoding="utf-8"))
+    place.write_text(json.dumps(found | {"sha256": "0" * 64}), encoding="utf-8")
+    with pytest.raises(UserError, match="training rows have changed") as caught:
+        train(before)
+    assert found["sha256"][:16] in str(caught.value.found)
+    assert "0" * 16 in str(caught.value.expected)
+    place.write_text(json.dumps(found), encoding="utf-8")
+    assert train(before).finished is not None
+
+
 def test_another_recipe_is_refused_with_the_field(recipe: Make) -> None:
     killed_before(recipe(**SHORT), 5)
     with pytest.raises(UserError) as caught:
