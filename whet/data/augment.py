@@ -15,15 +15,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from itertools import tee
 from pathlib import Path
 
 from whet.base.errors import UserError
 from whet.data.endpoint import BadReply, Endpoint, Question, ask_all
-from whet.data.example import Example
+from whet.data.example import Example, content_id
 from whet.data.judge import json_object
-from whet.data.label_field import Labelled
 from whet.data.language import language
 from whet.data.removed import Removed
 
@@ -127,22 +125,6 @@ def with_text(example: Example, text: str) -> Example:
         new = replace(messages[last], content=text)
         changed = replace(example, messages=(*messages[:last], new, *messages[last + 1 :]))
     return replace(changed, id=content_id(changed))
-
-
-def content_id(example: Example) -> str:
-    """The id that a row with this content has when it is read from a file."""
-    if example.messages is None:
-        label, text = example.label, example.text or ""
-        parts = ["text", text] if label is None else Labelled(text, example.text_pair, label).parts()
-        return sha256("\0".join(parts).encode()).hexdigest()[:16]
-    parts = [] if example.tools is None else ["tools", example.tools]
-    for message in example.messages:
-        parts += [message.role, message.content]
-        parts += [] if message.reasoning is None else ["reasoning", message.reasoning]
-        calls = list(message.tool_calls)
-        parts += ["tool_calls", json.dumps(calls, ensure_ascii=False)] if calls else []
-        parts += [] if message.name is None else ["name", message.name]
-    return sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def difference(source: str, text: str) -> str:

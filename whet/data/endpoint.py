@@ -33,6 +33,7 @@ from annotated_types import Ge, Gt
 
 from whet.base.config import config, setting
 from whet.base.errors import UserError, shorten
+from whet.base.network import is_offline
 from whet.data.personal import find, redact
 from whet.data.replies import Replies
 
@@ -139,11 +140,6 @@ def _kept(text: str | None, question: Question, key: str) -> Reply | None:
         return Reply(question.parse(text), "", True, key)
     except BadReply:
         return None
-
-
-def offline() -> bool:
-    """Whether whet was told to use no network (`--offline` sets the hub's own variable)."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 class _Client:
@@ -271,7 +267,7 @@ def _seconds(header: str | None) -> float | None:
 
 def _checked(endpoint: Endpoint) -> Any:
     """The parts of base_url, once everything that forbids to ask is ruled out."""
-    if offline():
+    if is_offline():
         raise UserError("the endpoint would have to be asked, and --offline forbids it", "run without --offline",
                         field="base_url", found=endpoint.base_url)  # fmt: skip
     if not endpoint.model:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -70,6 +71,33 @@ class Example:
     def answer(self) -> str:
         """The content of the last message; "" for raw text."""
         return self.messages[-1].content if self.messages else ""
+
+
+def content_id(example: Example) -> str:
+    """The id of an example with this content: 16 hex digits of its sha256.
+
+    Whatever is not in every row is named, and no role has such a name. NUL separates the parts; no content holds one,
+    so different parts never join to one string.
+    """
+    if example.messages is None:
+        parts = ["text", example.text or ""]
+        if example.label is not None:
+            pair = [] if example.text_pair is None else ["pair", example.text_pair]
+            kind, label = type(example.label).__name__, repr(example.label).replace("\0", "")
+            parts = ["labelled", example.text or "", *pair, kind, label]
+    else:
+        parts = [] if example.tools is None else ["tools", example.tools]
+        for message in example.messages:
+            parts += [message.role, message.content]
+            parts += [] if message.reasoning is None else ["reasoning", message.reasoning]
+            parts += ["tool_calls", json.dumps(message.tool_calls, ensure_ascii=False)] if message.tool_calls else []
+            parts += [] if message.name is None else ["name", message.name]
+    return sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def named(example: Example) -> Example:
+    """The same example with the id of its content."""
+    return replace(example, id=content_id(example))
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode

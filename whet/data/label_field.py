@@ -20,11 +20,6 @@ class Labelled(NamedTuple):
     pair: str | None
     label: Label
 
-    def parts(self) -> list[str]:
-        """Everything that makes the row what it is, for its hash."""
-        pair = [] if self.pair is None else ["pair", self.pair]
-        return ["labelled", self.text, *pair, type(self.label).__name__, repr(self.label).replace("\0", "")]
-
 
 def read_label(value: object) -> Label:
     """The label in `value`, which is there. Raises UserError."""

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import glob
 import logging
-import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from whet.base.errors import UserError
+from whet.base.network import is_offline
 from whet.data.layout import CONVERTED, METADATA, choose, converted
 
 PREFIX = "hub:"
@@ -80,11 +80,6 @@ def read_card(place: Path) -> dict[str, Any]:
         return metadata_load(place) or {}
     except (YAMLError, ValueError) as error:
         raise UserError("the head of README.md is not YAML", "correct it", str(place), found=str(error)) from error
-
-
-def is_offline() -> bool:
-    """Whether the network is forbidden: by --offline, or by HF_HUB_OFFLINE before the start."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def _fetched(spec: str, repo: str, revision: str | None, patterns: list[str]) -> tuple[Path, list[str]]:

@@ -7,14 +7,12 @@ on the user's words) is refused. A file that mixes formats has to be split.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Literal
 
 from whet.base.errors import UserError
-from whet.data.example import Example, Message
+from whet.data.example import Example, Message, named
 from whet.data.fields import MEDIA, NothingToLearn, refuse_media
 from whet.data.label_field import Labelled
 from whet.data.preference import Judged, Learned, feedback, pair
@@ -92,10 +90,9 @@ def standardise(
         if isinstance(content, Chat):
             yield _chat(content, record)
         elif isinstance(content, Labelled):
-            yield Example(_hash(content.parts()), None, content.text, record.file, record.row, content.label,
-                          content.pair)  # fmt: skip
+            yield named(Example("", None, content.text, record.file, record.row, content.label, content.pair))
         else:
-            yield Example(_hash(["text", content]), None, content, record.file, record.row)
+            yield named(Example("", None, content, record.file, record.row))
     if nothing and dropped is not None and dropped.rows:
         file, row, reason = dropped.rows[0]
         blank = format.name != "feedback"
@@ -125,24 +122,6 @@ def _kept(
 
 
 def _chat(chat: Chat, record: Record) -> Example:
-    return Example(_hash(_parts(chat)), tuple(chat.messages), None, record.file, record.row, tools=chat.tools,
-                   completion_from=chat.completion_from)  # fmt: skip
-
-
-def _parts(chat: Chat) -> list[str]:
-    """All that a conversation says. Whatever is not in every row is named, and no role has such a name."""
-    parts = [] if chat.tools is None else ["tools", chat.tools]
-    for message in chat.messages:
-        parts += [message.role, message.content]
-        if message.reasoning is not None:
-            parts += ["reasoning", message.reasoning]
-        if message.tool_calls:
-            parts += ["tool_calls", json.dumps(message.tool_calls, ensure_ascii=False)]
-        if message.name is not None:
-            parts += ["name", message.name]
-    return parts
-
-
-def _hash(parts: list[str]) -> str:
-    """NUL separates the parts; no content holds one, so different parts never join to one string."""
-    return sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return named(Example(
+        "", tuple(chat.messages), None, record.file, record.row, tools=chat.tools, completion_from=chat.completion_from
+    ))  # fmt: skip

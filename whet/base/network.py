@@ -1,0 +1,10 @@
+"""Whether the network may be used: one question, asked in one way by all that would."""
+
+from __future__ import annotations
+
+import os
+
+
+def is_offline() -> bool:
+    """Whether the network is forbidden: by --offline, or by HF_HUB_OFFLINE before the start."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
