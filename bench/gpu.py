@@ -137,7 +137,8 @@ class Session:
         """The rows of a case as they come."""
         failed = self.prepare(case)
         systems = [s for s in case.systems if self.options.systems in ("all", "whet" if s.kind == "whet" else "peers")]
-        systems = systems[: self.options.first]
+        parts = [part for part in self.options.named.split(";") if part]
+        systems = [s for s in systems if not parts or any(part in s.name for part in parts)][: self.options.first]
         for turn in range(self.options.repeats):
             for system in systems[:: -1 if turn % 2 else 1]:
                 for cache, more in self.caches(name, case, system):
@@ -237,6 +238,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(CASES), help="cases by name, with commas")
     parser.add_argument("--systems", choices=("whet", "peers", "all"), default="all")
     parser.add_argument("--first", type=int, help="only the first so many systems of a case: whet's and its opponent")
+    parser.add_argument("--named", default="", help="only systems whose name has one of these parts, with semicolons")
     parser.add_argument("--minutes", type=float, default=600.0, help="start no process that would end after them")
     parser.add_argument("--limit-seconds", type=float, default=420.0, help="of one process")
     parser.add_argument("--warm", type=int, default=5)
