@@ -69,7 +69,7 @@ def recipe(seed: int, steps: int, out: str) -> list[str]:
 def whet_rows(seed: int, steps: int) -> tuple[list[Any], ...]:
     """The rows of `steps` steps in whet's order, and the held-out rows: (ids, labels) each, -100 = not learned."""
     from whet.api import prepared
-    from whet.data.batches import Batches
+    from whet.data.batch.batches import Batches
     from whet.recipe import parse
 
     ready = prepared(parse(None, recipe(seed, steps, "run")))

@@ -57,7 +57,7 @@ def whet(storage: str, compute: str, *more: str, note: str = "", **kw: Any) -> S
 DEFAULT, KEEP4, KEEP16 = peer("Unsloth", 4), peer("Unsloth", 4, "off"), peer("Unsloth", 16, "off")
 FP8, BF16, NF4 = whet("fp8", "fp8"), whet("bf16", "bf16"), whet("nf4", "fp8")
 HEAD = whet("fp8", "fp8", "--fp8-head", note="head too")
-LEAST = ("--optim", "adamw_8bit", "--checkpointing", "offload", "--offload-embedding")
+LEAST = ("--optim", "adamw_8bit", "--checkpointing", "offload", "--offload-embedding", "--offload-head")
 GRAPHS = {"UNSLOTH_BLOCK_CUDAGRAPHS": "1"}  # Unsloth's own option for static shapes
 FLAT, SORTED, IN_ROWS = ("--packing", "flat"), ("--packing", "sorted"), ("--packing", "rows")
 CASES = {

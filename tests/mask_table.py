@@ -24,8 +24,8 @@ import numpy as np
 from chats import CASES, TOOL_CASES, called, calls
 
 from whet.data.example import Example, Message
-from whet.data.named import NAMED
-from whet.data.tokenise import Tokeniser, Tokens
+from whet.data.template.named import NAMED
+from whet.data.template.tokenise import Tokeniser, Tokens
 
 TINY = Path(__file__).parents[1] / "whet" / "builtin" / "tiny"
 SHARED = Path(__file__).parents[2] / "shared" / "data"

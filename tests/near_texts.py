@@ -7,7 +7,7 @@ import re
 
 from rapidfuzz.distance import Levenshtein
 
-from whet.data.duplicates import normalised
+from whet.data.detect.duplicates import normalised
 
 ENGLISH = re.findall(
     r"\w+",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from whet.data.rows import Rows
+from whet.data.batch.rows import Rows
 from whet.engine.attention import ATTENTION
 from whet.engine.group import Fused
 from whet.engine.linear import FrozenLinear, freeze_linears

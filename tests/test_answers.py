@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from whet.data.answers import Answers
+from whet.data.detect.answers import Answers
 from whet.data.example import Example, Message
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -14,8 +14,8 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import LlamaForCausalLM
 
 from whet.base.errors import UserError
-from whet.data.batches import Batches
-from whet.data.rows import Rows
+from whet.data.batch.batches import Batches
+from whet.data.batch.rows import Rows
 from whet.engine.compile import compile_layers
 from whet.engine.costs import keep_bytes, sizes_of
 from whet.engine.group import Group

@@ -11,12 +11,12 @@ import pytest
 from fake_endpoint import Say, serving
 
 from whet.base.errors import UserError
-from whet.data.augment import Origin, content_id, difference, paraphrased
-from whet.data.endpoint import Endpoint
 from whet.data.example import Example, Message
-from whet.data.read import Record
+from whet.data.format.standardise import recognise, standardise
+from whet.data.judge.augment import Origin, content_id, difference, paraphrased
+from whet.data.judge.endpoint import Endpoint
+from whet.data.read.read import Record
 from whet.data.removed import Removed
-from whet.data.standardise import recognise, standardise
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_no_paraphrase_of_a_held_out_row_and_none_that_equals_one(tmp_path: Path
 
 def test_groups_keep_paraphrases_on_the_side_of_their_source(tmp_path: Path) -> None:
     """What a split by groups needs: one group, one side. By their own ids they would be scattered."""
-    from whet.data.split import held_out
+    from whet.data.sides.split import held_out
 
     rows = [row(f"Tell me about number {n}", number=n) for n in range(1, 40)]
     made, _, _ = run(rows, other_words, tmp_path)

@@ -12,8 +12,8 @@ from bad_data import BAD_DATA, GOOD, UNDECIDED, BadFile
 
 from whet.base.errors import UserError
 from whet.cli import run
-from whet.data.read import read_files, sha256
-from whet.data.standardise import Example, recognise, standardise
+from whet.data.format.standardise import Example, recognise, standardise
+from whet.data.read.read import read_files, sha256
 
 
 def read_all(path: Path) -> list[Example]:
@@ -66,15 +66,15 @@ def test_data_check_accepts_the_filler_of_the_table(tmp_path: Path, capfd: pytes
 
 
 PLANTED = [
-    ("duplicate_key", "read_json._DECODER", json.JSONDecoder()),
-    ("nan", "read_json.check_leaves", lambda value: None),
-    ("surrogate_key", "read_json.check_leaves", lambda value: None),
-    ("lfs_pointer", "unpack._LFS_POINTER", b"another format"),
-    ("two_users", "single.conversation", lambda messages, key, offset=0: messages),
-    ("ends_with_user", "single.conversation", lambda messages, key, offset=0: messages),
-    ("weight", "turns.weight", lambda turn, names, role, where: None),
-    ("blank_answer", "single.answer", lambda value, where, what="answer": value),
-    ("tool_calls", "turns.tool_calls", lambda value, where: ()),
+    ("duplicate_key", "read.jsonl._DECODER", json.JSONDecoder()),
+    ("nan", "read.jsonl.check_leaves", lambda value: None),
+    ("surrogate_key", "read.jsonl.check_leaves", lambda value: None),
+    ("lfs_pointer", "read.unpack._LFS_POINTER", b"another format"),
+    ("two_users", "format.single.conversation", lambda messages, key, offset=0: messages),
+    ("ends_with_user", "format.single.conversation", lambda messages, key, offset=0: messages),
+    ("weight", "format.turns.weight", lambda turn, names, role, where: None),
+    ("blank_answer", "format.single.answer", lambda value, where, what="answer": value),
+    ("tool_calls", "format.turns.tool_calls", lambda value, where: ()),
 ]
 
 
@@ -200,10 +200,10 @@ def test_what_the_system_refuses_to_open_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("limit", "name"),
     [
-        ("read_json.MAX_ROW_BYTES", "a.jsonl"),
-        ("read_table.MAX_ROW_BYTES", "a.csv"),
-        ("read_text.MAX_WHOLE_BYTES", "a.json"),
-        ("read_text.MAX_WHOLE_BYTES", "a.txt"),
+        ("read.jsonl.MAX_ROW_BYTES", "a.jsonl"),
+        ("read.table.MAX_ROW_BYTES", "a.csv"),
+        ("read.text.MAX_WHOLE_BYTES", "a.json"),
+        ("read.text.MAX_WHOLE_BYTES", "a.txt"),
     ],
 )
 def test_a_decompression_bomb_is_stopped(

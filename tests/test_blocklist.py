@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from whet.base.errors import UserError
-from whet.data.blocklist import Blocked, BlockList, without_blocked
+from whet.data.detect.blocklist import Blocked, BlockList, without_blocked
 from whet.data.example import Example, Message
 from whet.data.removed import Removed
 

@@ -22,7 +22,7 @@ from whet.engine.linear import FrozenLinear, freeze_linears
 from whet.engine.task import CAUSAL, Task, head_names
 from whet.methods.all import METHODS, capability_rows
 from whet.methods.bridge import Bridge
-from whet.methods.bridged import BRIDGED
+from whet.methods.bridged import BRIDGED, LEFT_OUT
 from whet.methods.capability import ANY
 from whet.methods.options import REFUSED, known_options
 from whet.recipe import parse, to_tree, to_yaml
@@ -308,7 +308,9 @@ REFUSALS = [
     ("method={name: prefix, prefix_projection: 3}", "method.prefix_projection", "give prefix_projection"),
     ("method={name: ia3, task_type: CAUSAL_LM}", "method.task_type", "remove it"),
     ("method={name: oft, options: {inference_mode: true}}", "method.inference_mode", "remove it"),
-    ("method={name: adalora}", "method.name", "write"),
+    ("method={name: poly}", "method.name", "method.name=lora"),
+    ("method={name: cpt}", "method.name", "method.name=prompt"),
+    ("method={name: adalroa}", "method.name", "write adalora"),
 ]
 
 
@@ -318,6 +320,20 @@ def test_wrong_options_are_refused_when_the_recipe_is_read(text: str, field: str
         parse(None, [text])
     assert caught.value.field == field
     assert fix in caught.value.fix
+
+
+def test_every_method_of_peft_can_be_chosen_or_is_left_out_with_a_reason() -> None:
+    import peft
+
+    reached = {row.peft.lower() for row in BRIDGED.values()} | {"lora", "adalora"}
+    assert not reached & set(LEFT_OUT)
+    assert {kind.value.lower() for kind in peft.PeftType} == reached | set(LEFT_OUT)
+    for name, (reason, instead) in LEFT_OUT.items():
+        with pytest.raises(UserError) as caught:
+            parse(None, [f"method={{name: {name}}}"])
+        assert reason in caught.value.problem
+        assert caught.value.fix == f"method.name={instead}"
+        assert instead in METHODS
 
 
 def test_a_trained_cache_is_not_lost_in_layers_that_run_again(model_dir: Path, tmp_path: Path) -> None:

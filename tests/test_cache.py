@@ -16,9 +16,9 @@ import task_nets
 import tiny
 
 from whet.data import cache, prepare
+from whet.data.batch.rows import Rows
 from whet.data.config import Data
 from whet.data.prepare import Prepared
-from whet.data.rows import Rows
 from whet.engine.load import load_tokenizer
 
 Make = Callable[..., Prepared]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import tiny
 
-from whet.data.template import use_template
-from whet.data.tokenise import Tokeniser
+from whet.data.template.template import use_template
+from whet.data.template.tokenise import Tokeniser
 from whet.engine.config import Model
 from whet.engine.load import load_tokenizer
 from whet.ship.chat import Chat, open_chat, talk

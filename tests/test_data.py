@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 
 from whet.base.errors import UserError
-from whet.data.batches import Batch, Batches
+from whet.data.batch.batches import Batch, Batches
+from whet.data.batch.ledger import Ledger
+from whet.data.batch.pack import best_fit
+from whet.data.batch.rows import Rows
 from whet.data.config import Data
-from whet.data.goldens import FILE, check_contract, write_contract
-from whet.data.ledger import Ledger
-from whet.data.pack import best_fit
 from whet.data.prepare import Prepared, prepare
-from whet.data.rows import Rows
-from whet.data.split import held_out
-from whet.data.tokenise import Tokeniser
+from whet.data.sides.split import held_out
+from whet.data.template.goldens import FILE, check_contract, write_contract
+from whet.data.template.tokenise import Tokeniser
 
 TINY = Path(__file__).parents[1] / "whet" / "builtin" / "tiny"
 
@@ -338,7 +338,7 @@ def test_rows_do_not_depend_on_how_many_are_tokenised_together(
 ) -> None:
     rows = [*chats_of(LENGTHS * 2), {"prompt": "<|im_end|>", "completion": "<|im_start|>"}]
     whole = made(tokenizer, tmp_path, rows)
-    monkeypatch.setattr("whet.data.lay.CHUNK", 3)
+    monkeypatch.setattr("whet.data.batch.lay.CHUNK", 3)
     assert made(tokenizer, tmp_path, rows).ledger.sha256 == whole.ledger.sha256
     assert made(tokenizer, tmp_path, rows[::-1]).ledger.sha256 != whole.ledger.sha256
 

@@ -15,8 +15,8 @@ from near_texts import ENGLISH, damaged, planted, sentences
 from rapidfuzz.distance import Levenshtein
 
 from whet.base.errors import UserError
-from whet.data import minhash
-from whet.data.duplicates import (
+from whet.data.detect import minhash
+from whet.data.detect.duplicates import (
     Duplicates,
     clusters_of,
     exact_duplicates,
@@ -99,7 +99,7 @@ def test_order_of_rows_and_hash_seed_change_nothing() -> None:
     assert partition(found.first) == {frozenset(order[list(part)].tolist()) for part in partition(again.first)}
     assert sorted(found.similarity.tolist()) == sorted(again.similarity.tolist())
     code = (
-        "from near_texts import planted, sentences\nfrom whet.data.duplicates import near_duplicates\n"
+        "from near_texts import planted, sentences\nfrom whet.data.detect.duplicates import near_duplicates\n"
         "found = near_duplicates(planted(sentences(60, 1), 2)[0] * 2)\n"
         "print(found.first.tolist(), found.pairs.tolist(), found.similarity.tolist())"
     )

@@ -12,10 +12,10 @@ import pytest
 import torch
 from nets import rows_of
 
-from whet.data.batches import Batch, Batches
-from whet.data.forms import FORM_SAVES, TOKEN_MULTIPLE, Facts, Form, choose_forms, fitting
-from whet.data.forms import _best_sizes as best_sizes
-from whet.data.pack import best_fit
+from whet.data.batch.batches import Batch, Batches
+from whet.data.batch.forms import FORM_SAVES, TOKEN_MULTIPLE, Facts, Form, choose_forms, fitting
+from whet.data.batch.forms import _best_sizes as best_sizes
+from whet.data.batch.pack import best_fit
 from whet.engine.head import find_head
 from whet.train.arrange import replace_sizes
 from whet.train.loss import Forward, show

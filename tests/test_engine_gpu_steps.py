@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from whet.data.batches import Batches
-from whet.data.forms import choose_forms
-from whet.data.rows import Rows
+from whet.data.batch.batches import Batches
+from whet.data.batch.forms import choose_forms
+from whet.data.batch.rows import Rows
 from whet.engine.attention import fastest_attention
 from whet.engine.compile import compile_layers
 from whet.engine.group import fuse

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 
-from whet.data.batches import Batch, Batches
+from whet.data.batch.batches import Batch, Batches
 from whet.engine.attention import ATTENTION
 from whet.engine.isolation import check_causality, check_isolation, flat_inputs
 from whet.recipe import Parsed

@@ -12,11 +12,11 @@ import pytest
 from fake_endpoint import Fake, Say, serving
 
 from whet.base.errors import UserError
-from whet.data.endpoint import BadReply, Endpoint
 from whet.data.example import Example, Message
-from whet.data.judge import Scores, Verdict, parse_verdict, verdicts, without_low_scores
+from whet.data.judge.endpoint import BadReply, Endpoint
+from whet.data.judge.judge import Scores, Verdict, parse_verdict, verdicts, without_low_scores
+from whet.data.judge.replies import Replies
 from whet.data.removed import Removed
-from whet.data.replies import Replies
 
 NO_SCORES = ["", "4", "good", '{"score": 4}', '{"score": 4, "reason": ""}', '{"score": 9, "reason": "x"}',
      '{"score": 0, "reason": "x"}', '{"score": "5", "reason": "x"}', '{"score": 4.0, "reason": "x"}',

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from whet.data.language import LanguageMix, language, languages
+from whet.data.detect.language import LanguageMix, language, languages
 
 CASES = [
     ("안녕하세요, 오늘 날씨가 좋네요", "ko"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from whet.base.errors import UserError
-from whet.data import lay
+from whet.data.batch import lay
 from whet.data.config import Data
 from whet.data.prepare import Prepared, prepare
 from whet.engine.config import Model

@@ -12,8 +12,8 @@ import pytest
 from near_texts import damaged, sentences
 
 from whet.base.errors import UserError
-from whet.data.duplicates import near_duplicates, text_keys
-from whet.data.leakage import Leak, contradictions, leaks
+from whet.data.detect.duplicates import near_duplicates, text_keys
+from whet.data.detect.leakage import Leak, contradictions, leaks
 
 NSMC = Path(__file__).parents[2] / "shared" / "data" / "classification"
 

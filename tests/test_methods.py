@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from whet.base.errors import UserError
-from whet.data.standardise import Message
+from whet.data.format.standardise import Message
 from whet.engine.config import Model
 from whet.engine.device import PACKED, Placement
 from whet.engine.generate import answer

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from whet.base.errors import UserError
-from whet.data.batches import Batches
-from whet.data.curriculum import PARTS, short_first
-from whet.data.mix import chosen, mixture, replay
-from whet.data.rows import Rows
+from whet.data.batch.batches import Batches
+from whet.data.batch.curriculum import PARTS, short_first
+from whet.data.batch.rows import Rows
+from whet.data.sides.mix import chosen, mixture, replay
 
 
 def ids_of(count: int, seed: int) -> np.ndarray:

@@ -10,10 +10,10 @@ from chats import CASES, chat
 from mask_table import MARKERS, backend
 
 from whet.base.errors import UserError
-from whet.data.named import MARKERS as NEEDED
-from whet.data.named import NAMED, use_template
-from whet.data.template import Template
-from whet.data.tokenise import Tokeniser
+from whet.data.template.named import MARKERS as NEEDED
+from whet.data.template.named import NAMED, use_template
+from whet.data.template.template import Template
+from whet.data.template.tokenise import Tokeniser
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 OWN = {"llama-3": "llama3", "gemma": "gemma", "phi-3": "phi3", "chatml": "qwen2_5"}

@@ -14,7 +14,7 @@ from odd_files import CSV, GOOD, NEEDS_PYARROW, READ, REFUSED, Odd, parquet
 
 from whet.base.errors import UserError
 from whet.cli import run
-from whet.data.read import read_files
+from whet.data.read.read import read_files
 
 KINDS = [*REFUSED, *READ]
 
@@ -72,18 +72,18 @@ def test_the_tables_are_large_and_have_one_entry_per_kind() -> None:
 
 
 PLANTED: list[tuple[str, str, object]] = [
-    ("swallowed_rows", "read_table._SWALLOWED", {",": 999}),
-    ("one_name_twice", "read_table._check_header", lambda names, delimiter, file, line: None),
-    ("semicolons", "read_table._check_header", lambda names, delimiter, file, line: None),
-    ("after_quote", "read_table._TO_CLOSING_QUOTE", re.compile(r'[^"]*"[^,\n]*')),
-    ("json_in_txt", "read_text._is_json", lambda text: False),
-    ("web_page_txt", "unpack._WEB_PAGE", ("\0",)),
-    ("gz_in_gz", "unpack._MAGIC", {}),
-    ("utf16_without_mark", "unpack._not_text", lambda head: None),
-    ("stream_without_end", "read_arrow._END_OF_STREAM", b""),
-    ("parquet_not_utf8", "read_arrow._is_valid", lambda column: True),
-    ("parquet_nan", "read_arrow._has_floats", lambda kind: False),
-    ("parquet_bytes", "read_arrow._refuse", lambda kind, path, file: kind),
+    ("swallowed_rows", "read.table._SWALLOWED", {",": 999}),
+    ("one_name_twice", "read.table._check_header", lambda names, delimiter, file, line: None),
+    ("semicolons", "read.table._check_header", lambda names, delimiter, file, line: None),
+    ("after_quote", "read.table._TO_CLOSING_QUOTE", re.compile(r'[^"]*"[^,\n]*')),
+    ("json_in_txt", "read.text._is_json", lambda text: False),
+    ("web_page_txt", "read.unpack._WEB_PAGE", ("\0",)),
+    ("gz_in_gz", "read.unpack._MAGIC", {}),
+    ("utf16_without_mark", "read.unpack._not_text", lambda head: None),
+    ("stream_without_end", "read.arrow._END_OF_STREAM", b""),
+    ("parquet_not_utf8", "read.arrow._is_valid", lambda column: True),
+    ("parquet_nan", "read.arrow._has_floats", lambda kind: False),
+    ("parquet_bytes", "read.arrow._refuse", lambda kind, path, file: kind),
 ]
 
 

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from whet.base.errors import UserError
-from whet.data.batches import Batch
+from whet.data.batch.batches import Batch
 from whet.engine.bottleneck import Adapted
 from whet.engine.gates import hard_concrete, open_probability
 from whet.engine.linear import freeze_linears

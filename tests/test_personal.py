@@ -12,9 +12,8 @@ from random import Random
 import pytest
 from personal_cases import FOUND, NOT
 
-from whet.data import personal_numbers as numbers
-from whet.data.example import Example, Message
-from whet.data.personal import (
+from whet.data.detect import personal_numbers as numbers
+from whet.data.detect.personal import (
     PLACEHOLDERS,
     Finding,
     PersonalData,
@@ -23,8 +22,9 @@ from whet.data.personal import (
     redact,
     without_personal_data,
 )
+from whet.data.detect.texts import texts
+from whet.data.example import Example, Message
 from whet.data.removed import Removed
-from whet.data.texts import texts
 
 MARK = re.compile(r"⟦(\w+):(.*?)⟧")
 Detector = Callable[[str], list[Finding]]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from whet.base.errors import UserError
-from whet.data.read import Record, read_files, sha256
-from whet.data.standardise import Dropped, Example, Format, recognise, standardise
+from whet.data.format.standardise import Dropped, Example, Format, recognise, standardise
+from whet.data.read.read import Record, read_files, sha256
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROWS = [{"text": "one"}, {"text": "둘 🙂"}, {"text": "three\u2028still three\u0085"}]

@@ -23,7 +23,7 @@ import torch
 from tiny import final_bytes
 
 from whet.base.errors import UserError
-from whet.data.batches import Batches
+from whet.data.batch.batches import Batches
 from whet.recipe import Parsed
 from whet.runs import Run
 from whet.train import checkpoint

@@ -13,12 +13,12 @@ from threading import Thread
 import pytest
 
 from whet.base.errors import UserError
-from whet.data import layout
-from whet.data.files import SUFFIXES, TEXT, data_files
-from whet.data.layout import choose
-from whet.data.read import _COLUMN_READERS, _READERS, fingerprint, read_files
-from whet.data.read_hub import hub_files
-from whet.data.unpack import PACKINGS
+from whet.data.read import layout
+from whet.data.read.files import SUFFIXES, TEXT, data_files
+from whet.data.read.hub import hub_files
+from whet.data.read.layout import choose
+from whet.data.read.read import _COLUMN_READERS, _READERS, fingerprint, read_files
+from whet.data.read.unpack import PACKINGS
 
 CARD = """---
 configs:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from whet.base.errors import UserError
-from whet.data.duplicates import exact_duplicates, near_duplicates, text_keys
-from whet.data.split import TEST, TRAIN, VALIDATION, cluster_places, held_out, places_of, split, strata_of
+from whet.data.detect.duplicates import exact_duplicates, near_duplicates, text_keys
+from whet.data.sides.split import TEST, TRAIN, VALIDATION, cluster_places, held_out, places_of, split, strata_of
 
 SIZES = [(0.1, 0), (0.05, 0.2), (30, 0), (0.1, 40), (25, 0.1), (20, 40), (0, 0.3)]
 

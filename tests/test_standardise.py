@@ -12,8 +12,8 @@ from chats import CASES, TOOL_CASES
 
 from whet.base.errors import UserError
 from whet.data.example import Example, Message, from_json, to_json
-from whet.data.read import Record, read_files
-from whet.data.standardise import Dropped, recognise, standardise
+from whet.data.format.standardise import Dropped, recognise, standardise
+from whet.data.read.read import Record, read_files
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 QUESTION, GOOD, BAD = "Is 7 prime?", "Yes.", "No."

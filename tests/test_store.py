@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from whet.data import store as module
+from whet.data.batch import store as module
+from whet.data.batch.store import Examples, Store, opened, stored
 from whet.data.example import Example, Message
-from whet.data.store import Examples, Store, opened, stored
 
 
 def examples(count: int) -> list[Example]:

@@ -16,12 +16,12 @@ from task_nets import DECODERS, ENCODERS
 from test_resume import killed_before
 
 from whet.base.errors import UserError
+from whet.data.batch.task_batches import TaskBatches
 from whet.data.check import report, warnings
 from whet.data.config import Data
 from whet.data.labels import encode_texts, encode_typed
 from whet.data.prepare import Prepared, prepare
 from whet.data.show import masked_row
-from whet.data.task_batches import TaskBatches
 from whet.engine.config import Model
 from whet.engine.device import Placement
 from whet.engine.load import load_config, load_model, longest_input

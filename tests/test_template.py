@@ -21,8 +21,8 @@ from chats import CASES, Chat, chat
 
 from whet.base.errors import UserError
 from whet.data.example import Example
-from whet.data.template import use_template
-from whet.data.tokenise import Tokeniser, Tokens
+from whet.data.template.template import use_template
+from whet.data.template.tokenise import Tokeniser, Tokens
 
 TINY = Path(__file__).parents[1] / "whet" / "builtin" / "tiny"
 SHARED = Path(__file__).parents[2] / "shared" / "data"

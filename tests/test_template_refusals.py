@@ -11,8 +11,8 @@ import pytest
 from chats import chat
 
 from whet.base.errors import UserError
-from whet.data.template import LARGEST, use_template
-from whet.data.tokenise import Tokeniser
+from whet.data.template.template import LARGEST, use_template
+from whet.data.template.tokenise import Tokeniser
 
 TINY = Path(__file__).parents[1] / "whet" / "builtin" / "tiny"
 HEAD = "{{ '<|im_start|>' + m.role + '\\n' }}"
@@ -196,7 +196,7 @@ def test_a_template_that_never_ends_is_refused_in_time() -> None:
         "import sys\n"
         "from transformers import AutoTokenizer\n"
         "from whet.base.errors import UserError\n"
-        "from whet.data.template import Template\n"
+        "from whet.data.template.template import Template\n"
         "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "tokenizer.chat_template = sys.argv[2]\n"
         "try:\n    Template(tokenizer, slowest_seconds=0.5)\n"

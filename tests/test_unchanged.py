@@ -16,8 +16,8 @@ import pytest
 
 from whet.base.errors import UserError
 from whet.base.extras import EXTRAS
-from whet.data.read import check_unchanged, fingerprint, read_files
-from whet.data.unpack import WatchedFile
+from whet.data.read.read import check_unchanged, fingerprint, read_files
+from whet.data.read.unpack import WatchedFile
 
 ROW = b'{"text": "a"}\n'
 MANY = 50_000  # rows of a file that no buffer holds

@@ -12,7 +12,7 @@ import tiny
 import torch
 from torch.nn.functional import cross_entropy
 
-from whet.data.batches import Batches
+from whet.data.batch.batches import Batches
 from whet.data.config import Data
 from whet.data.prepare import Prepared, prepare
 from whet.engine.config import Model
@@ -71,7 +71,7 @@ def test_weights_of_one_and_none_cost_nothing(tokenizer: Any, tmp_path: Path) ->
 
 def test_weights_may_begin_late(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that were written before the first weight count in full."""
-    monkeypatch.setattr("whet.data.lay.CHUNK", 1)
+    monkeypatch.setattr("whet.data.batch.lay.CHUNK", 1)
     rows = [turns(("a b", None)), turns(("c d", None)), turns(("e f", 0.5)), turns(("g", None))]
     weights = made(tokenizer, tmp_path, rows).train
     assert weights.weights is not None

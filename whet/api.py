@@ -134,7 +134,8 @@ def compose(
 
 def bench_speed(
     model: str, *, storage: str | None = None, compute: str | None = None, checkpointing: str = "auto",
-    optim: str = "adamw", fp8_head: bool = False, offload_embedding: bool = False, keep_transposed: bool = False,
+    optim: str = "adamw", fp8_head: bool = False, offload_embedding: bool = False, offload_head: bool = False,
+    offload_optimizer: bool = False, keep_transposed: bool = False,
     tile_mlp: int | None = None, compile: bool | None = None, cuda_graphs: bool | None = None, **load: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Training speed and memory of LoRA on `model` here; load: fields of `whet.speed.Load`, the rest as in a recipe."""
@@ -148,9 +149,10 @@ def bench_speed(
     quiet_libraries()
     base = Base(
         storage=storage, compute=compute, fp8_head=fp8_head, offload_embedding=offload_embedding,  # type: ignore[arg-type]
-        keep_transposed=keep_transposed or None,
+        keep_transposed=keep_transposed or None, offload_head=offload_head,
     )  # fmt: skip
     settled = {"optim": optim, "tile_mlp": tile_mlp, "cuda_graphs": cuda_graphs, **MODES[checkpointing]}
+    settled["offload_optimizer"] = offload_optimizer or None
     settled["compile"] = torch.cuda.is_available() if compile is None else compile
     return measure_speed(model, base, Train(**settled), Load(**load))
 

@@ -174,6 +174,8 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
                        default="adamw", help="as train.optim (adamw)")  # fmt: skip
     bench.add_argument("--fp8-head", action="store_true", help="as base.fp8_head")
     bench.add_argument("--offload-embedding", action="store_true", help="as base.offload_embedding")
+    bench.add_argument("--offload-head", action="store_true", help="as base.offload_head")
+    bench.add_argument("--offload-optimizer", action="store_true", help="as train.offload_optimizer")
     bench.add_argument("--keep-transposed", action="store_true", help="as base.keep_transposed")
     bench.add_argument("--tile-mlp", type=_positive, metavar="N", help="as train.tile_mlp")
     bench.add_argument("--no-compile", action="store_true", help="do not compile, as short runs do")

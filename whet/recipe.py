@@ -26,7 +26,7 @@ from whet.data.config import Data
 from whet.engine.config import Base, Model
 from whet.methods.all import METHODS, Method
 from whet.methods.bridge import Bridge
-from whet.methods.bridged import BRIDGED
+from whet.methods.bridged import BRIDGED, LEFT_OUT
 from whet.methods.lora import Lora
 from whet.settings import Eval, Train
 
@@ -346,6 +346,12 @@ def _complaint(error: Any, file: str | None, lines: dict[str, int], overridden: 
         )  # fmt: skip
     if kind == "union_tag_invalid":
         found = error["input"].get("name")
+        if str(found) in LEFT_OUT:
+            reason, instead = LEFT_OUT[str(found)]
+            return UserError(
+                f"whet leaves out this method of PEFT: {reason}", **{**where, "field": "method.name"},  # type: ignore[arg-type]
+                found=str(found), expected="a method that `whet methods` lists", fix=f"method.name={instead}",
+            )  # fmt: skip
         near = nearest(str(found), METHODS.keys() - BRIDGED.keys()) or nearest(str(found), METHODS) or "lora"
         return UserError(
             "there is no such method", **{**where, "field": "method.name"},  # type: ignore[arg-type]

@@ -114,7 +114,7 @@ def prepared(recipe: Recipe, *, any_model: bool = False) -> Prepared:
     Raises UserError.
     """
     from whet.data.prepare import prepare
-    from whet.data.template import use_template
+    from whet.data.template.template import use_template
     from whet.engine.load import load_config, load_tokenizer, longest_input
 
     config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)

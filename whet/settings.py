@@ -64,6 +64,11 @@ class Train:
     tile_mlp: Count | None = setting(
         None, "Compute the MLPs in pieces of so many tokens, for very long rows; auto = only when nothing else fits."
     )
+    offload_optimizer: bool | None = setting(
+        None,
+        "adamw only: keep the moments, the gradients and the exact weights in host memory and update there: least GPU "
+        "memory, slower; auto = only when nothing else fits.",
+    )
     compile: bool | None = setting(
         None, "Compile the decoder layers (CUDA): slow at first, then faster; auto = where the run is long enough."
     )

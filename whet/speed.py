@@ -22,9 +22,9 @@ import numpy as np
 from whet.base.console import Progress
 from whet.base.errors import UserError
 from whet.base.seed import seed_everything
-from whet.data.batches import Batches
-from whet.data.pack import best_fit
-from whet.data.rows import Rows
+from whet.data.batch.batches import Batches
+from whet.data.batch.pack import best_fit
+from whet.data.batch.rows import Rows
 
 MODES = {
     "auto": {}, "off": {"gradient_checkpointing": False}, "recompute": {"gradient_checkpointing": True},
@@ -139,7 +139,9 @@ def _run(train: Any, placement: Any, model: Any, network: Any, batches: Batches,
         Forward(placement.device, placement.compute, placement.autocast, find_head(network, autocast=autocast)),
         batches, steps=total,
     )  # fmt: skip
-    optimiser = build_optimiser(train, arranged.matrices, arranged.vectors, 2e-4, captured=arranged.graphs)
+    optimiser = build_optimiser(
+        train, arranged.matrices, arranged.vectors, 2e-4, captured=arranged.graphs, masters=arranged.masters
+    )
     kind = GraphSteps if arranged.graphs else Steps
     runner = kind(model, optimiser, arranged.forward, train.max_grad_norm)
     seconds, losses, tokens, first = [], [], [], None

@@ -255,7 +255,8 @@ def bench(words: argparse.Namespace) -> dict[str, Any]:
     found = api.bench_speed(words.target, **{
         name: getattr(words, name) for name in (
             "rows", "length", "accumulation", "steps", "warm", "lengths", "storage", "compute", "checkpointing",
-            "optim", "fp8_head", "offload_embedding", "keep_transposed", "tile_mlp",
+            "optim", "fp8_head", "offload_embedding", "offload_head", "offload_optimizer", "keep_transposed",
+            "tile_mlp",
         )
     }, compile=False if words.no_compile else None, cuda_graphs=False if words.no_graphs else None)  # fmt: skip
     say(f"{found['tokens_per_second']:,} tokens a second ({found['median_seconds'] * 1000:.1f} ms a step), "

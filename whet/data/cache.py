@@ -76,8 +76,8 @@ def _root() -> Path | None:
 def _code() -> str:
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for path in sorted([*here.glob("*.py"), *here.glob("templates/*.jinja"), here.parent / "engine" / "task.py"]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted([*here.rglob("*.py"), *here.rglob("*.jinja"), here.parent / "engine" / "task.py"]):
+        digest.update(path.relative_to(here.parent).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from whet.base.errors import UserError, nearest
+from whet.data.batch.ledger import Ledger
+from whet.data.batch.store import Examples, Store
 from whet.data.config import Data
 from whet.data.example import Example
-from whet.data.ledger import Ledger
-from whet.data.read import Fingerprint, Record, check_unchanged, fingerprint, read_files
-from whet.data.recognise import Format, recognise
+from whet.data.format.recognise import Format, recognise
+from whet.data.format.standardise import Dropped, standardise
+from whet.data.read.read import Fingerprint, Record, check_unchanged, fingerprint, read_files
 from whet.data.removed import Removed
-from whet.data.select import learned, sides_of
-from whet.data.standardise import Dropped, standardise
-from whet.data.store import Examples, Store
+from whet.data.sides.select import learned, sides_of
 
 SAMPLE = 100
 PACKAGE = Path(__file__).parents[1]
@@ -142,8 +142,8 @@ class _Reading:
 
     def _cleaned(self, stream: Iterable[Example]) -> Iterator[Example]:
         """Without blocked words and personal data, as the settings want it."""
-        from whet.data.blocklist import Blocked, BlockList, without_blocked
-        from whet.data.personal import PersonalData, without_personal_data
+        from whet.data.detect.blocklist import Blocked, BlockList, without_blocked
+        from whet.data.detect.personal import PersonalData, without_personal_data
 
         def note(removed: Removed) -> None:
             if removed.reason.endswith("placeholders"):
@@ -173,7 +173,7 @@ def _check_kind(kind: Format, other: Format, field: str) -> None:
 
 
 def _place(name: str) -> int:
-    from whet.data.split import places_of
+    from whet.data.sides.split import places_of
 
     return int(places_of([name])[0])
 
@@ -201,7 +201,7 @@ def fingerprints(data: Data) -> list[dict[str, Any]]:
     paths = [path for dataset in given if dataset is not None for path in dataset_paths(dataset)]
     found: list[dict[str, Any]] = [dict(entry) for entry in fingerprint(paths)]
     if data.blocklist is not None:
-        from whet.data.read import sha256
+        from whet.data.read.read import sha256
 
         words = [data.blocklist] if isinstance(data.blocklist, str) else data.blocklist
         found += [{"path": path, "bytes": Path(path).stat().st_size, "sha256": sha256(path)} for path in words]

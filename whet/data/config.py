@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Lt
 
 from whet.base.config import config, setting
-from whet.data.recognise import FormatName
+from whet.data.format.recognise import FormatName
 
 
 @config

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whet.base.errors import UserError
+from whet.data.batch.lay import Laying, lay_rows
+from whet.data.batch.ledger import Ledger
+from whet.data.batch.length import choose_length, longest_allowed
+from whet.data.batch.pack import best_fit
+from whet.data.batch.padded import padded_rows, task_for
+from whet.data.batch.rows import Rows
+from whet.data.batch.saved import EXAMPLES, load, save
 from whet.data.cache import cached, name_of
 from whet.data.collect import Sides, collect, fingerprints
 from whet.data.config import Data
 from whet.data.example import Example
-from whet.data.lay import Laying, lay_rows
-from whet.data.ledger import Ledger
-from whet.data.length import choose_length, longest_allowed
-from whet.data.pack import best_fit
-from whet.data.padded import padded_rows, task_for
-from whet.data.rows import Rows
-from whet.data.saved import EXAMPLES, load, save
-from whet.data.tokenise import Tokeniser
+from whet.data.template.tokenise import Tokeniser
 from whet.engine.task import CAUSAL, Task, TaskName
 
 if TYPE_CHECKING:

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from whet.base.console import Progress
-from whet.data.answers import Answers
-from whet.data.duplicates import Duplicates, exact_duplicates, near_duplicates, text_keys
+from whet.data.detect.answers import Answers
+from whet.data.detect.duplicates import Duplicates, exact_duplicates, near_duplicates, text_keys
+from whet.data.detect.language import LanguageMix
+from whet.data.detect.leakage import SIMILARITY, Leak, contradictions, leaks
+from whet.data.detect.personal import PersonalData
+from whet.data.detect.wording import Wording, words
 from whet.data.example import Example
-from whet.data.language import LanguageMix
-from whet.data.leakage import SIMILARITY, Leak, contradictions, leaks
-from whet.data.personal import PersonalData
 from whet.data.prepare import Prepared
-from whet.data.wording import Wording, words
 
 SHOWN, TEXT_CHARACTERS = 10, 300
 

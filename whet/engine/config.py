@@ -52,4 +52,9 @@ class Base:
     offload_embedding: bool = setting(
         False, "Keep the input embedding in host memory (unless it is the output head too): for the least GPU memory."
     )
+    offload_head: bool = setting(
+        False,
+        "Keep the frozen output head, and the input embedding where it is the same, in host memory; it comes for the "
+        "loss alone.",
+    )
     device: Literal["cuda", "mps", "cpu"] | None = setting(None, "Where to run; auto = cuda, else mps, else cpu.")

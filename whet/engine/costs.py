@@ -20,6 +20,7 @@ from typing import Any
 
 from whet.base.errors import UserError
 
+RING_BYTES = 128 << 20  # chunks through which the optimiser on the host sends and receives
 IN_FLIGHT = 3  # layer inputs on the device under offload: the one in use, the next one, and the last layer's
 
 
@@ -187,6 +188,30 @@ def embedding_cost(vocabulary: int, hidden: int, tokens: int, itemsize: int = 2)
     """The frozen embedding on the host, beside any mode: V H values saved, T H values and T ids of 8 bytes moved."""
     weight = vocabulary * hidden * itemsize
     return Cost(device_bytes=-weight, host_bytes=weight, transfer_bytes=tokens * (hidden * itemsize + 8))
+
+
+def head_cost(vocabulary: int, hidden: int, itemsize: int = 2) -> Cost:
+    """The frozen head on the host: V H values come in every micro-batch, before the decoder's forward pass. What is
+    saved is saved in the backward pass; while the loss is computed the head is there."""
+    weight = vocabulary * hidden * itemsize
+    return Cost(device_bytes=-weight, host_bytes=pinned_bytes(weight), transfer_bytes=weight)
+
+
+def optimiser_cost(trained: int, halved: int = 0, gradient_itemsize: int = 4) -> Cost:
+    """AdamW on the host, of `trained` weights, `halved` of which are in bf16 on the device. Transfers are of a step of
+    one micro-batch: gradients one way, in their type, and weights the other.
+
+    Saved: moments and gradients of 4 bytes each, and 2 bytes of each halved weight. On the host: master, moments and
+    gradient of 4 bytes each, beside a ring of chunks.
+    """
+    saved = 12 * trained + 2 * halved
+    moved = (gradient_itemsize + 4) * (trained - halved) + 4 * halved
+    return Cost(device_bytes=-saved, host_bytes=16 * trained + RING_BYTES, transfer_bytes=moved)
+
+
+def pinned_bytes(nbytes: int) -> int:
+    """What torch's pinned allocator takes for one request: the next power of two."""
+    return 1 << max(0, nbytes - 1).bit_length()
 
 
 def mode_cost(sizes: Sizes, tokens: int, row_tokens: int, mode: Mode) -> Cost:

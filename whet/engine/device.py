@@ -30,6 +30,7 @@ class Placement:
     keep_transposed: bool | None = None
     fp8_head: bool = False
     offload_embedding: bool = False
+    offload_head: bool = False
 
     @property
     def autocast(self) -> bool:
@@ -66,6 +67,7 @@ def place(base: Base, storages: tuple[str, ...], width: int | None = None, *, st
         device, storage, DTYPES[inner],
         base.double_quant if base.double_quant is not None else storage == "nf4",
         reasons, compute == "fp8", base.keep_transposed, base.fp8_head, base.offload_embedding,
+        base.offload_head,
     )  # fmt: skip
 
 

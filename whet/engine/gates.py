@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from whet.engine.group import set_rate_ratio
+from whet.engine.group import rate_ratio, set_rate_ratio
 
 LOW, HIGH = -1.5, 1.5  # what the sigmoid is stretched to, and log alpha at the start: the authors' values
 LOG_ALPHA = 5.0
@@ -40,9 +40,10 @@ class Diff(nn.Module):
     """base + z w. weights: w, in the base's shape; gates: log alpha of each, flat, since vectors are not decayed;
     group: log alpha of the tensor as a whole, or None; all fp32."""
 
-    def __init__(self, base: torch.Tensor, structured: bool, rate_ratio: float) -> None:
+    def __init__(self, base: torch.Tensor, structured: bool, rate_ratio: float, dense_rate_ratio: float) -> None:
         super().__init__()
         self.weights = nn.Parameter(torch.zeros_like(base, dtype=torch.float32))
+        set_rate_ratio(self.weights, dense_rate_ratio)
         self.gates = nn.Parameter(torch.full((base.numel(),), LOG_ALPHA, device=base.device))
         self.group = nn.Parameter(torch.full((), LOG_ALPHA, device=base.device)) if structured else None
         for parameter in (self.gates, self.group):
@@ -84,10 +85,14 @@ class Diff(nn.Module):
 
 
 def add_difference(
-    places: list[tuple[nn.Module, str]], base: nn.Parameter, structured: bool, rate_ratio: float, training: bool
-) -> None:
-    """One gated difference to `base` in all modules that hold it, under the names that they have for it."""
-    diff = Diff(base, structured, rate_ratio).train(training)
+    places: list[tuple[nn.Module, str]], base: nn.Parameter, *, structured: bool, rate_ratio: float,
+    dense_rate_ratio: float, training: bool,
+) -> None:  # fmt: skip
+    """One gated difference to `base` in all modules that hold it, under the names that they have for it.
+
+    rate_ratio: of the gates; dense_rate_ratio: of the differences, until `at_full_rate` takes it away.
+    """
+    diff = Diff(base, structured, rate_ratio, dense_rate_ratio).train(training)
     for module, leaf in places:
         parametrize.register_parametrization(module, leaf, diff, unsafe=True)
 
@@ -95,6 +100,21 @@ def add_difference(
 def differences_of(model: nn.Module) -> list[Diff]:
     """All of a model, in order."""
     return [module for module in model.modules() if isinstance(module, Diff)]
+
+
+def at_full_rate(optimiser: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Before each update, let differences whose mask is fixed learn at the learning rate itself."""
+    diffs = differences_of(model)
+    there = {id(diff.weights) for diff in diffs}
+    smallest = min(diffs, key=lambda diff: diff.gates.numel())
+    groups = [group for group in optimiser.param_groups if any(id(p) in there for p in group["params"])]
+
+    def before(*_: object) -> None:
+        if smallest.fixed:  # read off the gates, so that a resumed run knows it too
+            for group in groups:
+                group["lr"] /= rate_ratio(group["params"][0])
+
+    optimiser.register_step_pre_hook(before)
 
 
 def expected_nonzeros(model: nn.Module) -> tuple[torch.Tensor, int]:

@@ -9,7 +9,7 @@ anything in between keeps its own logits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from whet.engine.linear import freeze
+from whet.engine.offload import Travelling, offload_head
 from whet.engine.product import backward_product, forward_product
 
 SLICE_ROWS = 1 << 14
@@ -27,13 +28,14 @@ CHUNK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 27, "mps": 1 << 25}
 class Head:
     """decoder: gives hidden states [B, T, H]; output: the head's linear layer; softcap: cap tanh(logits / cap).
 
-    fp8: None, or the tensors of the FP8 products (see `HeadLoss`).
+    fp8: None, or the tensors of the FP8 products (see `HeadLoss`); away: None, or the weight (or they) on the host.
     """
 
     decoder: nn.Module
     output: Any
     softcap: float | None
     fp8: tuple[torch.Tensor, ...] | None = None
+    away: Travelling | None = None
 
     def loss(
         self, inputs: dict[str, Any], places: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
@@ -42,12 +44,23 @@ class Head:
 
         places, targets: int64 [N]; a target below 0 counts for nothing. weights: factor on each loss, float32 [N].
         """
+        if self.away is not None:
+            self.away.call()
         hidden = self.decoder(**inputs).last_hidden_state
         chosen = hidden.flatten(0, 1).index_select(0, places)
         if torch.is_autocast_enabled(chosen.device.type):
             chosen = chosen.to(torch.get_autocast_dtype(chosen.device.type))
-        weight = self.output.weight if self.fp8 is None else self.fp8[0]
-        return HeadLoss.apply(chosen, weight, self.output.bias, targets, self.softcap, self.fp8, weights)
+        if self.away is not None:
+            tensors = self.away.arrive()
+        else:
+            tensors = (self.output.weight,) if self.fp8 is None else self.fp8
+        fp8 = None if self.fp8 is None else tensors
+        return HeadLoss.apply(chosen, tensors[0], self.output.bias, targets, self.softcap, fp8, weights)
+
+    def on_host(self, network: nn.Module) -> Head:
+        """The same head of `network`, which waits in host memory and comes for the loss alone; it must be frozen."""
+        away = offload_head(network, self.output, self.fp8)
+        return replace(self, fp8=None if self.fp8 is None else away.tensors, away=away)
 
     def in_fp8(self, network: nn.Module, *, both_orders: bool) -> Head:
         """The same head with its products on FP8 tensor cores; it must be frozen.

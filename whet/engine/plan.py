@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from whet.engine.costs import Cost, embedding_cost, head_cost, optimiser_cost
 from whet.engine.linear import BLOCK, NESTED_BLOCK, frozen_names
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
@@ -19,7 +20,11 @@ OPTIMISER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafacto
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the plan depends on beyond the model. tokens: in one forward pass; chunk_logits: logits alive at once."""
+    """What the plan depends on beyond the model. tokens: in one forward pass; chunk_logits: logits alive at once.
+
+    on_host: what waits in host memory: embedding, head, optimizer, and halved where the optimiser there lets the
+    linear layers of the device be bf16.
+    """
 
     storage: str
     compute: str
@@ -28,10 +33,14 @@ class Sizes:
     tokens: int
     checkpointing: bool
     chunk_logits: int
+    on_host: frozenset[str] = frozenset()
 
 
 def plan_memory(model: nn.Module, sizes: Sizes) -> dict[str, Any]:
-    """trainable_params, all_params, memory by class in bytes, and their sum. `model` has its method attached."""
+    """trainable_params, all_params, memory by class in bytes, their sum, and host_bytes beside them.
+
+    `model` has its method attached. Classes are of the device.
+    """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     compute = DTYPE_BYTES.get(sizes.compute, 2)  # fp8 products have bf16 activations
@@ -44,12 +53,52 @@ def plan_memory(model: nn.Module, sizes: Sizes) -> dict[str, Any]:
         "activations": _activation_bytes(model, sizes, compute),
         "logits": sizes.chunk_logits * (4 + compute),
     }
+    host = 0
+    for name, cost in _host_costs(model, sizes).items():
+        memory[name] += cost.device_bytes
+        host += cost.host_bytes
+    if "optimizer" in sizes.on_host:
+        kept = 2 * (_halved(model) if "halved" in sizes.on_host else 0)
+        memory |= {"trained weights": trainable * 4 - kept, "gradients": _largest(model) * 8, "optimiser": 0}
+        host += optimiser_cost(trainable).host_bytes
     return {
         "trainable_params": trainable,
         "all_params": total,
         "memory": memory,
         "peak_bytes": sum(memory.values()),
+        "host_bytes": host,
     }
+
+
+def _host_costs(model: Any, sizes: Sizes) -> dict[str, Cost]:
+    """What the frozen embedding and head cost where they wait on the host, by the class of memory they are counted in.
+
+    A head is there while the loss is computed, beside its logits.
+    """
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    itemsize = DTYPE_BYTES.get(sizes.storage) or DTYPE_BYTES.get(sizes.compute, 2)
+    table, head = network.get_input_embeddings().weight, network.get_output_embeddings()
+    tied = head is not None and head.weight is table
+    costs: dict[str, Cost] = {}
+    frozen = Cost()
+    rows, width = table.shape
+    if "embedding" in sizes.on_host or ("head" in sizes.on_host and tied):
+        frozen += embedding_cost(rows, width, sizes.tokens, itemsize)
+    if "head" in sizes.on_host and head is not None:
+        rows, width = head.weight.shape
+        cost = head_cost(rows, width, itemsize)
+        frozen += Cost(host_bytes=cost.host_bytes) if tied else cost
+        costs["logits"] = Cost(device_bytes=-cost.device_bytes)
+    return costs | {"frozen weights": frozen}
+
+
+def _halved(model: Any) -> int:
+    """Weights of linear layers, which the device may keep in bf16 where the host has them exactly."""
+    return sum(model.get_submodule(name).weight.numel() for name in frozen_names(model))
+
+
+def _largest(model: nn.Module) -> int:
+    return max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
 
 
 def nf4_bytes(weights: int, double_quant: bool) -> int:

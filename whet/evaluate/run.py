@@ -13,10 +13,10 @@ from whet import runs
 from whet.base.console import Progress, say
 from whet.base.errors import UserError
 from whet.data.example import Example
-from whet.data.goldens import FILE as CONTRACT
-from whet.data.goldens import check_contract
 from whet.data.prepare import Prepared
-from whet.data.tokenise import Tokeniser
+from whet.data.template.goldens import FILE as CONTRACT
+from whet.data.template.goldens import check_contract
+from whet.data.template.tokenise import Tokeniser
 from whet.engine.generate import answer
 from whet.engine.load import load_model
 from whet.engine.open import Opened, open_trained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import get_args, get_type_hints
 
+from whet.methods.adalora import AdaLora
 from whet.methods.bitfit import BitFit
 from whet.methods.bottleneck import Bottleneck
 from whet.methods.bridge import Bridge
@@ -14,7 +15,7 @@ from whet.methods.freeze import Freeze, Head
 from whet.methods.full import Full
 from whet.methods.lora import Lora
 
-Method = Lora | Full | Freeze | Head | BitFit | DiffPruning | Bottleneck | Bridge
+Method = Lora | Full | Freeze | Head | BitFit | DiffPruning | Bottleneck | AdaLora | Bridge
 
 METHODS: dict[str, type[Method]] = {
     name: cls for cls in get_args(Method) for name in get_args(get_type_hints(cls)["name"])

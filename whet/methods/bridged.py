@@ -4,10 +4,7 @@ A row is all that a method needs; `methods.bridge` does the rest. The cells are 
 learning, saving, plain PEFT, merging, storages. Learning rates are for AdamW: the paper's where it trains transformers
 with it, else a value at which small models learn steadily; they are starting points, not results of a search.
 
-Left out, and why: AdaLoRA gives ranks away after every backward pass; Poly, multi-task prompt tuning and CPT need a
-task or a kind for every row or token; X-LoRA needs trained adapters; Cartridge starts from the cache of a
-corpus; AdaMSS clusters the weights with scikit-learn, so that nothing could be counted before a model is loaded;
-ShadowPEFT runs layers of its own beside the model's, in which documents of one row would see each other.
+What PEFT has besides is in LEFT_OUT, with the reason and the nearest method; LoRA and AdaLoRA have files of their own.
 """
 
 from __future__ import annotations
@@ -217,3 +214,15 @@ BRIDGED: dict[BridgedName, Bridged] = {
 }  # fmt: skip
 
 assert set(BRIDGED) == set(BridgedName.__args__)  # type: ignore[attr-defined]
+
+# Why not, and which method comes nearest.
+LEFT_OUT: dict[str, tuple[str, str]] = {
+    "poly": ("it mixes adapters by the number of a task, which rows of data do not have", "lora"),
+    "multitask_prompt_tuning": ("it needs the number of a task with every row", "prompt"),
+    "cpt": ("it needs a kind for every token of an example that is fixed beforehand", "prompt"),
+    "xlora": ("it mixes adapters that are trained already; `whet adapters` combines those", "lora"),
+    "cartridge": ("it starts from the cache that the model computes for a corpus", "prefix"),
+    "adamss": ("it clusters the weights to set up, so nothing could be counted before a model is loaded", "adalora"),
+    "shadow": ("it runs layers of its own beside the model's, in which documents of one row would see each other",
+               "bottleneck"),
+}  # fmt: skip

@@ -19,9 +19,12 @@ from whet.base.config import config, setting
 from whet.engine.task import CAUSAL, Task
 from whet.methods.capability import DENSE, Capability
 from whet.methods.in_place import InPlaceMethod
+from whet.methods.method import check_updates
 from whet.methods.structure import new_head
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import nn
     from transformers import PreTrainedModel
@@ -38,7 +41,10 @@ class DiffPruning(InPlaceMethod):
     sparsity_weight: Annotated[float, Ge(0)] = setting(
         40.0, "Times the expected share of non-zeros is added to the loss (the paper: 1.25e-7 a parameter)."
     )
-    gate_rate_ratio: Annotated[float, Gt(0)] = setting(1000.0, "Gates learn at this many times the learning rate.")
+    gate_rate_ratio: Annotated[float, Gt(0)] = setting(100.0, "Gates learn at this many times the learning rate.")
+    dense_rate_ratio: Annotated[float, Gt(0)] = setting(
+        0.1, "Differences learn at this many times the learning rate until the mask is fixed."
+    )
     fixed_mask_ratio: Annotated[float, Ge(0), Lt(1)] = setting(
         0.3, "Share of the steps, the last ones, that train only the differences which are kept; 0: none."
     )
@@ -61,8 +67,18 @@ class DiffPruning(InPlaceMethod):
             if name in head or ".parametrizations." in name or not name.startswith(linear):
                 continue
             held = places[id(parameter)]
-            add_difference(held, parameter, self.structured, self.gate_rate_ratio, network.training)
+            add_difference(
+                held, parameter, structured=self.structured, rate_ratio=self.gate_rate_ratio,
+                dense_rate_ratio=self.dense_rate_ratio, training=network.training,
+            )  # fmt: skip
         return network
+
+    def begin(self, model: Any, optimiser: torch.optim.Optimizer, steps: int, step: Callable[[], int]) -> None:
+        """Let the differences that are kept learn at the learning rate itself."""
+        from whet.engine.gates import at_full_rate, differences_of
+
+        check_updates(optimiser, differences_of(model)[0].gates, self.name)
+        at_full_rate(optimiser, model)
 
     def penalty(self, model: Any) -> torch.Tensor:
         """sparsity_weight times the expected share of non-zeros."""

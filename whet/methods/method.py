@@ -65,6 +65,11 @@ class Method:
         """`network`, plain and dense, with what `save` wrote folded into its weights: a plain model."""
         raise NotImplementedError
 
+    def begin(self, model: Any, optimiser: torch.optim.Optimizer, steps: int, step: Callable[[], int]) -> None:
+        """Called once, before a checkpoint is read and the first step is made. optimiser: its hooks are the place for
+        what must happen between an update and the clearing of the gradients, and what is put into its state is in every
+        checkpoint; steps: of the whole run; step: how many are done. Raises UserError."""
+
     def before_step(self, model: Any, done: float) -> bool:
         """Called before each step with the share of the steps that are done; returns whether it made another model of
         it, so that held-out losses up to here say nothing of what will be saved."""
@@ -81,6 +86,16 @@ class Method:
 
     def settle(self, model: Any) -> None:
         """Called once after the last step, before the weights are written."""
+
+
+def check_updates(optimiser: torch.optim.Optimizer, parameter: torch.nn.Parameter, name: str) -> None:
+    """Raise UserError unless the optimiser updates this parameter of the model itself, not a copy of it on the host:
+    a method that changes parameters between the steps would change what the next update overwrites."""
+    if not any(parameter is one for group in optimiser.param_groups for one in group["params"]):
+        raise UserError(
+            f"{name} changes what it trains between the steps, and the optimiser would not see it",
+            field="train.offload_optimizer", found="true", expected="false", fix="train.offload_optimizer=false",
+        )  # fmt: skip
 
 
 class PeftMethod(Method):

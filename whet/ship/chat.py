@@ -15,11 +15,11 @@ from typing import Any
 from whet import runs
 from whet.base.errors import UserError
 from whet.data.example import Message
-from whet.data.goldens import FILE as CONTRACT
-from whet.data.goldens import check_contract
 from whet.data.labels import encode_texts
-from whet.data.template import use_template
-from whet.data.tokenise import Tokeniser
+from whet.data.template.goldens import FILE as CONTRACT
+from whet.data.template.goldens import check_contract
+from whet.data.template.template import use_template
+from whet.data.template.tokenise import Tokeniser
 from whet.engine.config import Base, Model
 from whet.engine.generate import stream
 from whet.engine.load import load_model, load_tokenizer

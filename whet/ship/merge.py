@@ -20,9 +20,9 @@ from whet import runs
 from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.files import whole_directory, write_json
-from whet.data.goldens import FILE as CONTRACT
-from whet.data.goldens import check_contract, write_contract
 from whet.data.prepare import Prepared
+from whet.data.template.goldens import FILE as CONTRACT
+from whet.data.template.goldens import check_contract, write_contract
 from whet.engine.config import Model
 from whet.engine.device import DTYPES, PACKED, Placement
 from whet.engine.linear import FrozenLinear

@@ -16,14 +16,15 @@ from torch._dynamo.exc import TorchDynamoException
 
 from whet.base.console import bytes_text, say
 from whet.base.errors import UserError
-from whet.data.batches import Batches
-from whet.data.forms import choose_forms
+from whet.data.batch.batches import Batches
+from whet.data.batch.forms import choose_forms
 from whet.engine.attention import fastest_attention
 from whet.engine.compile import compile_layers, forget_compilation, lean_activations, worth_compiling
-from whet.engine.costs import Mode, choose, keep_bytes, sizes_of
+from whet.engine.costs import Mode, choose, keep_bytes, peak_bytes, sizes_of
 from whet.engine.device import Placement
 from whet.engine.group import Fused, fuse
-from whet.engine.head import CHUNK_LOGITS
+from whet.engine.head import CHUNK_LOGITS, Head
+from whet.engine.host_adam import halve, halves
 from whet.engine.offload import offload_embedding
 from whet.engine.recompute import decoder_layers, recompute, tile_mlp
 from whet.settings import Train
@@ -31,6 +32,7 @@ from whet.train.graph import side_stream
 from whet.train.loss import Forward
 
 T = TypeVar("T")
+Masters = dict[torch.nn.Parameter, torch.Tensor]
 MAX_FORMS, MAX_COMPILED_FORMS = 3, 2  # each form of a compiled layer costs its compilation
 CPU_MULTIPLE = 32
 # Times the least that a layer must keep. The last two are measured on an H100 (docs/log.md), the first is assumed.
@@ -43,7 +45,10 @@ KEPT_SHARE = 0.2  # fp8 bytes are kept in both orders where they take less than 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """matrices, vectors: what the optimiser trains; graphs: whether steps are captured; facts: what was decided."""
+    """matrices, vectors: what the optimiser trains; graphs: whether steps are captured; facts: what was decided.
+
+    masters: None where the optimiser is on the device, else the exact weights that are on the host already.
+    """
 
     forward: Forward
     batches: Batches
@@ -52,6 +57,7 @@ class Arrangement:
     graphs: bool
     facts: dict[str, Any]
     network: torch.nn.Module
+    masters: Masters | None = None
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -85,30 +91,26 @@ class Memory:
 
 def arrange(
     train: Train, placement: Placement, model: torch.nn.Module, network: torch.nn.Module, forward: Forward,
-    batches: Batches, *, steps: int,
+    batches: Batches, *, steps: int, masters: Masters | None = None,
 ) -> Arrangement:  # fmt: skip
-    """Lay out `model` (with its method; `network` inside it) for `steps` steps over `batches`."""
+    """Lay out `model` (with its method; `network` inside it) for `steps` steps over `batches`.
+
+    masters: what `halve` gave where it was called already.
+    """
     check_arrangement(train, placement.device, padded=not batches.flat)
     on_gpu = placement.device.type == "cuda"
     compiled = _compiled(train, network, batches, steps, on_gpu)
     both = keeps_both(placement)
     fused = fused_groups(train, placement, model, both)
     matrices, vectors = split_trained(fused, model)
-    if placement.fp8_head:
-        if forward.head is not None:
-            forward = replace(forward, head=forward.head.in_fp8(network, both_orders=both))
-        if forward.head is None or forward.head.fp8 is None:
-            raise UserError(
-                "this model's output head cannot be multiplied in FP8", field="base.fp8_head", found="true",
-                expected="false", fix="base.fp8_head=false",
-            )  # fmt: skip
+    forward = replace(forward, head=_head(forward.head, placement, network, both))
     if placement.offload_embedding:
         offload_embedding(network)
     if fused is not None:
         forward = replace(forward, prepare=fused.refresh)
-    free = _free_bytes(matrices + vectors, placement.device) if on_gpu else None
+    free, masters = _with_optimiser(train, placement, network, batches, (matrices + vectors, masters), steps)
     batches = _fitted(train, batches, network, free, compiled, steps)
-    batches = _formed(batches, steps, on_gpu, _most_forms(batches, network, free, compiled, steps))
+    batches = formed(batches, steps, on_gpu, _most_forms(batches, network, free, compiled, steps))
     memory = _memory(train, batches, network, free, compiled, steps)
     tokens = _largest(batches, steps)
     if memory.mode.recompute:
@@ -117,15 +119,33 @@ def arrange(
         tile_mlp(network, memory.mode.tile_tokens)
     if compiled:
         compile_layers(network, tokens=tokens, whole=not memory.mode.tile_tokens)
-    graphs = _graphs(train, batches, memory.mode, on_gpu and not placement.offload_embedding)
+    here = not (placement.offload_embedding or placement.offload_head or masters is not None)
+    graphs = _graphs(train, batches, memory.mode, on_gpu and here)
     facts: dict[str, Any] = {
         "groups": 0 if fused is None else len(fused.groups), "compile": compiled, "cuda_graphs": graphs,
         "micro_batches": batches.accumulate, "tokens_in_a_forward_pass": tokens, "memory": asdict(memory.mode),
         "lean_activations": memory.lean, "forms": [asdict(form) for form in batches.forms],
+        "offload_optimizer": masters is not None,
     }  # fmt: skip
     if on_gpu:
         _say(facts, memory.mode)
-    return Arrangement(forward, batches, matrices, vectors, graphs, facts, network)
+    return Arrangement(forward, batches, matrices, vectors, graphs, facts, network, masters)
+
+
+def _head(head: Head | None, placement: Placement, network: torch.nn.Module, both: bool) -> Head | None:
+    """The output head in FP8 and on the host, where that is asked for. Raises UserError where it cannot be."""
+    if head is not None and placement.fp8_head:
+        head = head.in_fp8(network, both_orders=both)
+    for wanted, there, what, field in (
+        (placement.fp8_head, head is not None and head.fp8 is not None, "multiplied in FP8", "base.fp8_head"),
+        (placement.offload_head, head is not None, "kept on the host", "base.offload_head"),
+    ):
+        if wanted and not there:
+            raise UserError(
+                f"this model's output head cannot be {what}", field=field, found="true", expected="false",
+                fix=f"{field}=false",
+            )  # fmt: skip
+    return head.on_host(network) if head is not None and placement.offload_head else head
 
 
 def check_arrangement(train: Train, device: torch.device, *, padded: bool, penalised: bool = False) -> None:
@@ -138,6 +158,8 @@ def check_arrangement(train: Train, device: torch.device, *, padded: bool, penal
             (penalised, "train.cuda_graphs", "the method adds a penalty to the loss between forward and backward pass, "
              "which a captured step would leave out", "train.cuda_graphs=auto"),
             (train.optim != "adamw", "train.optim", "only adamw can be captured in a CUDA graph", "train.optim=adamw"),
+            (train.offload_optimizer, "train.cuda_graphs", "an update on the host cannot be captured",
+             "train.cuda_graphs=auto"),
             (_asked(train), "train.cuda_graphs", "steps that run layers again or in tiles cannot be captured",
              "train.cuda_graphs=auto"),
         ):  # fmt: skip
@@ -187,7 +209,7 @@ def fused_groups(
 
 def keeps_both(placement: Placement) -> bool:
     """Whether FP8 bytes are kept in both orders: as set, else where they are small beside the free memory."""
-    if placement.offload_embedding:  # who asks for that wants the least memory
+    if placement.offload_embedding or placement.offload_head:  # who asks for that wants the least memory
         return False
     if placement.keep_transposed is not None or placement.device.type != "cuda" or not placement.fp8:
         return bool(placement.keep_transposed)
@@ -204,11 +226,43 @@ def split_trained(
     return leaves + [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
 
 
-def _free_bytes(trained: list[torch.nn.Parameter], device: torch.device) -> int:
-    """What activations may take: free now, less gradients and moments to come, logits and slack."""
+def _free_bytes(trained: list[torch.nn.Parameter], device: torch.device, *, on_host: bool) -> int:
+    """What activations may take: free now, less gradients and moments to come, logits and slack.
+
+    on_host: moments are there, and of the gradients all but two, the largest ones at worst.
+    """
     free, _ = torch.cuda.mem_get_info(device)
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + idle - 12 * sum(p.numel() for p in trained) - 3 * CHUNK_LOGITS["cuda"] - SLACK_BYTES
+    numbers = [p.numel() for p in trained]
+    coming = 8 * max(numbers, default=0) if on_host else 12 * sum(numbers)
+    return free + idle - coming - 3 * CHUNK_LOGITS["cuda"] - SLACK_BYTES
+
+
+def _with_optimiser(
+    train: Train, placement: Placement, network: torch.nn.Module, batches: Batches,
+    trained: tuple[list[torch.nn.Parameter], Masters | None], steps: int,
+) -> tuple[int | None, Masters | None]:  # fmt: skip
+    """(bytes for activations, None on a CPU; masters, None where the optimiser stays on the device).
+
+    trained: all parameters, and the masters there are.
+    """
+    parameters, masters = trained
+    device = placement.device
+    on_gpu = device.type == "cuda"
+    free = _free_bytes(parameters, device, on_host=masters is not None) if on_gpu else None
+    wanted = train.offload_optimizer
+    if wanted is None and free is not None and train.optim == "adamw" and not train.cuda_graphs:
+        wanted = free < least_bytes(network, batches, steps)
+    if not wanted or masters is not None:
+        return free, masters
+    masters = halve(network, device, placement.compute) if placement.autocast and halves(network) else {}
+    return (_free_bytes(parameters, device, on_host=True) if on_gpu else None), masters
+
+
+def least_bytes(network: torch.nn.Module, batches: Batches, steps: int) -> float:
+    """Activations of the largest batch in the leanest mode; only when that does not fit, something else must help."""
+    sizes = sizes_of(network.config)  # type: ignore[arg-type]
+    return LEAN_KEEPS * peak_bytes(sizes, _largest(batches, steps), Mode(sizes.layers - 1, True, TILE_TOKENS))
 
 
 def _largest(batches: Batches, steps: int) -> int:
@@ -266,7 +320,7 @@ def _most_forms(batches: Batches, network: torch.nn.Module, free: int | None, co
     return MAX_COMPILED_FORMS if compiled else MAX_FORMS
 
 
-def _formed(batches: Batches, steps: int, on_gpu: bool, limit: int) -> Batches:
+def formed(batches: Batches, steps: int, on_gpu: bool, limit: int) -> Batches:
     """Batches that are filled up: to a few forms on a GPU, to a multiple on a CPU."""
     if not on_gpu or not batches.flat:
         return replace_sizes(batches, batches.size, batches.accumulate, 1 if on_gpu else CPU_MULTIPLE)
@@ -322,5 +376,6 @@ def _say(facts: dict[str, Any], mode: Mode) -> None:
     words += [f"{mode.recompute} layers run again in the backward pass"] if mode.recompute else []
     words += ["their inputs in host memory"] if mode.offload else []
     words += ["lean activations"] if facts["lean_activations"] else []
+    words += ["the optimiser in host memory, so no CUDA graphs"] if facts["offload_optimizer"] else []
     free, total = torch.cuda.mem_get_info()
     say(", ".join(words) + f"; {bytes_text(total - free)} of {bytes_text(total)} in use", style="dim")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from whet.base.errors import UserError
 from whet.base.files import read_json, remove_tree, sync, whole_directory, write_json
 from whet.base.seed import random_state, restore_random_state
+from whet.engine.host_adam import HostAdamW
 
 MANIFEST = "manifest.json"
 
@@ -45,7 +46,7 @@ def save(
     random_tensors, random_values = random_state()
     optimiser_tensors, optimiser_values = _flattened(optimiser)
     with whole_directory(target) as beside:
-        save_file(trainable(model), beside / "model.safetensors")
+        save_file(trainable(model, optimiser), beside / "model.safetensors")
         save_file(optimiser_tensors, beside / "optimizer.safetensors")
         save_file(random_tensors, beside / "random.safetensors")
         values = state | {"step": step, "random": random_values, "optimizer": optimiser_values}
@@ -82,20 +83,22 @@ def latest(directory: Path, identity: Identity) -> tuple[Path | None, list[str]]
 def load(path: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
     """Restore weights, optimiser and every random source from a checkpoint; returns its state."""
     state = read_json(path / "state.json")
-    load_weights(path, model)
+    load_weights(path, model, optimiser)
     _unflatten(optimiser, load_file(path / "optimizer.safetensors"), state["optimizer"])
     restore_random_state(load_file(path / "random.safetensors"), state["random"])
     return state
 
 
-def load_weights(path: Path, model: torch.nn.Module) -> None:
-    """Restore the trainable weights alone."""
+def load_weights(path: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer | None = None) -> None:
+    """Restore the trainable weights alone. optimiser: needed where it holds weights of its own."""
     saved = load_file(path / "model.safetensors")
-    current = trainable(model)
+    current = trainable(model, optimiser)
     assert saved.keys() == current.keys(), sorted(saved.keys() ^ current.keys())[:5]
     with torch.no_grad():
         for name, tensor in current.items():
             tensor.copy_(saved[name])
+    if isinstance(optimiser, HostAdamW):
+        optimiser.agree()
 
 
 def prune(directory: Path, saved: int, keep: int, protected: Sequence[int]) -> None:
@@ -116,9 +119,10 @@ def sweep(directory: Path) -> None:
             remove_tree(path) if path.is_dir() else path.unlink()
 
 
-def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Name to tensor of every trainable parameter; tied ones once."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+def trainable(model: torch.nn.Module, optimiser: torch.optim.Optimizer | None = None) -> dict[str, torch.Tensor]:
+    """Name to tensor of every trainable parameter, as exact as `optimiser` has it; tied ones once."""
+    exact = optimiser.exact if isinstance(optimiser, HostAdamW) else {}
+    return {name: exact.get(p, p).detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _flattened(optimiser: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

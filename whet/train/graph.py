@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from whet.data.batches import Batch
+from whet.data.batch.batches import Batch
 from whet.train.loss import Forward, Shown, show
 from whet.train.step import NotFinite, Pending, Stepped, train_step
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from whet.data.batches import Batch
+from whet.data.batch.batches import Batch
 from whet.engine.attention import Documents
 from whet.engine.head import Head, plain_loss
 

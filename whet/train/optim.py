@@ -1,4 +1,4 @@
-"""Optimisers: torch's, and bitsandbytes' 8-bit ones on a CUDA GPU.
+"""Optimisers: torch's, on the device or on the host, and bitsandbytes' 8-bit ones on a CUDA GPU.
 
 A parameter may learn at a multiple of the learning rate (`engine.group.rate_ratio`, for LoRA+): it stands in a group of
 its own, whose rate is that multiple of the schedule's.
@@ -6,13 +6,14 @@ its own, whose rate is that multiple of the schedule's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from whet.base.errors import UserError
 from whet.base.extras import require
 from whet.engine.group import rate_ratio
+from whet.engine.host_adam import HostAdamW
 from whet.settings import Train
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
@@ -33,6 +34,11 @@ def check_optimiser(train: Train, device: torch.device) -> None:
             found=str(train.decay_ratio), expected="auto",
             fix="train.lr_scheduler_type=warmup_stable_decay, or remove the line",
         )  # fmt: skip
+    if train.offload_optimizer and train.optim != "adamw":
+        raise UserError(
+            f"{train.optim} has no form on the host", field="train.offload_optimizer", found=f"true with {train.optim}",
+            expected="adamw", fix="train.optim=adamw, or train.offload_optimizer=auto",
+        )  # fmt: skip
     if train.optim.endswith("8bit") and device.type != "cuda":
         raise UserError(
             "8-bit optimisers run on CUDA only", field="train.optim", found=f"{train.optim} on {device.type}",
@@ -42,11 +48,12 @@ def check_optimiser(train: Train, device: torch.device) -> None:
 
 def build_optimiser(
     train: Train, matrices: Sequence[torch.nn.Parameter], vectors: Sequence[torch.nn.Parameter], rate: float, *,
-    captured: bool = False,
+    captured: bool = False, masters: Mapping[torch.nn.Parameter, torch.Tensor] | None = None,
 ) -> torch.optim.Optimizer:  # fmt: skip
     """The optimiser over the trainable parameters; weight decay on matrices only, not on biases or norms.
 
-    captured: the update will be part of a CUDA graph, so each rate is a tensor on the device.
+    captured: the update will be part of a CUDA graph, so each rate is a tensor on the device. masters: not None for
+    AdamW on the host, then the float32 weights that are there already (`engine.host_adam`).
     """
     groups = []
     for parameters, decay in ((matrices, train.weight_decay), (vectors, 0.0)):
@@ -61,6 +68,8 @@ def build_optimiser(
     beta1 = BETA1 if train.adam_beta1 is None else train.adam_beta1
     beta2 = BETA2 if train.adam_beta2 is None else train.adam_beta2
     epsilon = EPSILON if train.adam_epsilon is None else train.adam_epsilon
+    if masters is not None:
+        return HostAdamW(groups, masters, lr=rate, betas=(beta1, beta2), eps=epsilon)
     if train.optim == "adamw":
         return torch.optim.AdamW(
             groups, lr=groups[0]["lr"], betas=(beta1, beta2), eps=epsilon, fused=True, capturable=captured

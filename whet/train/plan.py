@@ -13,11 +13,11 @@ from whet.engine.device import PACKED, Placement, place
 from whet.engine.head import CHUNK_LOGITS
 from whet.engine.linear import frozen_names
 from whet.engine.load import checkpoint_storage, empty_model, load_config, longest_input
-from whet.engine.offload import check_embedding
+from whet.engine.offload import check_embedding, check_head, is_tied
 from whet.engine.plan import Sizes, plan_memory
 from whet.engine.task import Task
 from whet.recipe import Recipe
-from whet.train.padded import assumed_task, check_recipe
+from whet.train.padded import assumed_task, check_recipe, is_padded
 
 USUAL_LENGTH = 2048
 
@@ -41,6 +41,13 @@ def plan(recipe: Recipe, *, tokens: int | None = None, task: Task | None = None)
     with torch.device("meta"):
         attached = recipe.method.attach(model, task)
     _check_together(model, attached, placement, packed)
+    if placement.offload_head:
+        check_head(model, flat=not is_padded(recipe, task))
+    halved = placement.autocast and recipe.method.can.whole_model and not is_padded(recipe, task)
+    waiting = {
+        "embedding": placement.offload_embedding, "head": placement.offload_head,
+        "optimizer": bool(recipe.train.offload_optimizer), "halved": halved,
+    }  # fmt: skip
     sizes = Sizes(
         storage=placement.storage,
         compute=placement.arithmetic,
@@ -49,6 +56,7 @@ def plan(recipe: Recipe, *, tokens: int | None = None, task: Task | None = None)
         tokens=tokens or recipe.train.per_device_train_batch_size * length,
         checkpointing=bool(recipe.train.gradient_checkpointing),
         chunk_logits=0 if task.labelled else CHUNK_LOGITS[placement.device.type],
+        on_host=frozenset(name for name, there in waiting.items() if there),
     )
     found = plan_memory(attached, sizes)
     assumed = {
@@ -70,7 +78,7 @@ def _check_together(network: Any, attached: torch.nn.Module, placement: Placemen
 
     network: the model inside of `attached`, without weights; packed: names of its layers that the storage takes.
     """
-    if placement.offload_embedding:
+    if placement.offload_embedding and not (placement.offload_head and is_tied(network)):
         check_embedding(network)
     head = network.get_output_embeddings()
     trained = head is not None and any(parameter.requires_grad for parameter in head.parameters())
@@ -102,6 +110,8 @@ def show(found: dict[str, Any]) -> None:
     for name, count in found["memory"].items():
         table.add_row(name, bytes_text(count))
     table.add_row("together", bytes_text(found["peak_bytes"]), style="bold")
+    if found["host_bytes"]:
+        table.add_row("in host memory", bytes_text(found["host_bytes"]))
     console().print(table)
     assumed = found["assumed"]
     say(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
@@ -18,8 +19,9 @@ import torch
 from whet.base.console import Progress, bytes_text, say
 from whet.base.errors import UserError
 from whet.base.files import whole_directory, write_json
-from whet.data.goldens import FILE as CONTRACT
-from whet.data.goldens import write_contract
+from whet.data.template.goldens import FILE as CONTRACT
+from whet.data.template.goldens import write_contract
+from whet.engine.host_adam import HostAdamW
 from whet.engine.memory import keep_freed_memory, peak_bytes, used_bytes
 from whet.recipe import Parsed, fingerprint
 from whet.runs import LABELS, Run
@@ -32,6 +34,7 @@ from whet.train.padded import batches_for
 from whet.train.record import Recorder
 from whet.train.schedule import learning_rate
 from whet.train.setup import Ready, batches_of, build_model, get_ready, show_ledger
+from whet.train.shrink import TRIED_ON, free_memory, largest_step, no_room, ran_out, smaller, try_out
 from whet.train.step import NotFinite, Pending, Steps, held_out_loss
 
 MAX_EVAL_TOKENS = 500_000
@@ -101,17 +104,18 @@ class Loop:
         assert self.settings.learning_rate is not None
         self.method = ready.recipe.method
         self.optimiser = build_optimiser(
-            self.settings, arranged.matrices, arranged.vectors, self.settings.learning_rate, captured=arranged.graphs
+            self.settings, arranged.matrices, arranged.vectors, self.settings.learning_rate, captured=arranged.graphs,
+            masters=arranged.masters,
         )
         self.steps: GraphSteps | Steps
         if arranged.graphs:
             self.steps = GraphSteps(model, self.optimiser, self.forward, self.settings.max_grad_norm)
         else:
-            penalty = partial(self.method.penalty, model) if self.method.penalised else None
-            self.steps = Steps(model, self.optimiser, self.forward, self.settings.max_grad_norm, penalty)
+            self.steps = self._plain_steps()
         self.identity = Identity(fingerprint(ready.recipe), ready.prepared.ledger.sha256)
         self.recorder = Recorder(self.run.metrics, self.run.timing, self.settings.report_to)
         self.state = State()
+        self.method.begin(model, self.optimiser, self.total, lambda: self.state.step)
         self.launched: Launched | None = None
         self.clock = time.perf_counter()
         self.interrupted = False
@@ -120,9 +124,14 @@ class Loop:
         """Step until the last one, early stopping or Ctrl-C; then keep the best and write it."""
         self._resume()
         with Progress("training", self.total, self.state.step) as bar, _CtrlC(self):
-            self.clock = time.perf_counter()
+            self.clock, began = time.perf_counter(), self.state.step
             while self.state.step < self.total and not self._enough():
+                first = self.launched is None and self.state.step == began
                 self._step(bar)
+                if first:
+                    self._settle(bar)
+                    self._try_largest()
+                    self.clock = time.perf_counter()
                 looks, saves = self._due()
                 if looks or saves:
                     self._settle(bar)
@@ -147,17 +156,63 @@ class Loop:
             decay_ratio=self.settings.decay_ratio or 0.0,
         )
         set_rate(self.optimiser, rate)
-        batches = self.batches.step(index)
         if self.method.before_step(self.model, index / self.total):
             self.state.best_loss = self.state.best_step = None
             self.state.evaluations_without_gain = 0
-        launch = partial(self.steps.step, batches, index + 1)
-        pending = self.arranged.first(launch) if self.launched is None else launch()
+        pending, batches = self._launch(index)
         self._settle(bar)
         self.state.step += 1
         self.state.tokens += sum(batch.tokens for batch in batches)
         self.state.targets += sum(len(batch.targets) for batch in batches)
         self.launched = Launched(pending, rate, self.state.step, self.state.tokens, self.state.targets)
+
+    def _launch(self, index: int) -> tuple[Pending, list[Any]]:
+        """The step under way and its micro-batches, cut until they fit into the memory."""
+        while True:
+            batches = self.batches.step(index)
+            launch = partial(self.steps.step, batches, index + 1)
+            try:
+                return (self.arranged.first(launch) if self.launched is None else launch()), batches
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+            self._cut(index)  # here the failed step is let go with all it held
+
+    def _cut(self, index: int) -> None:
+        """Continue in smaller micro-batches. Raises UserError where a single row does not fit."""
+        free_memory(self.optimiser)
+        before = self.batches.step(index)
+        found = smaller(self.batches, self.total, self.forward.device)
+        if found is None:
+            largest = max(before, key=lambda batch: batch.ids.size)
+            raise no_room(before, _places(largest.sources[:3], self.ready))
+        say(f"out of memory in step {index + 1}, at up to {max(b.ids.size for b in before):,} tokens in a forward pass: "
+            f"going on with {found.accumulate} instead of {self.batches.accumulate} forward passes a step; "
+            "the result is the same", style="yellow")  # fmt: skip
+        self.batches = found
+        self.steps = self._plain_steps()
+        facts = self.run.read("arrangement.json") or {}
+        self.run.write("arrangement.json", facts | {
+            "micro_batches": found.accumulate, "cuda_graphs": False,
+            "out_of_memory": [*facts.get("out_of_memory", []), {"step": index + 1, "micro_batches": found.accumulate}],
+        })  # fmt: skip
+
+    def _plain_steps(self) -> Steps:
+        penalty = partial(self.method.penalty, self.model) if self.method.penalised else None
+        return Steps(self.model, self.optimiser, self.forward, self.settings.max_grad_norm, penalty)
+
+    def _try_largest(self) -> None:
+        """Run the largest batch of the run once, so that memory runs out now or never."""
+        while self.forward.device.type in TRIED_ON:
+            step = largest_step(self.batches, self.total)
+            if step is None:
+                return
+            try:
+                return try_out(self.model, self.optimiser, self.batches.step(step), self.forward)
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+            self._cut(step)
 
     def _settle(self, bar: Progress) -> None:
         """Wait for the step that was launched last, and log it."""
@@ -245,9 +300,11 @@ class Loop:
         """Keep the best weights if wanted, write them, and mark the run finished as the very last thing."""
         best = self.state.best_step
         if self.settings.load_best_model_at_end and best is not None and best != self.state.step:
-            checkpoint.load_weights(self.run.checkpoints / f"step-{best}", self.model)
+            checkpoint.load_weights(self.run.checkpoints / f"step-{best}", self.model, self.optimiser)
             say(f"keeping step {best}, the lowest held-out loss ({self.state.best_loss:.4f})")
         kept = best if self.settings.load_best_model_at_end and best is not None else self.state.step
+        if isinstance(self.optimiser, HostAdamW):
+            self.optimiser.release()
         self.method.settle(self.model)  # after the best weights are back: they may be from before it would be settled
         tokeniser = self.ready.prepared.tokeniser
         with whole_directory(self.run.trained) as directory:
@@ -322,9 +379,7 @@ def _evaluation_batches(ready: Ready) -> list[Any]:
 
 def _not_finite(problem: NotFinite, ready: Ready) -> UserError:
     """Say where a loss or gradient broke: step, and the first rows of that step by file and line."""
-    sources = ready.prepared.train.sources
-    places = [ready.prepared.train_examples[int(sources[row])] for row in problem.rows[:3]]
-    names = "; ".join(f"{example.file} row {example.row}" for example in places)
+    names = _places(problem.rows[:3], ready)
     return UserError(
         f"the {problem.what} of step {problem.step} is not finite; nothing was updated",
         file=str(ready.run.path),
@@ -332,3 +387,10 @@ def _not_finite(problem: NotFinite, ready: Ready) -> UserError:
         expected="a finite number",
         fix="lower train.learning_rate, or base.compute=fp32; the last checkpoint is intact",
     )
+
+
+def _places(rows: Sequence[int], ready: Ready) -> str:
+    """Where rows of the training data come from, by file and row."""
+    sources = ready.prepared.train.sources
+    places = [ready.prepared.train_examples[int(sources[row])] for row in rows]
+    return "; ".join(f"{example.file} row {example.row}" for example in places)

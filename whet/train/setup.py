@@ -18,15 +18,16 @@ from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.files import write_text
 from whet.base.seed import seed_everything
-from whet.data.batches import Batches
+from whet.data.batch.batches import Batches
 from whet.data.labels import labels_text
-from whet.data.ledger import Ledger
+from whet.data.batch.ledger import Ledger
 from whet.data.prepare import Prepared, prepare
-from whet.data.read import check_unchanged
-from whet.data.task_batches import TaskBatches
-from whet.data.template import use_template
+from whet.data.read.read import check_unchanged
+from whet.data.batch.task_batches import TaskBatches
+from whet.data.template.template import use_template
 from whet.engine.device import Placement, device_name, place
 from whet.engine.head import find_head
+from whet.engine.host_adam import halve
 from whet.engine.isolation import check_causality, check_isolation
 from whet.engine.linear import count_parameters
 from whet.engine.load import checkpoint_storage, load_config, load_model, load_tokenizer, longest_input
@@ -113,10 +114,18 @@ def build_model(ready: Ready) -> tuple[torch.nn.Module, Ready, Arrangement]:
     recipe, placement = ready.recipe, ready.placement
     seed_everything(recipe.train.seed)
     task = ready.prepared.task
-    network = load_model(recipe.model, placement, task)
+    padded = is_padded(recipe, task)
+    halved = bool(recipe.train.offload_optimizer) and recipe.method.can.whole_model and placement.autocast
+    loaded = placement
+    if halved and not padded and not recipe.model.from_config:  # random weights are drawn where they always are
+        loaded = replace(placement, device=torch.device("cpu"))
+    network = load_model(recipe.model, loaded, task)
     model = recipe.method.attach(network, task)
-    if is_padded(recipe, task):
+    if padded:
         return _padded(ready, network, model)
+    masters = {} if recipe.train.offload_optimizer else None
+    if halved:
+        masters = halve(network, placement.device, placement.compute)
     ready = _isolated(ready, model, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
     autocast = placement.compute if placement.autocast else None
     forward = Forward(placement.device, placement.compute, placement.autocast, find_head(network, autocast=autocast))
@@ -126,7 +135,7 @@ def build_model(ready: Ready) -> tuple[torch.nn.Module, Ready, Arrangement]:
     assert isinstance(batches, Batches)
     start_from_rows(recipe.method, model, forward, batches)
     train = _possible(recipe)
-    arranged = arrange(train, placement, model, network, forward, batches, steps=train.max_steps or 1)
+    arranged = arrange(train, placement, model, network, forward, batches, steps=train.max_steps or 1, masters=masters)
     ready.run.write("arrangement.json", arranged.facts)
     return model, ready, arranged
 
@@ -148,6 +157,9 @@ def _padded(ready: Ready, network: Any, model: torch.nn.Module) -> tuple[torch.n
     batches = batches_of(ready)
     start_from_rows(recipe.method, model, forward, batches)
     arranged = arrange_padded(recipe.train, ready.placement, model, network, forward, batches)
+    on_host = bool(recipe.train.offload_optimizer)
+    facts = arranged.facts | {"offload_optimizer": on_host}
+    arranged = replace(arranged, facts=facts, masters={} if on_host else None)
     ready.run.write("arrangement.json", arranged.facts)
     return model, ready, arranged
 

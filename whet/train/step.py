@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from whet.data.batches import Batch
+from whet.base.errors import UserError
+from whet.data.batch.batches import Batch
 from whet.engine.compile import uncompiled
+from whet.engine.host_adam import HostAdamW
 from whet.train.loss import Forward
 
 
@@ -60,6 +62,8 @@ def train_step(
     penalty: makes what is added to the mean loss of the whole step, once, however many micro-batches there are.
     """
     targets, worth = sum(len(batch.targets) for batch in batches), sum(batch.worth for batch in batches)
+    if isinstance(optimiser, HostAdamW):
+        optimiser.zero_grad()  # a step that was broken off has left some on the host
     if forward.prepare is not None:
         forward.prepare()
     total = torch.zeros((), dtype=torch.float32, device=forward.device)
@@ -70,16 +74,25 @@ def train_step(
     extra = penalty() if penalty is not None else None
     if extra is not None:
         extra.backward()
+    if isinstance(optimiser, HostAdamW):
+        optimiser.collect()
     parameters = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
     limit = max_grad_norm if max_grad_norm > 0 else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    loss_value, norm_value = torch.stack([total, norm.float()]).tolist()
+    loss_value, norm_value = torch.stack([total, norm.float().to(total.device)]).tolist()
     rows = [row for batch in batches for row in batch.sources]
     for name, value in (("loss", loss_value), ("gradient norm", norm_value)):
         if value != value or value in (float("inf"), float("-inf")):
             optimiser.zero_grad(set_to_none=True)
             raise NotFinite(name, step, rows)
-    optimiser.step()
+    try:
+        optimiser.step()
+    except torch.OutOfMemoryError as error:  # part of the weights may be updated: this step cannot be made again
+        raise UserError(
+            "the optimiser's moments do not fit in memory beside the model", field="train.optim",
+            found=type(optimiser).__name__, expected="a smaller optimiser, or one on the host",
+            fix="train.offload_optimizer=true, or train.optim=adamw_8bit; the last checkpoint is intact",
+        ) from error  # fmt: skip
     optimiser.zero_grad(set_to_none=True)
     return Stepped(loss_value, norm_value, sum(batch.tokens for batch in batches), targets)
 

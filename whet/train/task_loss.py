@@ -19,8 +19,8 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from whet.base.errors import UserError
-from whet.data.batches import Batch
-from whet.data.task_batches import LabelBatch, PairBatch
+from whet.data.batch.batches import Batch
+from whet.data.batch.task_batches import LabelBatch, PairBatch
 from whet.engine.device import Placement
 from whet.engine.head import plain_loss
 from whet.engine.task import Task, TaskName, kind_of

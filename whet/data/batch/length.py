@@ -1,0 +1,77 @@
+"""What happens to a row that is longer than `max_length`: always by a declared policy, always counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from whet.base.errors import UserError
+from whet.data.template.tokenise import Tokens
+
+LONGEST_BY_DEFAULT = 4096
+
+
+def longest_allowed(wanted: int | None, readable: int | None) -> int:
+    """The most tokens that a row may have, known before any row is. Raises UserError where the model cannot read it."""
+    if wanted is None:
+        return max(8, min(readable or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT))
+    if readable is not None and wanted > readable:
+        raise UserError(
+            "the model cannot read rows of this length", field="data.max_length", found=str(wanted),
+            expected=f"at most {readable} tokens", fix=f"data.max_length={readable}",
+        )  # fmt: skip
+    return wanted
+
+
+def choose_length(
+    wanted: int | None, longest: int, readable: int | None, decided: dict[str, tuple[object, str]]
+) -> int:
+    """The longest row in tokens: `wanted`, else the `longest` there is, as far as the model can read.
+
+    Raises UserError where the model cannot read so much.
+    """
+    limit = longest_allowed(wanted, readable)
+    if wanted is not None:
+        return wanted
+    chosen = max(8, min(longest, limit))
+    why = "the longest row" if chosen == longest else f"the longest row has {longest} tokens, limited to {limit}"
+    decided["data.max_length"] = (chosen, why)
+    return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """The row as it is used (None: dropped) and how many tokens were lost."""
+
+    tokens: Tokens | None
+    lost: int
+
+
+def fit(tokens: Tokens, max_length: int, policy: str) -> Fitted:
+    """Apply `policy` (drop, truncate, truncate_prompt) to a row longer than `max_length` tokens.
+
+    A row that has nothing left to learn, or whose answer alone is too long for `truncate_prompt`, is dropped.
+    """
+    excess = len(tokens.ids) - max_length
+    assert excess > 0
+    if policy == "drop":
+        return Fitted(None, len(tokens.ids))
+    if policy == "truncate":
+        short = _chosen(tokens, np.arange(len(tokens.ids)) < max_length, tokens.prompts, False)
+        return Fitted(short, excess) if short.learned[1:].any() else Fitted(None, len(tokens.ids))
+    assert policy == "truncate_prompt", policy
+    kept = np.ones(len(tokens.ids), dtype=bool)
+    left = excess
+    for start, end in tokens.prompts:
+        cut = min(left, end - start)
+        kept[start : start + cut] = False
+        left -= cut
+    if left:
+        return Fitted(None, len(tokens.ids))
+    return Fitted(_chosen(tokens, kept, [], tokens.closed), excess)
+
+
+def _chosen(tokens: Tokens, kept: np.ndarray, prompts: list[tuple[int, int]], closed: bool) -> Tokens:
+    weights = None if tokens.weights is None else tokens.weights[kept]
+    return Tokens(tokens.ids[kept], tokens.learned[kept], prompts, closed, weights, tokens.dropped)

@@ -1,0 +1,249 @@
+"""Rows that are the same text, and rows that are nearly the same: which, how similar, and in what clusters.
+
+Two texts are the same when they are equal after `normalised`: canonical Unicode (NFC), case folded, every run of white
+space one space. Punctuation stays, since "Really?" and "Really!" may carry different labels. They are near duplicates
+when the edit distance of the normalised texts (insertions, deletions, substitutions of characters) is at most
+1 - similarity of the longer one: a definition that anybody can check by hand, unlike a score of sketches. Sketches
+(`data.minhash`) only propose pairs; rapidfuzz decides each one exactly, so there is no false alarm by construction.
+Texts of fewer than 1 / (1 - similarity) characters have no near duplicates, only equal ones.
+
+Everything is decided by content: the order of rows, the machine and PYTHONHASHSEED change nothing. Gives up: texts that
+say the same in other words (that takes a model), and 0.4 % of the pairs at the very limit of the similarity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from whet.base.errors import UserError
+from whet.data.detect.minhash import Sketches, edits_allowed, may_be_near, meetings, sketches
+
+SIMILARITY = 0.9
+LEAST_SIMILARITY = 0.9  # what the bands of data.minhash are chosen for
+BATCH = 1 << 14
+MOST_COMPARISONS = 100  # of one text with longer ones; a text of banking77 needs 3 on average
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Of R rows. first: the first row of each row's cluster, int64 [R] (a row that is alone names itself).
+
+    same: the first row with the same normalised text, int64 [R]. pairs: the near duplicates that tie the clusters
+    together, int64 [P, 2], each text by its first row, a < b, ascending: one fewer than the texts of a cluster, so
+    P < R whatever the data. similarity: 1 - distance / longer length, float64 [P]. crowded: texts that were not
+    compared with every candidate, because too many were alike.
+    """
+
+    first: np.ndarray
+    same: np.ndarray
+    pairs: np.ndarray
+    similarity: np.ndarray
+    crowded: int = 0
+
+    @property
+    def repeated(self) -> np.ndarray:
+        """Rows whose text stands in an earlier row, int64 [D]: what removing exact duplicates would remove."""
+        return np.flatnonzero(self.same != np.arange(len(self.same)))
+
+    @property
+    def removable(self) -> np.ndarray:
+        """Rows that are not the first of their cluster, int64 [D]: what keeping one row of each would remove."""
+        return np.flatnonzero(self.first != np.arange(len(self.first)))
+
+    def clusters(self) -> list[np.ndarray]:
+        """The rows of each cluster of two or more, by their first rows."""
+        order = np.argsort(self.first, kind="stable")
+        parts = np.split(order, np.flatnonzero(np.diff(self.first[order])) + 1)
+        return [part for part in parts if len(part) > 1]
+
+
+def normalised(text: str) -> str:
+    """The text in canonical Unicode, case folded, with single spaces between what white space parted."""
+    text = " ".join(text.split())
+    if text.isascii():
+        return text.lower()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+
+
+def text_keys(texts: Iterable[str], *, as_written: bool = False) -> np.ndarray:
+    """uint64 [R]: equal keys for equal normalised texts (as_written: for equal texts, bit for bit).
+
+    64 bits of BLAKE2: among a million rows, two different texts share a key with a probability of 3e-8.
+    """
+
+    def key(text: str) -> int:
+        written = (text if as_written else normalised(text)).encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(written, digest_size=8).digest(), "little")
+
+    return np.fromiter((key(text) for text in texts), np.uint64)
+
+
+def first_of(keys: np.ndarray) -> np.ndarray:
+    """The first row with the same key, int64 [R]. keys: any integers [R]."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return first[inverse].astype(np.int64)
+
+
+def exact_duplicates(keys: np.ndarray) -> Duplicates:
+    """Rows with equal keys, as `text_keys` makes them."""
+    same = first_of(keys)
+    return Duplicates(same, same, np.zeros((0, 2), np.int64), np.zeros(0))
+
+
+def near_duplicates(
+    texts: Sequence[str], similarity: float = SIMILARITY, *, keys: np.ndarray | None = None
+) -> Duplicates:
+    """Exact and near duplicates among `texts`, which are read in order and then by index where two may be alike.
+
+    keys: `text_keys(texts)`, where they are known. Near-linear in rows; about 400 bytes a row besides the texts. Raises
+    UserError where rapidfuzz is missing or the similarity is out of reach.
+    """
+    return _near(texts, text_keys(texts) if keys is None else keys, similarity, None, 2)[0]
+
+
+def near_across(
+    texts: Sequence[str], sides: np.ndarray, count: int, similarity: float = SIMILARITY, *,
+    keys: np.ndarray | None = None,
+) -> list[Duplicates]:  # fmt: skip
+    """Near duplicates between side 0 and each other side, in the order of sides, as `near_duplicates` finds them.
+
+    sides: 0 to count - 1 for each row, int [R]; a side may be empty. Every row that has a near duplicate on the other
+    side is in a pair, short of those that `crowded` counts.
+    """
+    return _near(texts, text_keys(texts) if keys is None else keys, similarity, sides, count)
+
+
+def _near(
+    texts: Sequence[str], keys: np.ndarray, similarity: float, sides: np.ndarray | None, count: int
+) -> list[Duplicates]:
+    _check(similarity)
+    unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    found = sketches((normalised(texts[int(row)]) for row in first.tolist()), len(first))
+    order = np.argsort(found.lengths, kind="stable")
+    found, rows = found.reordered(order), first[order]
+    where: list[np.ndarray | None] = [None]
+    if sides is not None:
+        there = np.zeros((count, len(unique)), bool)
+        there[sides, inverse] = True
+        where = [(there[0] + 2 * side)[order] for side in there[1:].astype(np.uint8)]
+    links = [_Links(texts, found, rows, similarity, bits) for bits in where]
+    for a, b, crowded in meetings(found, similarity):
+        for each in links:
+            each.meet(a, b, crowded)
+    same = first[inverse].astype(np.int64)
+    return [each.duplicates(same) for each in links]
+
+
+def clusters_of(same: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """The first row of each row's cluster, int64 [R], from equal rows (first row of each text, int64 [R]) and pairs."""
+    forest = _Forest(same.copy())
+    for a, b in pairs.tolist():
+        forest.join(a, b)
+    return forest.flat()
+
+
+class _Forest:
+    """Union-find over rows; a cluster's root is its lowest row."""
+
+    def __init__(self, parent: np.ndarray) -> None:
+        self.parent = parent
+
+    def root(self, row: int) -> int:
+        parent = self.parent
+        while (up := int(parent[row])) != row:
+            parent[row] = parent[up]
+            row = int(parent[row])
+        return row
+
+    def join(self, a: int, b: int) -> None:
+        low, high = sorted((self.root(a), self.root(b)))
+        self.parent[high] = low
+
+    def flat(self) -> np.ndarray:
+        """The root of each row, int64 [R]."""
+        while not np.array_equal(up := self.parent[self.parent], self.parent):
+            self.parent = up
+        return self.parent
+
+
+class _Links:
+    """Compares pairs that are not in one cluster yet, so what is kept is bounded by rows and not by pairs.
+
+    rows: the first row of each text. where: uint8, bit 0 or 1 set where the text is on that side; None: no sides.
+    """
+
+    def __init__(
+        self, texts: Sequence[str], found: Sketches, rows: np.ndarray, similarity: float, where: np.ndarray | None
+    ) -> None:
+        self.texts, self.found, self.rows, self.similarity, self.where = texts, found, rows, similarity, where
+        self.forest = _Forest(np.arange(len(rows)))
+        self.crowded = np.zeros(len(rows), bool)
+        self.compared = np.zeros(len(rows), np.int32)
+        self.pairs: list[tuple[int, int]] = []
+        self.alike: list[float] = []
+        self.flattened = 0
+
+    def meet(self, a: np.ndarray, b: np.ndarray, crowded: bool) -> None:
+        """Link those of the pairs that are alike. a, b: indices of texts, int64 [P]."""
+        apart = self.forest.parent[a] != self.forest.parent[b]
+        if self.where is not None:
+            apart &= (self.where[a] | self.where[b]) == 3
+        a, b = a[apart], b[apart]
+        if crowded:
+            self.crowded[a] = True
+            return
+        near = may_be_near(self.found, a, b, self.similarity)
+        a, b = a[near], b[near]
+        left = self.compared[a] < MOST_COMPARISONS
+        self.crowded[a[~left]] = True
+        a, b = a[left], b[left]
+        np.add.at(self.compared, a, 1)
+        for start in range(0, len(a), BATCH):
+            self._compare(a[start : start + BATCH], b[start : start + BATCH])
+        if len(self.pairs) > self.flattened + len(self.rows) // 64:
+            self.forest.flat()
+            self.flattened = len(self.pairs)
+
+    def duplicates(self, same: np.ndarray) -> Duplicates:
+        """What was found, its pairs in order of rows. same: as `Duplicates` has it."""
+        pairs = np.asarray(self.pairs, np.int64).reshape(-1, 2)
+        order = np.lexsort((pairs[:, 1], pairs[:, 0]))
+        pairs, alike = pairs[order], np.asarray(self.alike, np.float64)[order]
+        return Duplicates(clusters_of(same, pairs), same, pairs, alike, int(self.crowded.sum()))
+
+    def _compare(self, a: np.ndarray, b: np.ndarray) -> None:
+        from rapidfuzz.distance import Levenshtein
+
+        met = np.unique([a, b])
+        rows = self.rows[met].tolist()
+        written = {text: normalised(self.texts[int(row)]) for text, row in zip(met.tolist(), rows, strict=True)}
+        allowed = edits_allowed(np.asarray([len(written[text]) for text in b.tolist()]), self.similarity)
+        for one, other, limit in zip(a.tolist(), b.tolist(), allowed.tolist(), strict=True):
+            if self.forest.root(one) == self.forest.root(other):
+                continue
+            distance = Levenshtein.distance(written[one], written[other], score_cutoff=limit)
+            if distance <= limit:
+                self.forest.join(one, other)
+                low, high = sorted((int(self.rows[one]), int(self.rows[other])))
+                self.pairs.append((low, high))
+                self.alike.append(1 - distance / max(1, len(written[other])))
+
+
+def _check(similarity: float) -> None:
+    if not LEAST_SIMILARITY <= similarity <= 1:
+        raise UserError(
+            "near duplicates are not found at this similarity", field="similarity", found=str(similarity),
+            expected=f"{LEAST_SIMILARITY} to 1: the share of characters that stay", fix=f"write {SIMILARITY}",
+        )  # fmt: skip
+    try:
+        import rapidfuzz  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "near duplicates are compared with rapidfuzz, which is not installed",
+            fix='pip install "whet[data]", or look for exact duplicates only',
+        ) from None

@@ -1,0 +1,56 @@
+"""The label of a row as it stands in the file -> a `Label`, or a complaint; what it means, `data.labels` decides."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from whet.base.errors import UserError
+from whet.data.example import Label
+from whet.data.read.read import kind_of
+
+FIELD = "label"
+EXPECTED = "a name, a number, a list of names, or a list of 0 and 1"
+
+
+class Labelled(NamedTuple):
+    """A text, perhaps with a second one, and its label."""
+
+    text: str
+    pair: str | None
+    label: Label
+
+
+def read_label(value: object) -> Label:
+    """The label in `value`, which is there. Raises UserError."""
+    match value:
+        case bool() | int():
+            return value
+        case float() if math.isfinite(value):
+            return value
+        case str() if value.strip() and "\0" not in value:
+            return value
+        case list():
+            return _several(value)
+    raise _wrong(FIELD, value)
+
+
+def _several(values: list) -> tuple[str, ...] | tuple[int, ...]:
+    names = [isinstance(value, str) for value in values]
+    if all(names):
+        for index, value in enumerate(values):
+            if not value.strip() or "\0" in value:
+                raise _wrong(f"{FIELD}[{index}]", value)
+        if len(set(values)) < len(values):
+            raise UserError("a label twice in one row", "name it once", field=FIELD, found=", ".join(values))
+        return tuple(values)
+    for index, value in enumerate(values):
+        # A float is what data frames write for 0 and 1.
+        if isinstance(value, str) or not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise _wrong(f"{FIELD}[{index}]", value)
+    return tuple(int(value) for value in values)
+
+
+def _wrong(where: str, value: object) -> UserError:
+    found = "not a number" if isinstance(value, float) else kind_of(value)
+    return UserError("this is no label", f"write {EXPECTED}", field=where, found=found, expected=EXPECTED)

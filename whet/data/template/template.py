@@ -1,0 +1,370 @@
+"""Conversations become text and character spans: what each message wrote, and where its turn ends.
+
+A template is run on strings that remember their source (`template.traced`), so the text itself says which characters
+came from which message, whatever the template did with them: strip them, drop earlier thinking, write them as JSON, put
+the system message into the user's turn. What an answer is, is what a model writes: from the end of the generation
+prompt, which is rendered too, to the token that closes the turn. A template that leaves out a part of a message is
+reported; one that leaves out a whole answer or call, or mixes turns, is refused. Nothing is found by searching.
+
+Most rows are plain turns in a usual order. For each order the template's own words are learned once from a trial run;
+a row that follows them to the last character has its spans without being traced, and any other row is traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from whet.base.errors import UserError
+from whet.data.example import Example, Message
+from whet.data.template.named import LARGEST, NAMED, use_template
+from whet.data.template.sandbox import attributes, compiled
+from whet.data.template.spans import Alone, Rendered, Turn, dropped, lost, place
+from whet.data.template.traced import TOOLS, Source, spans_of, traced_value
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["LARGEST", "NAMED", "Chat", "Rendered", "Template", "Turn", "contract", "use_template"]
+
+# What Python raises inside a template that adds text to a number, divides by zero, calls itself or loops for ever.
+TEMPLATE_MISTAKES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+SLOWEST_SECONDS = 10.0  # for two short messages, which take a thousandth of a second
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that templates know it by
+Chat = Example | Sequence[Message]
+# Of each message its role, whether it says something, whether it thinks, and how many tools it calls; and of the whole
+# whether tools are defined.
+Shape = tuple[tuple[tuple[str, bool, bool, int], ...], bool]
+_PROBE_TOOLS = (
+    '[{"type": "function", "function": {"name": "qztool", "description": "qztool", "parameters": '
+    '{"type": "object", "properties": {"qztool": {"type": "string", "description": "qztool"}}, "required": []}}}]'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What the template writes between the contents of plain turns in one order of roles.
+
+    literals: one before each content, and the last text. turns: of each, how far before its content it starts, how far
+    behind it stops, and whether it is closed. markers: special tokens in the literals.
+    """
+
+    literals: tuple[str, ...]
+    turns: tuple[tuple[str, int, int, bool], ...]
+    markers: int
+
+
+class Template:
+    """The tokenizer's chat template, with the spans of what it renders."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, slowest_seconds: float = SLOWEST_SECONDS) -> None:
+        if not tokenizer.chat_template:
+            raise UserError(
+                "the model has no chat template, so conversations cannot be rendered",
+                field="model.chat_template",
+                found="none",
+                expected=f"{', '.join(NAMED)} or a .jinja file",
+                fix="model.chat_template=alpaca (or chatml when the vocabulary has its markers)",
+            )
+        self.tokenizer = tokenizer
+        sources = tokenizer.chat_template
+        # A model may have one template for conversations with tools and another for the rest.
+        several: dict[str, str] = sources if isinstance(sources, dict) else {"default": str(sources)}
+        self._plain_source = several.get("default", next(iter(several.values())))
+        self._tool_source = several.get("tool_use", self._plain_source)
+        added = tokenizer.added_tokens_decoder.values()
+        self.specials = sorted({str(t) for t in added if t.special} | set(tokenizer.all_special_tokens), key=len)[::-1]
+        self.special = re.compile("|".join(re.escape(token) for token in self.specials) or r"(?!)")
+        self._variables = dict(tokenizer.special_tokens_map)
+        self._plans = lru_cache(maxsize=4096)(self._find_plan)
+        self._tails = lru_cache(maxsize=4096)(self._find_tail)
+        self._alones = lru_cache(maxsize=4096)(self._find_alone)
+        self._check_cost(slowest_seconds)
+
+    def _check_cost(self, seconds: float) -> None:
+        """Refuse a template that is too large, or does not end on two short messages within `seconds`.
+
+        jinja's sandbox has no clock, and a thread cannot be stopped: the one that is stuck is left behind, and dies
+        with the process. A template that loops on other messages only is not found out.
+        """
+        wrong: dict[str, Any] = {"field": "model.chat_template", "fix": "use model.chat_template=chatml or alpaca"}
+        if max(len(self._plain_source), len(self._tool_source)) > LARGEST:
+            raise UserError("the chat template is too large", **wrong, expected=f"at most {LARGEST:,} characters")
+
+        def render() -> None:
+            with contextlib.suppress(UserError):  # it will be said of the row that it concerns
+                self.text([Message("user", "a"), Message("assistant", "b")])
+
+        worker = threading.Thread(target=render, daemon=True)
+        worker.start()
+        worker.join(seconds)
+        if worker.is_alive():
+            raise UserError(
+                "the chat template does not come to an end", **wrong, found=f"two messages, {seconds:g} seconds",
+            )  # fmt: skip
+
+    def text(self, chat: Chat, *, prompt: bool = False) -> str:
+        """The rendered conversation; with `prompt`, followed by the header of the answer to come."""
+        messages, tools = _both(chat)
+        plain = [self._plain(message) for message in messages]
+        return self._run(plain, None if tools is None else json.loads(tools), prompt)
+
+    def prompt(self, chat: Chat) -> Rendered:
+        """The prompt that asks for the next answer, with its turns where they can be placed."""
+        messages, tools = _both(chat)
+        traced = self._traced(messages, tools, True)
+        turns: tuple[Turn, ...] = ()
+        with contextlib.suppress(UserError):  # what cannot be learned can be asked all the same
+            turns = self._place(traced, messages, tools, ())
+        return self._with_data(traced, turns)
+
+    def lead(self, question: Chat) -> str:
+        """What a tuned model writes before the answer to `question`, as it learned to: "" with most templates."""
+        messages, tools = _both(question)
+        found = self._exact([*_probes(_shape(messages, tools)), Message("assistant", "qzlead")], tools)
+        turn = found.turns[-1]
+        return found.text[turn.start : turn.content]
+
+    def render(self, chats: Sequence[Chat]) -> list[Rendered]:
+        """Text and turns of each conversation. Raises UserError for one that the template cannot render exactly."""
+        return [self._rendered(*_both(chat)) for chat in chats]
+
+    def _rendered(self, messages: Sequence[Message], tools: str | None) -> Rendered:
+        if tools is None:
+            roles = []
+            for message in messages:
+                if not message.content or message.reasoning is not None or message.tool_calls or message.name:
+                    break
+                roles.append(message.role)
+            plan = self._plans(tuple(roles)) if len(roles) == len(messages) else None
+            if plan is not None:
+                text = self._run([{"role": m.role, "content": m.content} for m in messages], None, False)
+                found = _follow(text, messages, plan)
+                if found is not None:
+                    return found
+        return self._exact(messages, tools)
+
+    def _plain(self, message: Message) -> dict[str, Any]:
+        found: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.reasoning is not None:
+            known = attributes(self._plain_source) | attributes(self._tool_source)
+            found |= {name: message.reasoning for name in REASONING if name in known}
+        if message.tool_calls:
+            found["tool_calls"] = list(message.tool_calls)
+        if message.name is not None:
+            found["name"] = message.name
+        if message.tool_call_id is not None:
+            found["tool_call_id"] = message.tool_call_id
+        return found
+
+    def _traced(self, messages: Sequence[Message], tools: str | None, prompt: bool) -> str:
+        """The rendered text, with its sources."""
+        found = []
+        for index, message in enumerate(messages):
+            plain = self._plain(message)
+            for name, value in plain.items():
+                if name != "role":
+                    field = "reasoning" if name in REASONING else name
+                    plain[name] = traced_value(value, Source(index, field))
+            found.append(plain)
+        defined = None if tools is None else traced_value(json.loads(tools), Source(TOOLS, "tools"), paths=False)
+        return self._run(found, defined, prompt)
+
+    def _run(self, messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        source = self._plain_source if tools is None else self._tool_source
+        try:
+            return compiled(source).render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self._variables
+            )
+        except (TemplateError, *TEMPLATE_MISTAKES) as error:
+            raise UserError(
+                f"the chat template refuses this conversation: {error}",
+                field="messages",
+                found=" ".join(message["role"] for message in messages) + (", with tools" if tools else ""),
+                expected="roles in the order that the model's template accepts",
+                fix="remove what it names (a system message, a tool), or use model.chat_template=chatml",
+            ) from error
+
+    def _exact(self, messages: Sequence[Message], tools: str | None) -> Rendered:
+        """The conversation traced, and every turn placed. Raises UserError."""
+        traced = self._traced(messages, tools, False)
+        shape = _shape(messages, tools)
+        left_out = dropped(traced, messages, tools)
+        if left_out and (name := lost(self._traced(_probes(shape), _PROBE_TOOLS if tools else None, False))):
+            raise UserError(
+                "the chat template builds its text in a way that could not be followed", field="model.chat_template",
+                found=f"the source of {name} was lost", expected="contents that are joined, stripped, cut or split",
+                fix="use model.chat_template=chatml, or a template that joins text with + or ~",
+            )  # fmt: skip
+
+        turns = self._place(traced, messages, tools, left_out)
+        if not left_out and len(turns) > 1 and turns[-1].role == "assistant" and turns[-1].index == len(messages) - 1:
+            self._check_prompt(str.__str__(traced), messages, tools)
+        return self._with_data(traced, turns, left_out)
+
+    def _place(
+        self, traced: str, messages: Sequence[Message], tools: str | None, left_out: Sequence[tuple[int, str]]
+    ) -> tuple[Turn, ...]:
+        shape = _shape(messages, tools)
+
+        def actual_tail(index: int) -> tuple[int | None, str]:
+            return _tail(self._traced(messages[:index], tools, True))
+
+        return place(
+            traced, messages, left_out,
+            alone=lambda index: self._alones(_head(shape, index + 1)),
+            tails=lambda index: (self._tails(_head(shape, index)), lambda: actual_tail(index)),
+            closing=self._closing,
+        )  # fmt: skip
+
+    def _check_prompt(self, text: str, messages: Sequence[Message], tools: str | None) -> None:
+        """Refuse a template that writes what is before the last answer otherwise when it asks for that answer."""
+        asked = str.__str__(self._traced(messages[:-1], tools, True))
+        if not text.startswith(asked):
+            same = next((at for at, (a, b) in enumerate(zip(text, asked, strict=False)) if a != b), len(text))
+            raise UserError(
+                "the chat template rewrites what came before, when it asks for the last answer",
+                field="model.chat_template",
+                found=f"turn {len(messages)}: …{text[same : same + 20]!r}, in the prompt …{asked[same : same + 20]!r}",
+                expected="the text before an answer, as in a whole conversation",
+                fix="mend the template, or use model.chat_template=chatml",
+            )
+
+    def _with_data(self, traced: str, turns: Sequence[Turn], left_out: Sequence[tuple[int, str]] = ()) -> Rendered:
+        """With the places of all text that is not the template's own, and the special tokens in the text that is."""
+        data: list[tuple[int, int]] = []
+        for span in sorted(spans_of(traced)):
+            if data and span.start <= data[-1][1]:
+                data[-1] = (data[-1][0], max(span.end, data[-1][1]))
+            else:
+                data.append((span.start, span.end))
+        text = str.__str__(traced)
+        edges = [0, *(edge for pair in data for edge in pair), len(text)]
+        markers = sum(len(self.special.findall(text[a:b])) for a, b in zip(edges[::2], edges[1::2], strict=True))
+        return Rendered(text, tuple(turns), tuple(data), markers, tuple(left_out))
+
+    def _closing(self, literal: str) -> int:
+        """Characters of `literal` up to the end of the first special token in it, 0 when it has none."""
+        found = self.special.search(literal)
+        return found.end() if found else 0
+
+    def _find_tail(self, shape: Shape) -> tuple[int | None, str] | None:
+        """What follows the last content in a prompt: its message and the text, None where a trial is refused."""
+        try:
+            return _tail(self._traced(_probes(shape), _PROBE_TOOLS if shape[1] else None, True))
+        except UserError:
+            return None
+
+    def _find_alone(self, shape: Shape) -> Alone | None:
+        """The last answer of a conversation with nothing behind it: how it is closed, and how often it says a thing."""
+        try:
+            traced = self._traced(_probes(shape), _PROBE_TOOLS if shape[1] else None, False)
+        except UserError:
+            return None
+        last = len(shape[0]) - 1
+        spans = [span for span in spans_of(traced) if span.source.message == last]
+        end = max((span.end for span in spans), default=len(traced))
+        fields = [span.source.field for span in spans]
+        closing = self.special.search(str.__str__(traced), end)
+        return Alone(closing.group() if closing else "", {field: fields.count(field) for field in fields})
+
+    def _find_plan(self, roles: tuple[str, ...]) -> _Plan | None:
+        """None where the template does more with plain turns than to write them one after the other."""
+        shape: Shape = (tuple((role, True, False, 0) for role in roles), False)
+        try:
+            found = self._exact(_probes(shape), None)
+        except UserError:
+            return None
+        if [turn.index for turn in found.turns] != list(range(len(roles))) or found.dropped:
+            return None
+        literals, turns, at = [], [], 0
+        for turn, probe in zip(found.turns, _probes(shape), strict=True):
+            if found.text[turn.content : turn.end] != probe.content or turn.content < at:
+                return None
+            literals.append(found.text[at : turn.content])
+            turns.append((turn.role, turn.content - turn.start, turn.stop - turn.end, turn.closed))
+            at = turn.end
+        return _Plan((*literals, found.text[at:]), tuple(turns), found.markers)
+
+
+def _follow(text: str, messages: Sequence[Message], plan: _Plan) -> Rendered | None:
+    """The turns of a text that consists of the plan's literals and of the contents between them, None if it does not.
+
+    A template may strip contents; each is taken as it stands, else without the white space on one side or both.
+    """
+    position = 0
+    turns, data = [], []
+    for index, message in enumerate(messages):
+        before, after = plan.literals[index], plan.literals[index + 1]
+        if not text.startswith(before, position):
+            return None
+        start = position + len(before)
+        content = message.content
+        if not (text.startswith(content, start) and text.startswith(after, start + len(content))):
+            forms = (content.rstrip(), content.lstrip(), content.strip())
+            found = (f for f in forms if text.startswith(f, start) and text.startswith(after, start + len(f)))
+            content = next(found, None)
+            if content is None:
+                return None
+        position = start + len(content)
+        role, ahead, behind, closed = plan.turns[index]
+        turns.append(Turn(index, role, start - ahead, start, position, position + behind, closed))
+        data.append((start, position))
+    if len(text) != position + len(plan.literals[-1]):
+        return None
+    return Rendered(text, tuple(turns), tuple(data), plan.markers, ())
+
+
+def _tail(traced: str) -> tuple[int | None, str]:
+    """The message of the last content in a rendered text, and the text behind it."""
+    last = max(spans_of(traced), key=lambda span: (span.end, span.start), default=None)
+    return (None, str.__str__(traced)) if last is None else (last.source.message, str.__str__(traced)[last.end :])
+
+
+def _both(chat: Chat) -> tuple[Sequence[Message], str | None]:
+    return (chat.messages or (), chat.tools) if isinstance(chat, Example) else (chat, None)
+
+
+def _shape(messages: Sequence[Message], tools: str | None) -> Shape:
+    return (
+        tuple((m.role, bool(m.content), m.reasoning is not None, len(m.tool_calls)) for m in messages),
+        tools is not None,
+    )
+
+
+def _head(shape: Shape, count: int) -> Shape:
+    return shape[0][:count], shape[1]
+
+
+def _probes(shape: Shape) -> list[Message]:
+    """A conversation of this shape whose words occur nowhere else."""
+    return [
+        Message(
+            role,  # type: ignore[arg-type]
+            f"qzx{index}xzq" if says else "",
+            f"qzr{index}rzq" if thinks else None,
+            tuple(
+                {"type": "function", "function": {"name": f"qzn{index}n{n}zq", "arguments": {"qz": f"qza{index}a{n}"}}}
+                for n in range(calls)
+            ),
+        )
+        for index, (role, says, thinks, calls) in enumerate(shape[0])
+    ]
+
+
+def contract(tokenizer: PreTrainedTokenizerFast, goldens: Sequence[tuple[dict[str, Any], list[int], list[int]]]) -> str:
+    """JSON saved beside an adapter: the template and conversations with their exact token ids (DESIGN section 4)."""
+    record: dict[str, Any] = {
+        "chat_template": tokenizer.chat_template,
+        "eos_token": tokenizer.eos_token,
+        "golden": [{**conversation, "ids": ids, "prompt": prompt} for conversation, ids, prompt in goldens],
+    }
+    return json.dumps(record, ensure_ascii=False, indent=1)
