@@ -26,6 +26,7 @@ from whet.data.detect.minhash import Sketches, edits_allowed, may_be_near, meeti
 SIMILARITY = 0.9
 LEAST_SIMILARITY = 0.9  # what the bands of data.minhash are chosen for
 BATCH = 1 << 14
+KEPT_CHARACTERS = 1 << 24
 MOST_COMPARISONS = 100  # of one text with longer ones; a text of banking77 needs 3 on average
 
 
@@ -131,7 +132,8 @@ def _near(
         there = np.zeros((count, len(unique)), bool)
         there[sides, inverse] = True
         where = [(there[0] + 2 * side)[order] for side in there[1:].astype(np.uint8)]
-    links = [_Links(texts, found, rows, similarity, bits) for bits in where]
+    written = _Written(texts, rows)
+    links = [_Links(written, found, rows, similarity, bits) for bits in where]
     for a, b, crowded in meetings(found, similarity):
         for each in links:
             each.meet(a, b, crowded)
@@ -171,6 +173,25 @@ class _Forest:
         return self.parent
 
 
+class _Written:
+    """Texts in their normal form, read when they meet and kept while there is room: alike texts meet many others."""
+
+    def __init__(self, texts: Sequence[str], rows: np.ndarray) -> None:
+        self.texts, self.rows = texts, rows
+        self.kept: dict[int, str] = {}
+        self.characters = 0
+
+    def of(self, texts: np.ndarray) -> dict[int, str]:
+        """The normal forms of some texts by their indices, int64 [N]."""
+        if self.characters > KEPT_CHARACTERS:
+            self.kept, self.characters = {}, 0
+        for text in texts.tolist():
+            if text not in self.kept:
+                self.kept[text] = normalised(self.texts[int(self.rows[text])])
+                self.characters += len(self.kept[text])
+        return self.kept
+
+
 class _Links:
     """Compares pairs that are not in one cluster yet, so what is kept is bounded by rows and not by pairs.
 
@@ -178,9 +199,9 @@ class _Links:
     """
 
     def __init__(
-        self, texts: Sequence[str], found: Sketches, rows: np.ndarray, similarity: float, where: np.ndarray | None
+        self, written: _Written, found: Sketches, rows: np.ndarray, similarity: float, where: np.ndarray | None
     ) -> None:
-        self.texts, self.found, self.rows, self.similarity, self.where = texts, found, rows, similarity, where
+        self.written, self.found, self.rows, self.similarity, self.where = written, found, rows, similarity, where
         self.forest = _Forest(np.arange(len(rows)))
         self.crowded = np.zeros(len(rows), bool)
         self.compared = np.zeros(len(rows), np.int32)
@@ -219,9 +240,7 @@ class _Links:
     def _compare(self, a: np.ndarray, b: np.ndarray) -> None:
         from rapidfuzz.distance import Levenshtein
 
-        met = np.unique([a, b])
-        rows = self.rows[met].tolist()
-        written = {text: normalised(self.texts[int(row)]) for text, row in zip(met.tolist(), rows, strict=True)}
+        written = self.written.of(np.unique([a, b]))
         allowed = edits_allowed(np.asarray([len(written[text]) for text in b.tolist()]), self.similarity)
         for one, other, limit in zip(a.tolist(), b.tolist(), allowed.tolist(), strict=True):
             if self.forest.root(one) == self.forest.root(other):

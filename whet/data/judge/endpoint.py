@@ -6,7 +6,8 @@ Every good reply is appended to a JSONL file under the hash of model, temperatur
 second run asks nothing again and a killed one goes on where it was. Replies are kept as they came and are checked
 again when they are read back: the file cannot say what the model did not.
 
-A busy or failing server is asked again after a growing pause; one that stays so ends the run with a `UserError`.
+A busy or failing server is asked again after a growing pause; one that stays so ends the run with a `UserError`, and so
+does, at once, an address where no server answered yet.
 A reply that does not keep to the form is asked for once more and then belongs to that row alone (`Reply.problem`).
 What it gives up: proxies, streaming and batch interfaces.
 """
@@ -18,6 +19,7 @@ import http.client
 import json
 import os
 import random
+import socket
 import ssl
 import threading
 import time
@@ -35,7 +37,7 @@ from whet.base.config import config, setting
 from whet.base.errors import UserError, shorten
 from whet.base.network import is_offline
 from whet.data.detect.personal import find, redact
-from whet.data.judge.replies import Replies
+from whet.data.judge.replies import Kept, Replies
 
 MOST_BYTES = 4 << 20
 LONGEST_PAUSE_SECONDS = 60.0
@@ -87,12 +89,17 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """value: what `parse` made of it, None when there is a `problem`. cached: it was not asked for in this run."""
+    """value: what `parse` made of it, None when there is a `problem`. cached: it was not asked for in this run.
+
+    endpoint, date: who gave it and when, as in `replies.Kept`; "" when there is a problem.
+    """
 
     value: Any
     problem: str
     cached: bool
     prompt_sha256: str
+    endpoint: str = ""
+    date: str = ""
 
 
 def ask_all(questions: Iterable[Question], endpoint: Endpoint, cache: Path) -> Iterator[Reply]:
@@ -133,11 +140,11 @@ def ask_all(questions: Iterable[Question], endpoint: Endpoint, cache: Path) -> I
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _kept(text: str | None, question: Question, key: str) -> Reply | None:
-    if text is None:
+def _kept(kept: Kept | None, question: Question, key: str) -> Reply | None:
+    if kept is None:
         return None
     try:
-        return Reply(question.parse(text), "", True, key)
+        return Reply(question.parse(kept.text), "", True, key, kept.endpoint, kept.date)
     except BadReply:
         return None
 
@@ -149,6 +156,7 @@ class _Client:
         self.endpoint, self.stop = endpoint, stop
         self.url = _checked(endpoint)
         self.key = _key(endpoint)
+        self.answered = False
         loopback = self.url.hostname in ("localhost", "127.0.0.1", "::1")
         if self.key and self.url.scheme == "http" and not loopback:
             raise UserError(
@@ -171,8 +179,8 @@ class _Client:
             except BadReply as error:
                 problem = str(error)
                 continue
-            replies.put(key, self.endpoint.model, text)
-            return Reply(value, "", False, key)
+            kept = replies.put(key, self.endpoint.model, self.url.netloc, text)
+            return Reply(value, "", False, key, kept.endpoint, kept.date)
         return Reply(None, problem, False, key)
 
     def _patiently(self, messages: list[Message]) -> str:
@@ -229,8 +237,9 @@ class _Client:
         connection = kind(url.hostname, url.port, timeout=limit)
         try:
             connection.request("POST", f"{url.path.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
-            socket = connection.sock
+            line = connection.sock
             response = connection.getresponse()
+            self.answered = True
             parts, size = [], 0
             while part := response.read1(1 << 16):
                 parts.append(part)
@@ -240,11 +249,18 @@ class _Client:
                     raise BadReply(f"a reply of over {MOST_BYTES >> 20} MiB")
                 if left <= 0:
                     raise TimeoutError
-                socket.settimeout(left)
+                line.settimeout(left)
             return response.status, _seconds(response.getheader("Retry-After")), b"".join(parts)
         except ssl.SSLCertVerificationError as error:
             raise UserError("the endpoint's certificate is not trusted", "check base_url", field="base_url",
                             found=self.endpoint.base_url) from error  # fmt: skip
+        except (ConnectionRefusedError, socket.gaierror) as error:
+            if not self.answered:
+                raise UserError(
+                    "there is no server at this address", "start the server, or check base_url", field="base_url",
+                    found=f"{self.endpoint.base_url}: {error.strerror}",
+                ) from error  # fmt: skip
+            raise _Busy(self._without_key(str(error)), None) from error
         except TimeoutError as error:
             raise _Busy(f"no whole reply within {limit:g} s", None) from error
         except (OSError, http.client.HTTPException) as error:

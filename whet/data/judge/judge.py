@@ -43,13 +43,18 @@ RUBRICS: dict[Rubric, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """score: 1 (worst) to 5, None when the judge gave none; reason: why, in the judge's words or ours."""
+    """score: 1 (worst) to 5, None when the judge gave none; reason: why, in the judge's words or ours.
+
+    endpoint, date: who said it and when, as in `replies.Kept`.
+    """
 
     score: int | None
     reason: str
     model: str
     prompt_sha256: str
     cached: bool
+    endpoint: str = ""
+    date: str = ""
 
 
 @dataclass
@@ -118,7 +123,9 @@ def verdicts(
     questions = (Question((rules, {"role": "user", "content": row_json(one)}), parse_verdict) for one in asked)
     for example, reply in zip(given, ask_all(questions, endpoint, cache), strict=True):
         score, reason = reply.value if reply.value is not None else (None, f"not judged: {reply.problem}")
-        yield example, Verdict(score, reason, endpoint.model, reply.prompt_sha256, reply.cached)
+        yield example, Verdict(
+            score, reason, endpoint.model, reply.prompt_sha256, reply.cached, reply.endpoint, reply.date
+        )
 
 
 def without_low_scores(

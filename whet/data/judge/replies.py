@@ -1,8 +1,8 @@
 """Replies that were paid for, kept: an append-only JSONL file with one line for each, found by the prompt's hash.
 
-Only places in the file are held in memory (about 100 bytes a reply), and a reply is read when it is asked for. A last
+Each line says which model said it, at which endpoint and when, so that what is made of it can say so too. Only places in the file are held in memory (about 100 bytes a reply), and a reply is read when it is asked for. A last
 line that a kill cut off is taken away when the file is opened; any other line that is not ours is an error, since
-skipping it would ask, and pay, again without a word.
+skipping it would ask, and pay, again without a word. A file in which nothing was kept is removed when it is closed.
 """
 
 from __future__ import annotations
@@ -10,10 +10,21 @@ from __future__ import annotations
 import json
 import os
 import threading
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
 from whet.base.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A reply as it came. endpoint: the host that gave it; date: when, in UTC, as 2026-01-31T12:00:00Z; "" if unsaid."""
+
+    text: str
+    endpoint: str = ""
+    date: str = ""
 
 
 class Replies:
@@ -32,32 +43,36 @@ class Replies:
         for row, line in enumerate(self._file, 1):
             if not line.endswith(b"\n"):
                 break
-            self._places[bytes.fromhex(self._read(line, row)[0])] = place
+            self._places[self._read(line, row)[0]] = place
             place += len(line)
         self._file.truncate(place)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        empty = self._file.seek(0, os.SEEK_END) == 0
         self._file.close()
+        if empty:
+            self.path.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def _read(self, line: bytes, row: int | None) -> tuple[str, str]:
+    def _read(self, line: bytes, row: int | None) -> tuple[bytes, Kept]:
         try:
             value = json.loads(line)
-            key, text = value["key"], value["reply"]
-            if not isinstance(text, str) or len(bytes.fromhex(key)) != 32:
+            key = bytes.fromhex(value["key"])
+            said = [value["reply"], value.get("endpoint", ""), value.get("date", "")]
+            if len(key) != 32 or not all(isinstance(part, str) for part in said):
                 raise ValueError
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise UserError(
                 "not a line of kept replies", "move the file away: the replies in it are asked for again",
                 str(self.path), row, expected='{"key": …, "model": …, "reply": …}',
             ) from error  # fmt: skip
-        return key, text
+        return key, Kept(*said)
 
-    def get(self, key: str) -> str | None:
-        """The text of the reply to the prompt with this hash, None when there is none yet."""
+    def get(self, key: str) -> Kept | None:
+        """The reply to the prompt with this hash, None when there is none yet."""
         with self._lock:
             place = self._places.get(bytes.fromhex(key))
             if place is None:
@@ -66,11 +81,14 @@ class Replies:
             line = self._file.readline()
         return self._read(line, None)[1]
 
-    def put(self, key: str, model: str, reply: str) -> None:
-        """Keep a reply; it is on its way to the disk when this returns."""
-        line = json.dumps({"key": key, "model": model, "reply": reply}).encode() + b"\n"
+    def put(self, key: str, model: str, endpoint: str, text: str) -> Kept:
+        """Keep a reply that came just now; it is on its way to the disk when this returns."""
+        kept = Kept(text, endpoint, datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
+        value = {"key": key, "model": model, "endpoint": endpoint, "date": kept.date, "reply": text}
+        line = json.dumps(value).encode() + b"\n"
         with self._lock:
             self._file.seek(0, os.SEEK_END)
             self._places[bytes.fromhex(key)] = self._file.tell()
             self._file.write(line)
             self._file.flush()
+        return kept
