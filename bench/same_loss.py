@@ -1,4 +1,4 @@
-"""Does a fast mode learn as well? Held-out loss of bf16, nf4, fp8 and nf4 + fp8 fine-tuning from one learned model.
+"""Does a fast mode learn as well? Held-out loss of each storage and arithmetic, fine-tuned from one learned model.
 
     python bench/same_loss.py data --source FOLDER    # once, on any machine: 26 MB in .cache/same_loss
     python bench/same_loss.py all --out bench/results/h100/same_loss.json     # about six minutes on one GPU
@@ -43,6 +43,9 @@ MODES = {
     "nf4": {"base.storage": "nf4", "base.compute": "bf16"},
     "fp8": {"base.storage": "fp8", "base.compute": "fp8"},
     "nf4+fp8": {"base.storage": "nf4", "base.compute": "fp8"},
+    "fp8+head": {"base.storage": "fp8", "base.compute": "fp8", "base.fp8_head": "true"},
+    "nf4+fp8+head": {"base.storage": "nf4", "base.compute": "fp8", "base.fp8_head": "true"},
+    "int8": {"base.storage": "int8", "base.compute": "bf16"},
 }  # the first is what the others are compared with
 SMOKE_MODES = {
     "fp32": {"base.storage": "fp32", "base.compute": "fp32"},
@@ -54,7 +57,7 @@ SMOKE_SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers"
                "num_key_value_heads": 2, "max_position_embeddings": 1024}  # fmt: skip
 SMOKE = {"seconds": 3.0, "length": 64, "rows": 4, "micro": 4, "steps": 6, "eval_steps": 2, "batch": 4, "jobs": 1,
          "seeds": 2}  # fmt: skip
-COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by every eye
+COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by every eye
 STYLES = ("-", "--", ":", "-.")
 say = partial(print, file=sys.stderr, flush=True)
 
