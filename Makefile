@@ -25,7 +25,7 @@ quickstart: $(READY) ## learn, score, merge and show, on the built-in model and 
 	@$(BIN)/whet quickstart
 
 test: $(READY) ## all CPU tests, under 10 minutes on 2 cores, no network
-	@$(BIN)/python -m pytest -n auto --dist loadfile
+	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(READY) ## lint, types, import contract, no patching, budgets: under a minute
 	@$(BIN)/ruff check .
