@@ -40,7 +40,7 @@ LABELLED: dict[str, dict[str, Any]] = {
     "bitfit": {"method.name": "bitfit", "train.learning_rate": 5e-3},
     "houlsby": {"method.name": "bottleneck", "method.which": "houlsby", "train.learning_rate": 2e-3},
     "pfeiffer": {"method.name": "bottleneck", "method.which": "pfeiffer", "train.learning_rate": 2e-3},
-    "diff-pruning": {"method.name": "diff_pruning", "train.learning_rate": 2e-4},
+    "diff-pruning": {"method.name": "diff_pruning", "train.learning_rate": 4e-3},
     "prefix": {"method.name": "prefix", "train.learning_rate": 1e-2},
     "prompt": {"method.name": "prompt", "train.learning_rate": 3e-2},
 }

@@ -47,10 +47,7 @@ MODES = {
     "nf4+fp8+head": {"base.storage": "nf4", "base.compute": "fp8", "base.fp8_head": "true"},
     "int8": {"base.storage": "int8", "base.compute": "bf16"},
 }  # the first is what the others are compared with
-SMOKE_MODES = {
-    "fp32": {"base.storage": "fp32", "base.compute": "fp32"},
-    "nf4": {"base.storage": "nf4", "base.compute": "fp32"},
-}
+SMOKE_MODES = {name: {"base.storage": name, "base.compute": "fp32"} for name in ("fp32", "nf4")}
 SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
          "num_key_value_heads": 12, "max_position_embeddings": 2048}  # fmt: skip
 SMOKE_SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -15,14 +15,19 @@ from tiny import final_bytes
 from whet.base.errors import UserError
 from whet.data.batch.batches import Batches
 from whet.engine import host_adam
+from whet.engine.device import Placement
 from whet.engine.group import fuse, set_rate_ratio
 from whet.engine.head import find_head
 from whet.engine.host_adam import Ferry, HostAdamW, halve, halves
+from whet.methods.lora import Lora
 from whet.recipe import Parsed
 from whet.settings import Train
+from whet.train import arrange
+from whet.train.checkpoint import trainable
 from whet.train.loss import Forward
 from whet.train.optim import build_optimiser, check_optimiser, set_rate
 from whet.train.run import train
+from whet.train.setup import get_ready
 from whet.train.step import NotFinite, train_step
 
 Make = Callable[..., Parsed]
@@ -73,8 +78,7 @@ class Trained:
         return self
 
     def weights(self) -> list[torch.Tensor]:
-        exact = self.optimiser.exact if isinstance(self.optimiser, HostAdamW) else {}
-        return [(exact[p] if p in exact else p).detach().clone() for p in self.model.parameters() if p.requires_grad]
+        return [tensor.clone() for tensor in trainable(self.model, self.optimiser).values()]
 
     def moments(self) -> list[torch.Tensor]:
         state = self.optimiser.state_dict()["state"]
@@ -277,3 +281,33 @@ def test_methods_with_padded_rows_train_on_the_host_too(recipe: Make) -> None:
     run = train(recipe("hosted", train__offload_optimizer=True, **settings))
     assert files(run.path) == expected
     assert (run.read("arrangement.json") or {})["offload_optimizer"]
+
+
+def test_auto_goes_to_the_host_only_when_nothing_else_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nets.adapted(nets.network("Llama")).base_model.model
+    batches = Batches(nets.rows_of([64] * 8), None, size=2, accumulate=1, flat=True, seed=1)
+    least = arrange.least_bytes(net, batches, 4)
+    assert least > 0
+    gpu = Placement(torch.device("cuda"), "bf16", torch.bfloat16, False, {})
+
+    def chosen(free: float, **train: Any) -> bool:
+        monkeypatch.setattr(arrange, "_free_bytes", lambda *_, on_host: 2 * least if on_host else free)
+        found, masters = arrange._with_optimiser(Train(**train), gpu, net, batches, ([], None), 4)
+        assert found == (2 * least if masters is not None else free)
+        return masters is not None
+
+    assert not chosen(least)
+    assert chosen(least - 1)
+    assert chosen(least, offload_optimizer=True)
+    assert not chosen(0, offload_optimizer=False)
+    assert not chosen(0, optim="sgd")
+    assert not chosen(0, cuda_graphs=True)
+
+
+def test_what_cannot_go_together_is_refused(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = Train(offload_optimizer=True, cuda_graphs=True)
+    with pytest.raises(UserError, match="cannot be captured"):
+        arrange.check_arrangement(captured, torch.device("cuda"), padded=False)
+    monkeypatch.setattr(Lora, "begin", lambda *_: None)
+    with pytest.raises(UserError, match="gradients on the device"):
+        get_ready(recipe(train__offload_optimizer=True))

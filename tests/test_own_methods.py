@@ -25,6 +25,7 @@ from whet.engine.gates import hard_concrete, open_probability
 from whet.engine.linear import freeze_linears
 from whet.engine.recompute import decoder_layers, recompute
 from whet.engine.task import CAUSAL, Task
+from whet.methods.adalora import AdaLora
 from whet.methods.bitfit import BitFit
 from whet.methods.bottleneck import Bottleneck
 from whet.methods.delta import ABOUT, TENSORS, plain_name
@@ -33,7 +34,9 @@ from whet.methods.freeze import Freeze, Head
 from whet.methods.method import Method
 from whet.methods.structure import layer_stacks, residual_ends
 from whet.recipe import Parsed, parse
+from whet.settings import Train
 from whet.train.loss import Forward
+from whet.train.optim import build_optimiser, set_rate
 from whet.train.run import train
 from whet.train.step import train_step
 
@@ -463,6 +466,45 @@ def test_with_a_fixed_mask_only_kept_differences_move_and_nothing_is_drawn() -> 
     assert all(torch.equal(diff.difference(True), diff.difference(False)) for diff in diffs)  # type: ignore[operator]
 
 
+def test_kept_differences_learn_at_the_whole_rate_and_all_others_at_a_part_of_it() -> None:
+    method = DiffPruning(density=0.5, dense_rate_ratio=0.1, gate_rate_ratio=7.0, fixed_mask_ratio=0.5)
+    model = method.attach(network("Bert"), task_of("Bert")).train()
+    nudge(model)
+    optimiser = build_optimiser(Train(optim="sgd"), list(trained(model).values()), [], 1e-3)
+    method.begin(model, optimiser, 10, lambda: 0)
+
+    def step(done: float) -> dict[str, float]:
+        """How far a gradient of 1 moves each kind of parameter, without momentum, in learning rates."""
+        set_rate(optimiser, 1e-3)
+        method.before_step(model, done)
+        optimiser.state.clear()
+        before = {name: p.detach().clone() for name, p in trained(model).items()}
+        for parameter in trained(model).values():
+            parameter.grad = torch.ones_like(parameter)
+        optimiser.step()
+        found: dict[str, float] = {}
+        for name, p in trained(model).items():
+            kind = name.rpartition(".")[2] if "parametrizations" in name else "head"
+            found[kind] = round(float((before[name] - p.detach()).abs().max()) / 1e-3, 2)
+        return found
+
+    assert step(0.0) == {"weights": 0.1, "gates": 7.0, "group": 7.0, "head": 1.0}
+    assert step(0.4)["weights"] == 0.1
+    for done in (0.5, 0.6):  # not once more with each step
+        found = step(done)
+        assert (found["weights"], found["head"]) == (1.0, 1.0)
+    optimiser.load_state_dict(optimiser.state_dict())  # a resumed run has other groups
+    assert step(0.7)["weights"] == 1.0
+
+
+@pytest.mark.parametrize("method", [DiffPruning(), AdaLora()], ids=str)
+def test_an_optimiser_that_updates_copies_is_refused(method: Method) -> None:
+    model = method.attach(network("Llama"))
+    copies = [nn.Parameter(p.detach().clone()) for p in trained(model).values()]
+    error = refused(lambda: method.begin(model, torch.optim.SGD(copies, lr=1.0), 10, lambda: 0))
+    assert error.fix == "train.offload_optimizer=false"
+
+
 def refused(run: Callable[[], Any]) -> UserError:
     with pytest.raises(UserError) as caught:
         run()
@@ -516,6 +558,8 @@ def test_planted_faults_are_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (gates, "LOW", -0.1, lambda out: test_hard_concrete_gates_have_the_probabilities_of_the_paper()),
         (Adapted, "forward", lambda self, x: self.base_layer(x),
          lambda out: test_it_starts_as_the_base_to_the_bit(Bottleneck(), "Llama")),
+        (gates, "at_full_rate", lambda optimiser, model: None,
+         lambda out: test_kept_differences_learn_at_the_whole_rate_and_all_others_at_a_part_of_it()),
         (DiffPruning, "penalty", lambda self, model: 1.01 * whole_penalty(self, model),
          lambda out: test_the_penalty_is_the_expected_share_of_differences(True)),
     ]  # fmt: skip

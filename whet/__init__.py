@@ -12,7 +12,7 @@ import whet.methods
 import whet.train  # noqa: F401
 
 if TYPE_CHECKING:
-    from whet.api import chat, check, compose, doctor, init, merge, plan, predict, quickstart
+    from whet.api import augment, chat, check, compose, doctor, init, judge, merge, plan, predict, quickstart
     from whet.base.errors import UserError
     from whet.recipe import Recipe
     from whet.runs import Run
@@ -22,12 +22,14 @@ __all__ = [
     "Recipe",
     "Run",
     "UserError",
+    "augment",
     "chat",
     "check",
     "compose",
     "doctor",
     "evaluate",
     "init",
+    "judge",
     "merge",
     "methods",
     "plan",

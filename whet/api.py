@@ -16,6 +16,7 @@ from whet.recipe import Parsed, parse
 from whet.runs import Run, open_run
 
 if TYPE_CHECKING:
+    from whet.data.judge.endpoint import Endpoint
     from whet.data.prepare import Prepared
 
 PACKAGE = Path(__file__).parent
@@ -108,6 +109,53 @@ def prepared(parsed: Parsed, *, any_model: bool = False) -> Prepared:
     found = prepare_rows(replace(parsed.recipe, data=data_for(parsed.recipe)), any_model=any_model)
     check_recipe(parsed.recipe, load_config(parsed.recipe.model), found.task)
     return found
+
+
+def judge(
+    recipe: str | Path | None = None, /, *, endpoint: str, model: str, api_key_env: str | None = None,
+    rubric: Literal["quality", "harm"] = "quality", least: int = 1, out: str | Path = "scores.jsonl", jobs: int = 4,
+    **overrides: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Have the rows to learn from scored by the model at an OpenAI-compatible endpoint, for `data.scores`.
+
+    api_key_env: the environment variable that holds the key. Returns the counts and the worst rows. Raises UserError.
+    """
+    from whet.data.judge.endpoint import Endpoint
+
+    asked = Endpoint(base_url=endpoint, model=model, api_key_env=api_key_env, concurrency=jobs)
+    return judge_parsed(_parsed(recipe, overrides), asked, out, rubric, least)
+
+
+def judge_parsed(
+    parsed: Parsed, endpoint: Endpoint, out: str | Path, rubric: Literal["quality", "harm"], least: int
+) -> dict[str, Any]:
+    """The same for a parsed recipe."""
+    from whet.data.collect import candidates
+    from whet.data.judge.scores import judge_rows
+
+    with candidates(parsed.recipe.data, paraphrase=False) as sides:
+        return judge_rows(sides.train, endpoint, Path(out).expanduser(), rubric, least)
+
+
+def augment(
+    recipe: str | Path | None = None, /, *, endpoint: str, model: str, api_key_env: str | None = None, copies: int = 2,
+    out: str | Path = "added.jsonl", jobs: int = 4, **overrides: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Have the rows to learn from paraphrased by the model at an endpoint, for `data.added_dataset`; as `judge`."""
+    from whet.data.judge.endpoint import Endpoint
+
+    asked = Endpoint(base_url=endpoint, model=model, api_key_env=api_key_env, concurrency=jobs)
+    return augment_parsed(_parsed(recipe, overrides), asked, out, copies)
+
+
+def augment_parsed(parsed: Parsed, endpoint: Endpoint, out: str | Path, copies: int) -> dict[str, Any]:
+    """The same for a parsed recipe."""
+    from whet.data.collect import candidates
+    from whet.data.judge.added import augment_rows
+
+    with candidates(parsed.recipe.data, paraphrase=True) as sides:
+        held_out = {f"{number:016x}" for side in (sides.evaluation, sides.test) for number in side.ids.tolist()}
+        return augment_rows(sides.train, held_out, endpoint, Path(out).expanduser(), copies)
 
 
 def chat(target: str, message: str, *, system: str | None = None, max_new_tokens: int = 256) -> str:

@@ -76,17 +76,7 @@ def _parser() -> argparse.ArgumentParser:
           overrides=True)  # fmt: skip
     init = _verb(verbs, "init", "print a commented recipe", do.init, "whet init qlora > tickets.yaml")
     init.add_argument("name", help="lora, qlora, full or classify")
-    data = _verb(verbs, "data", "look at data before training", do.data,
-                 "whet data check tickets.yaml --show 3\n  whet data check tickets.yaml --html data.html --strict\n"
-                 "  whet data check rows.csv data.columns.prompt=question data.columns.completion=answer")  # fmt: skip
-    data.add_argument("what", choices=["check"], help="check: what is in the data and what exactly is learned")
-    data.add_argument("target", help="a recipe (.yaml) or a data file, directory, glob or hub:owner/name")
-    data.add_argument("--html", metavar="FILE", help="write a page with the findings and masks of real rows")
-    data.add_argument("--removed", metavar="FILE", help="write what is left out, and why, as JSONL")
-    data.add_argument("--strict", action="store_true", help="exit code 2 where anything deserves a second look")
-    data.add_argument("--fast", action="store_true", help="leave out near duplicates")
-    data.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
-    data.add_argument("--show", type=int, default=0, metavar="N", help="print N rows, learned text in colour")
+    _data_verbs(verbs)
     _verb(verbs, "plan", "parameters and memory before anything is loaded", do.plan,
           "whet plan tickets.yaml\n  whet plan config.json method.r=8", target="a recipe, or a model's config.json",
           overrides=True)  # fmt: skip
@@ -142,6 +132,52 @@ def _verb(
     parser.add_argument("--traceback", action="store_true", help="show where a failure of whet itself happened")
     parser.set_defaults(call=call)
     return parser
+
+
+def _data_verbs(verbs: Any) -> None:
+    what = "look at data before training, have it judged, add paraphrases"
+    example = "whet data check tickets.yaml --show 3\n  whet data judge --help"
+    data = verbs.add_parser("data", help=what, description=what[0].upper() + what[1:] + ".",
+                            epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+                            )  # fmt: skip
+    inner = data.add_subparsers(dest="what", metavar="WHAT", required=True)
+    target = "a recipe (.yaml) or a data file, directory, glob or hub:owner/name"
+    check = _verb(inner, "check", "what is in the data and what exactly is learned", do.data,
+                  "whet data check tickets.yaml --show 3\n  whet data check tickets.yaml --html data.html --strict\n"
+                  "  whet data check tickets.yaml --benchmark gsm8k_test.jsonl\n"
+                  "  whet data check rows.csv data.columns.prompt=question data.columns.completion=answer",
+                  target=target, overrides=True)  # fmt: skip
+    check.add_argument("--html", metavar="FILE", help="write a page with the findings and masks of real rows")
+    check.add_argument("--removed", metavar="FILE", help="write what is left out, and why, as JSONL")
+    check.add_argument("--strict", action="store_true", help="exit code 2 where anything deserves a second look")
+    check.add_argument("--fast", action="store_true", help="leave out near duplicates")
+    check.add_argument("--benchmark", action="append", default=[], metavar="FILE",
+                       help="count rows that stand in this test too; more with data.benchmarks")  # fmt: skip
+    check.add_argument("--show", type=int, default=0, metavar="N", help="print N rows, learned text in colour")
+    judge = _verb(inner, "judge", "a score from 1 to 5 for each row to learn from, by a model", do.judge,
+                  "whet data judge tickets.yaml --endpoint http://127.0.0.1:8000/v1 --model qwen3-32b\n"
+                  "  whet data judge tickets.yaml --endpoint https://api.example.com/v1 --model big --api-key-env KEY\n"
+                  "  whet train tickets.yaml data.scores=scores.jsonl data.least_score=3",
+                  target=target, overrides=True)  # fmt: skip
+    judge.add_argument("--rubric", choices=["quality", "harm"], default="quality", help="what is judged (quality)")
+    judge.add_argument("--least", type=int, choices=range(1, 6), default=1, metavar="N",
+                       help="count the rows below this score, 1 to 5")  # fmt: skip
+    _endpoint_options(judge, "scores.jsonl")
+    augment = _verb(inner, "augment", "paraphrases of the rows to learn from, by a model", do.augment,
+                    "whet data augment tickets.yaml --endpoint http://127.0.0.1:8000/v1 --model qwen3-32b --copies 2\n"
+                    "  whet train tickets.yaml data.added_dataset=added.jsonl",
+                    target=target, overrides=True)  # fmt: skip
+    augment.add_argument("--copies", type=_positive, default=2, metavar="N", help="of each row, 1 to 3 (2)")
+    _endpoint_options(augment, "added.jsonl")
+
+
+def _endpoint_options(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument("--endpoint", required=True, metavar="URL", help="of chat completions, up to /v1")
+    parser.add_argument("--model", required=True, metavar="NAME", help="the model's name there")
+    parser.add_argument("--api-key-env", metavar="VAR", help="environment variable that holds the key (no key)")
+    parser.add_argument("--out", default=out, metavar="FILE", help=f"JSONL to write; replies wait beside it ({out})")
+    parser.add_argument("--jobs", type=_positive, default=4, metavar="N", help="questions on their way at a time (4)")
+    parser.add_argument("--timeout", type=_positive, default=60, metavar="S", help="seconds for one whole reply (60)")
 
 
 def _adapter_options(adapters: argparse.ArgumentParser) -> None:

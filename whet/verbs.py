@@ -48,18 +48,31 @@ def _is_recipe(target: str) -> bool:
     return Path(target).suffix in (".yaml", ".yml")
 
 
+def _of_data(words: argparse.Namespace, *alone: str) -> Any:
+    """The parsed recipe that the words name, or one for a data file, with these settings for the file alone."""
+    from whet.recipe import parse
+
+    if _is_recipe(words.target):
+        return parse(words.target, words.overrides)
+    return parse(None, [f"data.dataset={json.dumps(words.target)}", "data.val_size=0", *alone, *words.overrides])
+
+
 def data(words: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import replace
+
     from whet import api
     from whet.data.check import check_strictly, report, show
     from whet.data.quality import look
     from whet.data.show import masked_rows, show_rows
-    from whet.recipe import parse
 
     _prepare_libraries()
     source = words.target if _is_recipe(words.target) else None
-    alone = ["data.val_size=0", "data.preference=check"]
-    extra = [] if source else [f"data.dataset={json.dumps(words.target)}", *alone]
-    found = api.prepared(parse(source, [*extra, *words.overrides]), any_model=source is None)
+    parsed = _of_data(words, "data.preference=check")
+    if words.benchmark:
+        given = parsed.recipe.data.benchmarks or []
+        named = [*([given] if isinstance(given, str) else given), *words.benchmark]
+        parsed = replace(parsed, recipe=replace(parsed.recipe, data=replace(parsed.recipe.data, benchmarks=named)))
+    found = api.prepared(parsed, any_model=source is None)
     result = report(found, look(found, near=not words.fast))
     if words.html:
         from whet.report.data_page import write_data_page
@@ -76,6 +89,51 @@ def data(words: argparse.Namespace) -> dict[str, Any]:
     if words.strict:
         check_strictly(result)
     return result
+
+
+def judge(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+    from whet.data.judge.scores import show
+
+    parsed = _of_data(words)
+    found = _asked(words, lambda to: api.judge_parsed(parsed, to, words.out, words.rubric, words.least))
+    if not words.json:
+        show(found)
+    return found
+
+
+def augment(words: argparse.Namespace) -> dict[str, Any]:
+    from whet import api
+    from whet.data.judge.added import show
+
+    parsed = _of_data(words)
+    found = _asked(words, lambda to: api.augment_parsed(parsed, to, words.out, words.copies))
+    if not words.json:
+        show(found)
+    return found
+
+
+def _asked(words: argparse.Namespace, ask: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """What an endpoint is asked; its settings are called as the options are."""
+    from dataclasses import replace
+
+    from whet.base.console import quiet_libraries
+    from whet.base.errors import UserError
+    from whet.data.judge.endpoint import Endpoint
+
+    quiet_libraries()
+    names = {"base_url": "--endpoint", "api_key_env": "--api-key-env", "model": "--model", "copies": "--copies"}
+    try:
+        return ask(Endpoint(base_url=words.endpoint, model=words.model, api_key_env=words.api_key_env,
+                            concurrency=words.jobs, timeout_seconds=float(words.timeout)))  # fmt: skip
+    except UserError as error:
+        if error.field not in names:
+            raise
+        texts = [error.problem, error.fix]
+        for name, option in list(names.items())[:2]:
+            texts = [text.replace(name, option) for text in texts]
+        problem, fix = texts
+        raise replace(error, problem=problem, fix=fix, field=names[error.field]) from error
 
 
 def _written(name: str, write: Callable[[Path], Any]) -> None:

@@ -20,6 +20,9 @@ def report(prepared: Prepared, quality: dict[str, Any] | None = None) -> dict[st
     ledger = prepared.ledger
     repeated = ledger.rows_repeated and quality is None
     said = warnings(prepared) + ([f"{ledger.rows_repeated:,} rows repeat an earlier one"] if repeated else [])
+    for name, counts in ledger.benchmarks.items() if quality is None else ():
+        if counts["rows_learned"]:
+            said.append(f"{counts['rows_learned']:,} rows to learn from ask a question of {name} (data.leakage=drop)")
     said += [] if quality is None else sentences(quality)
     found = {**ledger.as_dict(), "lengths": length_histogram(prepared, PAGE_BINS), "warnings": said}
     found |= {} if quality is None else {"quality": quality}
@@ -47,7 +50,13 @@ def warnings(prepared: Prepared) -> list[str]:
         found.append(f"{ledger.tokens_lost:,} tokens are lost to data.max_length={prepared.max_length}")
     for name, count in ledger.not_rendered.items():
         found.append(f"{count:,} rows have {name} that the chat template leaves out, so it is not learned")
-    found += [*ledger.mixture.get("notes", ()), *ledger.replay.get("notes", ())]
+    for part in (ledger.mixture, ledger.added, ledger.replay):
+        found += part.get("notes", ())
+    if ledger.scores.get("rows_unjudged"):
+        found.append(f"{ledger.scores['rows_unjudged']:,} rows got no score from the judge and are learned from")
+    for name, counts in ledger.benchmarks.items():
+        if counts["not_compared"]:
+            found.append(f"{counts['not_compared']:,} rows of {name} have no answer and were not compared")
     if ledger.rows_without_end_of_turn:
         found.append(f"{ledger.rows_without_end_of_turn:,} rows do not teach the end of the turn")
     if ledger.rows_on_both_sides:
@@ -124,6 +133,7 @@ def show(prepared: Prepared, found: dict[str, Any] | None = None, stand_in: str 
     share = 100 * ledger.supervised_tokens / max(1, ledger.tokens)
     for name, value in (
         ("rows to learn from", f"{ledger.rows_train:,}"),
+        *([("of these added", f"{ledger.added['rows']:,}")] if ledger.added else []),
         ("rows held out", f"{ledger.rows_eval:,}"),
         *([("rows for a test", f"{ledger.rows_test:,}")] if ledger.rows_test else []),
         ("tokens", f"{ledger.tokens:,}"),

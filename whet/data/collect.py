@@ -7,8 +7,10 @@ setting asks for it. Whatever is left out is listed in the ledger with its reaso
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,11 @@ from whet.data.config import Data
 from whet.data.example import Example
 from whet.data.format.recognise import Format, recognise
 from whet.data.format.standardise import Dropped, standardise
-from whet.data.read.read import Fingerprint, Record, check_unchanged, fingerprint, read_files
+from whet.data.judge.added import source_id
+from whet.data.read.read import Fingerprint, Record, check_unchanged, fingerprint, read_files, sha256
 from whet.data.removed import Removed
-from whet.data.sides.select import learned, sides_of
+from whet.data.sides.benchmark import Asked, asked_rows
+from whet.data.sides.select import Pool, check_pairs, learned, sides_of
 
 SAMPLE = 100
 PACKAGE = Path(__file__).parents[1]
@@ -36,40 +40,75 @@ BUILTIN = {
 
 @dataclass(frozen=True)
 class Sides:
-    """Examples to learn from, held out, and kept for a test; the format that they had."""
+    """Examples to learn from, held out, and kept for a test; the format that they had.
+
+    benchmarks: examples that are only compared, by name.
+    """
 
     train: Examples
     evaluation: Examples
     test: Examples
     kind: Format
+    benchmarks: dict[str, Examples] = field(default_factory=dict)
 
 
 def collect(data: Data, place: Path, ledger: Ledger) -> Sides:
     """Everything that `data` names, written to the file `place`. Raises UserError for the first row that is refused."""
+    check_pairs(data)
     reading = _Reading(data, Store(place), ledger)
     kind = reading.read("dataset", data.max_rows)
     ledger.format, ledger.format_reason = kind.name, kind.reason
     ends = [len(reading.store)]
-    for field in ("eval_dataset", "test_dataset", "replay_dataset"):
-        if getattr(data, field) is not None:
-            _check_kind(kind, reading.read(field, None), field)
+    for name in ("eval_dataset", "test_dataset", "replay_dataset", "added_dataset"):
+        if getattr(data, name) is not None:
+            _check_kind(kind, reading.read(name, None), name)
         ends.append(len(reading.store))
+    spans = reading.benchmarks()
     check_unchanged(ledger.files[: len(reading.files)], reading.files)
     examples = reading.store.finish()
-    own, evaluation, test, general = (examples[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True))
+    starts = zip([0, *ends[:-1]], ends, strict=True)
+    own, evaluation, test, general, added = (examples[start:end] for start, end in starts)
+    benchmarks = {name: examples[span] for name, span in spans.items()}
     sides = sides_of(own, data, np.array(reading.groups, np.uint64) if reading.groups else None)
     evaluation = own.take(sides == 1) if data.eval_dataset is None else evaluation
     test = own.take(sides == 2) if data.test_dataset is None else test
     rows = np.flatnonzero(sides == 0)
+    source = np.array(reading.sources[: len(own)], np.int64)
+    named = np.array([origin is not None for origin in reading.origins], bool)
+    origins = np.array([origin or 0 for origin in reading.origins], np.uint64)
     ledger.rows_on_both_sides = len(np.intersect1d(own.ids[rows], np.concatenate([evaluation.ids, test.ids])))
-    source = np.array(reading.sources[: len(own)], np.int64)[rows]
-    train = learned(own.take(rows), source, reading.names, general, (evaluation, test), data, ledger)
+    pool = Pool(
+        own, sides, source, reading.names, general, added, origins, named, evaluation, test, benchmarks
+    )  # fmt: skip
+    train = learned(pool, data, ledger)
     ledger.rows_repeated = len(train) - len(np.unique(train.ids))
-    return Sides(train, evaluation, test, kind)
+    return Sides(train, evaluation, test, kind, benchmarks)
+
+
+@contextmanager
+def candidates(data: Data, *, paraphrase: bool) -> Iterator[Sides]:
+    """The sides before anything is scored or mixed, in a file that goes at the end: what a judge or a writer is shown.
+
+    paraphrase: for a writer: without the rows that were added already, without those of a low score, and without rows
+    whose question is held out, exactly or nearly, since their paraphrases could not be learned from. Raises UserError.
+    """
+    from whet.data.sides.added import asked_too
+
+    plain = replace(data, weights={}, replay_dataset=None)
+    plain = replace(plain, added_dataset=None) if paraphrase else replace(plain, scores=None, least_score=None)
+    with tempfile.TemporaryDirectory() as folder:
+        found = collect(plain, Path(folder) / "examples.jsonl", Ledger(files=fingerprints(plain)))
+        if paraphrase:
+            apart = {"held out": found.evaluation, "test": found.test}
+            ids = np.concatenate([side.ids for side in apart.values()])
+            free = ~asked_too(found.train, apart) & ~np.isin(found.train.ids, ids)
+            found = replace(found, train=found.train.take(free))
+        yield found
 
 
 class _Reading:
-    """Reads files into the store. sources: of each example, which of `names` it came from; groups: as data.group."""
+    """Reads files into the store. sources: of each example, which of `names` it came from; groups: as data.group;
+    origins: of each added example, the id of the row that it paraphrases, if it says so."""
 
     def __init__(self, data: Data, store: Store, ledger: Ledger) -> None:
         self.data, self.store, self.ledger = data, store, ledger
@@ -77,6 +116,8 @@ class _Reading:
         self.files: list[Fingerprint] = []
         self.sources: list[int] = []
         self.groups: list[int] = []
+        self.origins: list[int | None] = []
+        self._origin_of: dict[tuple[str, int], int | None] = {}
         self._group_of: dict[tuple[str, int], str] = {}
 
     def read(self, field: str, limit: int | None) -> Format:
@@ -98,7 +139,7 @@ class _Reading:
 
     def _source(self, name: str, field: str, limit: int | None) -> Format:
         (path,) = dataset_paths(name)
-        records = self._noted(read_files([path], self.files), grouped=field == "dataset")
+        records = self._noted(read_files([path], self.files), field)
         sample = list(islice(records, SAMPLE))
         if not sample:
             raise UserError("the data holds no rows", file=path, fix="give a file with at least one row")
@@ -113,6 +154,8 @@ class _Reading:
             self.sources.append(len(self.names))
             if field == "dataset" and self._grouped:
                 self.groups.append(_place(self._group_of[example.file, example.row]))
+            if field == "added_dataset":
+                self.origins.append(self._origin_of.pop((example.file, example.row)))
         self.names.append(name)
         for file, row, reason in (*dropped.rows, *dropped.answers):
             self.ledger.drop(file, row, reason)
@@ -124,9 +167,32 @@ class _Reading:
     def _grouped(self) -> bool:
         return self.data.group not in (None, "near_duplicates")
 
-    def _noted(self, records: Iterator[Record], *, grouped: bool) -> Iterator[Record]:
-        """The records, with the group of each remembered until its example comes."""
-        if not (grouped and self._grouped):
+    def benchmarks(self) -> dict[str, slice]:
+        """Put what the benchmarks ask into the store; where each of them lies, by its name."""
+        given, spans = self.data.benchmarks, {}
+        for name in [given] if isinstance(given, str) else given or ():
+            if name in spans:
+                raise UserError("the benchmark is named twice", "name it once", field="data.benchmarks", found=name)
+            (path,) = dataset_paths(name)
+            found = Asked()
+            start = len(self.store)
+            for example in asked_rows(read_files([path], self.files), path, self.data.columns, found):
+                self.store.add(example)
+            spans[name] = slice(start, len(self.store))
+            self.ledger.benchmarks[name] = {
+                "rows": len(self.store) - start, "not_compared": found.blank, "format": found.reason,
+                "rows_learned": 0, "dropped": 0,
+            }  # fmt: skip
+        return spans
+
+    def _noted(self, records: Iterator[Record], field: str) -> Iterator[Record]:
+        """The records, with the group or the origin of each remembered until its example comes."""
+        if field == "added_dataset":
+            for record in records:
+                self._origin_of[record.file, record.row] = source_id(record)
+                yield record
+            return
+        if not (field == "dataset" and self._grouped):
             yield from records
             return
         for record in records:
@@ -197,12 +263,12 @@ def _builtin_file(name: str) -> str:
 
 def fingerprints(data: Data) -> list[dict[str, Any]]:
     """path, bytes and sha256 of every file that decides what the rows are, in order."""
-    given = [data.dataset, data.eval_dataset, data.test_dataset, data.replay_dataset]
+    given = [data.dataset, data.eval_dataset, data.test_dataset, data.replay_dataset, data.added_dataset,
+             data.benchmarks]  # fmt: skip
     paths = [path for dataset in given if dataset is not None for path in dataset_paths(dataset)]
     found: list[dict[str, Any]] = [dict(entry) for entry in fingerprint(paths)]
-    if data.blocklist is not None:
-        from whet.data.read.read import sha256
-
-        words = [data.blocklist] if isinstance(data.blocklist, str) else data.blocklist
-        found += [{"path": path, "bytes": Path(path).stat().st_size, "sha256": sha256(path)} for path in words]
+    words = [data.blocklist] if isinstance(data.blocklist, str) else data.blocklist or []
+    for path in [*words, *([] if data.scores is None else [data.scores])]:
+        digest = sha256(path)
+        found.append({"path": path, "bytes": Path(path).stat().st_size, "sha256": digest})
     return found

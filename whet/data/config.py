@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from whet.base.config import config, setting
 from whet.data.format.recognise import FormatName
@@ -37,16 +37,25 @@ class Data:
     )
     replay_dataset: str | list[str] | None = setting(None, "General data, mixed in against forgetting.")
     replay: Annotated[float, Ge(0), Lt(1)] = setting(0.15, "Its share of the rows to learn from.")
+    added_dataset: str | list[str] | None = setting(
+        None, "Rows that are only learned from, such as paraphrases; those of a held-out row are left out."
+    )
     duplicates: Literal["keep", "drop", "drop_near"] = setting(
         "keep", "Rows to learn from that repeat another one, exactly or nearly, are kept or dropped."
     )
     leakage: Literal["keep", "drop", "drop_near"] = setting(
         "keep", "Rows to learn from whose question is held out as well, exactly or nearly, are kept or dropped."
     )
+    benchmarks: str | list[str] | None = setting(
+        None,
+        "Files of tests; rows to learn from that stand there are counted, or go as `leakage` says (decontamination).",
+    )
     personal: Literal["keep", "redact", "drop"] = setting(
         "keep", "Rows with personal data (e-mail, phone, card, keys, …) are kept, get placeholders, or are dropped."
     )
     blocklist: str | list[str] | None = setting(None, "Files of words; rows that hold one are dropped.")
+    scores: str | None = setting(None, "File of `whet data judge`; rows below `least_score` are not learned from.")
+    least_score: Annotated[int, Ge(2), Le(5)] | None = setting(None, "Lowest score, 2 to 5, that a row needs.")
     order: Literal["random", "short_first"] = setting("random", "Order of the first epoch; later ones are random.")
     max_rows: Annotated[int, Ge(1)] | None = setting(None, "Use only the first so many rows; auto = all.")
     max_length: Annotated[int, Ge(8)] | None = setting(

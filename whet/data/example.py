@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from json.encoder import encode_basestring as quoted
+from operator import attrgetter
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -97,37 +99,59 @@ def content_id(example: Example) -> str:
 
 def named(example: Example) -> Example:
     """The same example with the id of its content."""
-    return replace(example, id=content_id(example))
+    return Example(content_id(example), *_values(example))
 
 
+_values = attrgetter("messages", "text", "file", "row", "label", "text_pair", "tools", "completion_from")
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
 _PLAIN = 2  # a message of nothing but role and content is written as a list of these two
+_SHORT = 5  # an example of nothing but a conversation or a text is written as its first five values
 
 
 def to_json(example: Example) -> str:
     """`example` on one line; `from_json` gives an equal one back."""
-    messages: list[list[Any]] | None = None
-    if example.messages is not None:
-        messages = [
-            [m.role, m.content] if m == Message(m.role, m.content)
-            else [m.role, m.content, m.reasoning, m.tool_calls, m.name, m.tool_call_id, m.weight]
-            for m in example.messages
-        ]  # fmt: skip
-    values = [example.id, messages, example.text, example.file, example.row]
-    rest = [example.label, example.text_pair, example.tools, example.completion_from]
-    if rest != [None] * len(rest):
-        values += rest
-    return _encode(values)
+    messages = "null" if example.messages is None else f"[{','.join(map(_written, example.messages))}]"
+    text = "null" if example.text is None else quoted(example.text)
+    line = f"[{quoted(example.id)},{messages},{text},{quoted(example.file)},{example.row}"
+    rest = (example.label, example.text_pair, example.tools, example.completion_from)
+    return line + "]" if rest == _NO_REST else f"{line},{_encode(rest)[1:]}"
+
+
+def _written(m: Message) -> str:
+    rest = (m.reasoning, m.tool_calls, m.name, m.tool_call_id, m.weight)
+    both = f"[{quoted(m.role)},{quoted(m.content)}"
+    return both + "]" if rest == _BARE else f"{both},{_encode(rest)[1:]}"
+
+
+_NO_REST, _BARE = (None,) * 4, (None, (), None, None, None)
 
 
 def from_json(text: str) -> Example:
     """The example that `to_json` wrote."""
-    values = json.loads(text)
+    return from_values(json.loads(text))
+
+
+def from_values(values: list[Any]) -> Example:
+    """The example whose line `to_json` wrote holds these values."""
     if (messages := values[1]) is not None:
         values[1] = tuple(Message(*m) if len(m) == _PLAIN else _message(*m) for m in messages)
-    if len(values) > 5 and isinstance(values[5], list):
-        values[5] = tuple(values[5])
+    if len(values) > _SHORT and isinstance(values[_SHORT], list):
+        values[_SHORT] = tuple(values[_SHORT])
     return Example(*values)
+
+
+def plain_turns(values: list[Any]) -> tuple[tuple[str, ...], list[str]] | None:
+    """Roles and contents of a conversation of nothing else, from the values of its line; None for any other."""
+    messages = values[1]
+    if messages is None or len(values) != _SHORT:
+        return None
+    roles, contents = [], []
+    for m in messages:
+        if len(m) != _PLAIN:
+            return None
+        roles.append(m[0])
+        contents.append(m[1])
+    return tuple(roles), contents
 
 
 def _message(role: Role, content: str, reasoning: Any, tool_calls: list[ToolCall], *rest: Any) -> Message:

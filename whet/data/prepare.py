@@ -8,8 +8,8 @@ long is found again at the next start (cache.py); so memory does not grow with t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,8 @@ class Prepared:
     """Rows ready for batches. train, evaluation, test: tokens; train_examples, held_out, test_examples: what of.
 
     bins: packed rows as lists of row indices, or None when each row stands alone; decided: dotted path to the value
-    that was auto, with its reason; task: what is learned, with its classes.
+    that was auto, with its reason; task: what is learned, with its classes; benchmarks: rows of tests by name, which
+    are only compared.
     """
 
     train: Rows
@@ -52,6 +53,7 @@ class Prepared:
     tokeniser: Tokeniser
     decided: dict[str, tuple[object, str]]
     task: Task = CAUSAL
+    benchmarks: Mapping[str, Sequence[Example]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def _made(data: Data, reader: Reader, folder: Path, files: list[dict[str, Any]])
         rows, longest = padded_rows(data, reader.tokenizer, found, all_sides, reader.readable, ledger, decided)
         tokeniser = Tokeniser(reader.tokenizer, chat=False)
         return Prepared(
-            rows[0], rows[1], rows[2], *all_sides, None, longest, ledger, tokeniser, decided, found
+            rows[0], rows[1], rows[2], *all_sides, None, longest, ledger, tokeniser, decided, found, sides.benchmarks
         )  # fmt: skip
     return _conversations(data, reader, sides, folder, ledger, decided)
 
@@ -137,8 +139,9 @@ def _conversations(
         ledger.packed_rows, ledger.packing_fill = len(bins), len(train.ids) / (len(bins) * max_length)
     tokeniser = Tokeniser(reader.tokenizer, chat)
     return Prepared(
-        train, held, test, sides.train, sides.evaluation, sides.test, bins, max_length, ledger, tokeniser, decided
-    )
+        train, held, test, sides.train, sides.evaluation, sides.test, bins, max_length, ledger, tokeniser, decided,
+        benchmarks=sides.benchmarks,
+    )  # fmt: skip
 
 
 def _policy(data: Data, chat: bool, decided: dict[str, tuple[object, str]]) -> dict[str, object]:

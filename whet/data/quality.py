@@ -8,7 +8,7 @@ data.personal and data.blocklist are for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from whet.base.console import Progress
 from whet.data.detect.answers import Answers
 from whet.data.detect.duplicates import Duplicates, exact_duplicates, near_duplicates, text_keys
 from whet.data.detect.language import LanguageMix
-from whet.data.detect.leakage import SIMILARITY, Leak, contradictions, leaks
+from whet.data.detect.leakage import SIMILARITY, Leak, contradictions, leaks, leaks_of_first
 from whet.data.detect.personal import PersonalData
 from whet.data.detect.wording import Wording, words
 from whet.data.example import Example
@@ -41,6 +41,8 @@ def look(prepared: Prepared, *, near: bool = True) -> dict[str, Any]:
     if len(sides) > 1:
         asked = {name: Wording(side, "asked") for name, side in sides.items()}
         found["leakage"] = [_leak(leak, sides, near) for leak in leaks(asked, SIMILARITY if near else None)]
+    if prepared.benchmarks:
+        found["benchmarks"] = _benchmarks(train, prepared.benchmarks, near)
     torn = contradictions(text_keys(Wording(train, "asked")), text_keys(Wording(train, "said")))
     examples = [
         {name: _shown(train[row], with_answer=True) for name, row in zip("ab", group[:2], strict=True)}
@@ -86,6 +88,19 @@ def _leak(leak: Leak, sides: dict[str, Sequence[Example]], near: bool) -> dict[s
     return {"between": [leak.into, leak.of], "rows_to_remove": len(leak.into_near), **counts, "examples": shown}
 
 
+def _benchmarks(
+    train: Sequence[Example], benchmarks: Mapping[str, Sequence[Example]], near: bool
+) -> list[dict[str, Any]]:
+    """exact, near: rows to learn from whose question stands in a benchmark, or one much like it."""
+    asked = {"": Wording(train, "user")} | {name: Wording(rows, "user") for name, rows in benchmarks.items()}
+    found = []
+    for leak in leaks_of_first(asked, SIMILARITY if near else None):
+        shown = _leak(leak, {"": train, **benchmarks}, near)
+        counts = {"exact": len(leak.into_same)} | ({"near": len(leak.into_near) - len(leak.into_same)} if near else {})
+        found.append({"between": ["train", leak.of], **counts, "examples": shown["examples"]})
+    return found
+
+
 def _shown(example: Example, *, with_answer: bool = False) -> dict[str, Any]:
     text = words(example, "asked")
     found = {"file": example.file, "row": example.row, "text": text[:TEXT_CHARACTERS]}
@@ -104,6 +119,11 @@ def sentences(found: dict[str, Any]) -> list[str]:
         said.append(
             (leak.get("near", 0), f"questions that are nearly the same in {between}: {{}} (data.leakage=drop_near)")
         )
+    for leak in found.get("benchmarks", ()):
+        name = leak["between"][1].replace("{", "{{").replace("}", "}}")
+        said.append((leak["exact"], f"rows to learn from whose question stands in {name}: {{}} (data.leakage=drop)"))
+        said.append((leak.get("near", 0), f"rows to learn from with nearly a question of {name}: {{}} "
+                     "(data.leakage=drop_near)"))  # fmt: skip
     said.append((found["contradictions"]["rows"], "rows with a question that another row answers otherwise: {}"))
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in found["personal"]["kinds"].items())
     said.append((found["personal"]["rows"], f"rows with personal data: {{}}, of it {kinds} (data.personal=redact)"))

@@ -60,7 +60,14 @@ def attach_adapter(
     wrapped = beside
     if wrapped is None:
         wrapped = wrap(network, peft.PeftConfig.from_pretrained(str(directory)), task, name)
-    found = wrapped.load_adapter(str(directory), name, torch_device=str(next(network.parameters()).device))
+    device = str(next(network.parameters()).device)
+    try:
+        found = wrapped.load_adapter(str(directory), name, torch_device=device)
+    except KeyError as error:  # PEFT asks for the rows of trained tokens without looking whether they are there
+        raise UserError(
+            "the adapter lacks what its config says it has", file=str(directory), found=f"nothing for {error.args[0]}",
+            expected="adapter_model.safetensors as it was written", fix="copy the adapter again, whole",
+        ) from error  # fmt: skip
     missing, unexpected = _unplaced(wrapped, found)
     if missing or unexpected:
         raise UserError(

@@ -23,6 +23,9 @@ class Model:
         "What is learned: causal text, one label (classification), several (multi_label), a number (regression) or "
         "seq2seq answers; auto = what the rows hold and the model can.",
     )
+    new_tokens: list[str] = setting(
+        [], "Tokens to add, each read and written whole; their rows are trained (methods lora and full)."
+    )
     from_config: bool = setting(False, "Start from random weights of the model's `config.json` (pre-training).")
 
 

@@ -107,11 +107,10 @@ def at_full_rate(optimiser: torch.optim.Optimizer, model: nn.Module) -> None:
     diffs = differences_of(model)
     there = {id(diff.weights) for diff in diffs}
     smallest = min(diffs, key=lambda diff: diff.gates.numel())
-    groups = [group for group in optimiser.param_groups if any(id(p) in there for p in group["params"])]
 
     def before(*_: object) -> None:
         if smallest.fixed:  # read off the gates, so that a resumed run knows it too
-            for group in groups:
+            for group in (g for g in optimiser.param_groups if any(id(p) in there for p in g["params"])):
                 group["lr"] /= rate_ratio(group["params"][0])
 
     optimiser.register_step_pre_hook(before)

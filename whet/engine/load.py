@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from whet.base.errors import UserError, nearest
 from whet.engine import attention
 from whet.engine.config import Model
 from whet.engine.device import DTYPES, PACKED, Placement
+from whet.engine.new_tokens import add_tokens, grow
 from whet.engine.task import CAUSAL, Task, set_pad
 
 if TYPE_CHECKING:
@@ -88,6 +90,8 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
             field="model.tokenizer",
             fix="save it once with transformers' AutoTokenizer and use_fast=True",
         )
+    if model.new_tokens:
+        add_tokens(tokenizer, model.new_tokens)
     return tokenizer
 
 
@@ -103,6 +107,8 @@ def load_model(model: Model, placement: Placement, task: Task = CAUSAL) -> PreTr
         network = _random_model(config, placement, dense, task)
     else:
         network = _stored_model(model, config, placement, dense, task)
+    if model.new_tokens:
+        grow(network, load_tokenizer(replace(model, new_tokens=[])), model.new_tokens)
     if task.labelled:
         pad = network.config.get_text_config().pad_token_id
         set_pad(network.config, load_tokenizer(model) if pad is None or pad < 0 else None)  # type: ignore[operator]
@@ -177,7 +183,10 @@ def empty_model(model: Model, dtype: str = "bf16", task: Task = CAUSAL) -> PreTr
     for name, value in task.config_values().items():
         setattr(config, name, value)
     with torch.device("meta"):
-        return task.auto_class().from_config(config, dtype=DTYPES[dtype])
+        network = task.auto_class().from_config(config, dtype=DTYPES[dtype])
+    if model.new_tokens:
+        grow(network, load_tokenizer(replace(model, new_tokens=[])), model.new_tokens)
+    return network
 
 
 def longest_input(config: PreTrainedConfig) -> int | None:

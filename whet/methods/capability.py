@@ -20,7 +20,7 @@ class Capability:
     called without the method's own wrapper: documents can share a row, losses are fused, decoding is whet's own.
     composable: adapters of it can be combined into one. compiles: its layers compile as whole graphs. whole_model: what
     is saved is a model, not an adapter. recomputes: its layers can be run again in the backward pass (a cache they add
-    to cannot).
+    to cannot). new_tokens: it trains the rows of tokens that `model.new_tokens` adds.
     """
 
     storages: tuple[str, ...]
@@ -34,3 +34,4 @@ class Capability:
     compiles: bool = True
     whole_model: bool = False
     recomputes: bool = True
+    new_tokens: bool = False

@@ -86,7 +86,13 @@ class Lora(PeftMethod):
     trainable_token_indices: list[Index] = setting([], "Rows of the input embedding to train: ids of tokens.")
 
     capability: ClassVar[Capability] = Capability(
-        storages=ANY, mergeable=True, peft_format=True, vllm=True, learning_rate=2e-4, composable=True
+        storages=ANY,
+        mergeable=True,
+        peft_format=True,
+        vllm=True,
+        learning_rate=2e-4,
+        composable=True,
+        new_tokens=True,
     )
 
     def __post_init__(self) -> None:
@@ -234,9 +240,30 @@ class Lora(PeftMethod):
             init_lora_weights="gaussian" if self.init_lora_weights == "gaussian" else True,
             bias=self.bias,
             modules_to_save=list(self.modules_to_save) or None,
-            trainable_token_indices=list(self.trainable_token_indices) or None,
+            trainable_token_indices=self._rows(network),
             fan_in_fan_out=all(isinstance(network.get_submodule(name), Conv1D) for name in names),
         )
+
+    def _rows(self, network: PreTrainedModel) -> Any:
+        """Which rows of the embedding are trained, as PEFT's config says it; of new tokens also those of a head that
+        is not the embedding. What is trained whole is left out."""
+        from whet.engine.new_tokens import new_token_ids, tables
+
+        new, chosen = new_token_ids(network), list(self.trainable_token_indices)
+        if not new:
+            return chosen or None
+        found: dict[str, list[int]] = {}
+        for place, (name, table) in enumerate(tables(network).items()):
+            if any(f".{name}".endswith(f".{whole}") for whole in self.modules_to_save):
+                continue
+            if place and getattr(table, "bias", None) is not None:
+                raise UserError(
+                    "PEFT would leave out the bias of this model's head", field="model.new_tokens", found=name,
+                    expected="a head without bias, or one that is trained whole",
+                    fix=f"method.modules_to_save=[{name}], or method.name=full",
+                )  # fmt: skip
+            found[shortest_endings(network, [name])[0]] = list(dict.fromkeys([*([] if place else chosen), *new]))
+        return found or None
 
     def _check_tokens(self, network: PreTrainedModel) -> None:
         rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]

@@ -113,7 +113,11 @@ class PeftMethod(Method):
 
     def save(self, model: Any, directory: Path) -> None:
         """Write the adapter in PEFT's format."""
-        model.save_pretrained(str(directory), safe_serialization=True)
+        from whet.engine.new_tokens import new_token_ids
+
+        # PEFT would write whole tables because they have grown, beside the rows that were trained
+        tables = False if new_token_ids(model.get_base_model()) else "auto"
+        model.save_pretrained(str(directory), safe_serialization=True, save_embedding_layers=tables)
 
     def load(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> nn.Module:
         """PEFT's model with the adapter in `directory`."""

@@ -19,10 +19,12 @@ TEXT_CHARACTERS, LONGEST_COMPARED, HEADING_CHARACTERS = 400, 20_000, 60
 NAMES = {
     "duplicates": "Duplicates", "leakage": "Leakage", "contradictions": "Contradictions", "personal": "Personal data",
     "answers": "Answers", "languages": "Languages", "blocklist": "Block list",
+    "benchmarks": "Benchmarks",
 }  # fmt: skip
 NOTES = {
     "duplicates": "Each repeat gives a text more weight and teaches nothing new.",
     "leakage": "Rows that are also in the held-out data make its results look better than they are.",
+    "benchmarks": "Rows that are also in a benchmark make its score worth nothing.",
     "contradictions": "The same question with different answers: the model can be right on one of them only.",
     "personal": "A model can repeat what it has read.",
 }

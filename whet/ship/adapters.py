@@ -22,7 +22,7 @@ from whet.base.errors import UserError, nearest
 from whet.base.files import whole_directory
 from whet.engine.adapter import attach_adapter
 from whet.engine.config import Base, Model
-from whet.engine.load import load_model, locate
+from whet.engine.load import load_model, load_tokenizer, locate
 from whet.engine.open import answering
 from whet.runs import open_run
 
@@ -287,7 +287,20 @@ def home(target: str | Path) -> tuple[Model, Base]:
             "the adapter does not say which model it was trained on", file=str(place / CONFIG),
             field="base_model_name_or_path", expected="a model directory or a hub name", fix="write it there",
         )  # fmt: skip
-    return Model(path=found), Base()
+    return Model(path=found, new_tokens=_added(found, place)), Base()
+
+
+def _added(base: str, place: Path) -> list[str]:
+    """Tokens of the tokenizer beside an adapter whose rows it trained, and that the base's tokenizer does not have."""
+    if not json.loads((place / CONFIG).read_text(encoding="utf-8")).get("trainable_token_indices"):
+        return []
+    if not (place / "tokenizer.json").is_file():
+        return []
+    from tokenizers import Tokenizer
+
+    known = load_tokenizer(Model(path=base)).get_vocab()
+    theirs = Tokenizer.from_file(str(place / "tokenizer.json")).get_vocab()
+    return sorted(theirs.keys() - known.keys(), key=theirs.__getitem__)
 
 
 def compose_on_disk(

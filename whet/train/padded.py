@@ -58,6 +58,12 @@ def check_recipe(recipe: Recipe, config: Any, task: Task) -> None:
             f"the method {recipe.method.name} cannot be used for this task", field="model.task", found=task.name,
             expected=", ".join(able), fix="method=lora can",
         )  # fmt: skip
+    if recipe.model.new_tokens and not recipe.method.can.new_tokens:
+        raise UserError(
+            f"{recipe.method.name} does not train the rows of new tokens, which would stay as they start",
+            field="model.new_tokens", found=", ".join(recipe.model.new_tokens), expected="[]",
+            fix="remove them, or method.name=lora",
+        )  # fmt: skip
     if task.name != "causal" and recipe.model.chat_template is not None:
         raise UserError(
             f"rows of the task {task.name} are not rendered by a template", field="model.chat_template",

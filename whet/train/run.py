@@ -6,12 +6,10 @@ The same call on the same recipe continues an unfinished run to the bit and leav
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from whet.train import checkpoint
 from whet.train.arrange import Arrangement
 from whet.train.checkpoint import Identity
 from whet.train.graph import GraphSteps
+from whet.train.interrupt import CtrlC
 from whet.train.optim import build_optimiser, set_rate
 from whet.train.padded import batches_for
 from whet.train.record import Recorder
@@ -104,7 +103,11 @@ class Loop:
         assert self.settings.learning_rate is not None
         self.method = ready.recipe.method
         self.optimiser = build_optimiser(
-            self.settings, arranged.matrices, arranged.vectors, self.settings.learning_rate, captured=arranged.graphs,
+            self.settings,
+            arranged.matrices,
+            arranged.vectors,
+            self.settings.learning_rate,
+            captured=arranged.graphs,
             masters=arranged.masters,
         )
         self.steps: GraphSteps | Steps
@@ -123,7 +126,7 @@ class Loop:
     def fit(self) -> None:
         """Step until the last one, early stopping or Ctrl-C; then keep the best and write it."""
         self._resume()
-        with Progress("training", self.total, self.state.step) as bar, _CtrlC(self):
+        with Progress("training", self.total, self.state.step) as bar, CtrlC(self._interrupt):
             self.clock, began = time.perf_counter(), self.state.step
             while self.state.step < self.total and not self._enough():
                 first = self.launched is None and self.state.step == began
@@ -143,6 +146,9 @@ class Loop:
                 if self.interrupted:
                     raise Stopped(f"stopped after step {self.state.step} of {self.total}; the same command continues")
         self._finish("early_stopping" if self._enough() else "completed")
+
+    def _interrupt(self) -> None:
+        self.interrupted = True
 
     def _step(self, bar: Progress) -> None:
         """Launch the next step, then look at the one before it: it is done while this one runs."""
@@ -186,9 +192,9 @@ class Loop:
         if found is None:
             largest = max(before, key=lambda batch: batch.ids.size)
             raise no_room(before, _places(largest.sources[:3], self.ready))
-        say(f"out of memory in step {index + 1}, at up to {max(b.ids.size for b in before):,} tokens in a forward pass: "
-            f"going on with {found.accumulate} instead of {self.batches.accumulate} forward passes a step; "
-            "the result is the same", style="yellow")  # fmt: skip
+        say(f"out of memory in step {index + 1}, with up to {max(b.ids.size for b in before):,} tokens at once: going "
+            f"on with {found.accumulate} instead of {self.batches.accumulate} forward passes a step; the result is "
+            "the same", style="yellow")  # fmt: skip
         self.batches = found
         self.steps = self._plain_steps()
         facts = self.run.read("arrangement.json") or {}
@@ -206,9 +212,10 @@ class Loop:
         while self.forward.device.type in TRIED_ON:
             step = largest_step(self.batches, self.total)
             if step is None:
-                return
+                break
             try:
-                return try_out(self.model, self.optimiser, self.batches.step(step), self.forward)
+                try_out(self.model, self.optimiser, self.batches.step(step), self.forward)
+                break
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
@@ -338,29 +345,6 @@ class Loop:
             "all_params": total,
             "peak_memory_bytes": peak_bytes(self.forward.device),
         }
-
-
-class _CtrlC:
-    """The first Ctrl-C asks for a stop after the running step; a second one is Python's own."""
-
-    def __init__(self, loop: Loop) -> None:
-        self.loop = loop
-        self.before: Any = None
-
-    def __enter__(self) -> None:
-        import threading
-
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGINT, self._asked)
-
-    def _asked(self, number: int, frame: FrameType | None) -> None:
-        self.loop.interrupted = True
-        signal.signal(signal.SIGINT, self.before)
-        say("stopping after this step; Ctrl-C again stops at once", style="yellow")
-
-    def __exit__(self, *error: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
 
 
 def _evaluation_batches(ready: Ready) -> list[Any]:

@@ -19,11 +19,11 @@ from whet.base.errors import UserError
 from whet.base.files import write_text
 from whet.base.seed import seed_everything
 from whet.data.batch.batches import Batches
-from whet.data.labels import labels_text
 from whet.data.batch.ledger import Ledger
+from whet.data.batch.task_batches import TaskBatches
+from whet.data.labels import labels_text
 from whet.data.prepare import Prepared, prepare
 from whet.data.read.read import check_unchanged
-from whet.data.batch.task_batches import TaskBatches
 from whet.data.template.template import use_template
 from whet.engine.device import Placement, device_name, place
 from whet.engine.head import find_head
@@ -32,6 +32,7 @@ from whet.engine.isolation import check_causality, check_isolation
 from whet.engine.linear import count_parameters
 from whet.engine.load import checkpoint_storage, load_config, load_model, load_tokenizer, longest_input
 from whet.engine.task import Task, text_task
+from whet.methods.method import Method
 from whet.recipe import Parsed, Recipe, to_yaml
 from whet.runs import Run
 from whet.settings import Train
@@ -72,6 +73,11 @@ def get_ready(parsed: Parsed) -> Ready:
     check_arrangement(
         recipe.train, placement.device, padded=recipe.data.padding_free is False, penalised=recipe.method.penalised
     )
+    if recipe.train.offload_optimizer and _follows_updates(recipe):
+        raise UserError(
+            f"{recipe.method.name} reads the gradients on the device after each update",
+            field="train.offload_optimizer", found="true", expected="false or auto", fix="remove the line",
+        )  # fmt: skip
     if recipe.model.task is not None:
         check_recipe(recipe, config, Task(recipe.model.task))
     data = data_for(recipe)
@@ -145,7 +151,14 @@ def _possible(recipe: Recipe) -> Train:
     train = recipe.train
     if recipe.method.penalised:
         train = replace(train, cuda_graphs=False)
+    if _follows_updates(recipe):
+        train = replace(train, offload_optimizer=False)
     return train if recipe.method.can.compiles else replace(train, compile=False)
+
+
+def _follows_updates(recipe: Recipe) -> bool:
+    """Whether the method hooks itself to the optimiser."""
+    return type(recipe.method).begin is not Method.begin
 
 
 def _padded(ready: Ready, network: Any, model: torch.nn.Module) -> tuple[torch.nn.Module, Ready, Arrangement]:
@@ -198,6 +211,11 @@ def show_ledger(ledger: Ledger) -> None:
         say(f"task: {ledger.task}, {labels_text(ledger.task, ledger.labels)}")
     else:
         say(f"learned: {ledger.supervised_tokens:,} of {ledger.tokens:,} tokens ({share:.0f} %)")
+    if ledger.added:
+        say(f"added: {ledger.added['rows']:,} of the rows to learn from")
+    for name, found in ledger.benchmarks.items():
+        if found["rows_learned"]:
+            say(f"  {found['rows_learned']:,} rows to learn from stand in {name}", style="yellow")
     for count, text in (
         (len(ledger.dropped), "rows dropped (data.json names each)"),
         (ledger.tokens_lost, "tokens lost to data.max_length"),

@@ -61,11 +61,10 @@ def largest_step(batches: Any, steps: int) -> int | None:
     if not isinstance(batches, Batches):
         return None
     per_epoch = -(-len(batches.units) // batches.size)
-    tokens = batches.facts(steps).tokens
+    epochs, more = divmod(steps, batches.steps_per_epoch)
+    tokens = batches.facts(steps).tokens[: epochs * per_epoch + more * batches.accumulate]
     largest = int(tokens.argmax())
     step = largest // per_epoch * batches.steps_per_epoch + largest % per_epoch // batches.accumulate
-    if not 0 < step < steps:
-        return None
     first = max(batch.ids.size for batch in batches.step(0))
     return step if max(batch.ids.size for batch in batches.step(step)) > first else None
 

@@ -10,11 +10,12 @@ processes demand; so there they are made only when they are asked for.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -33,8 +34,9 @@ from whet.data.batch.ledger import Ledger
 from whet.data.batch.length import fit
 from whet.data.batch.rows import Rows
 from whet.data.batch.store import Examples
-from whet.data.example import Example, from_json
-from whet.data.template.tokenise import Tokeniser, Tokens
+from whet.data.example import Example, from_values, plain_turns
+from whet.data.template.between import Known
+from whet.data.template.tokenise import Tokeniser, Tokens, marked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -76,34 +78,83 @@ class Laid:
     problem: UserError | None = None
 
 
+class _Gathered:
+    """The rows of a chunk as they come: ids, the places of what is learned, and arrays where rows have weights."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.learned: list[tuple[int, int]] = []
+        self.sizes: list[int] = []
+        self.owners: list[int] = []
+        self.weights: list[tuple[int, np.ndarray]] = []
+
+    def add(self, owner: int, ids: list[int], learned: Iterable[tuple[int, int]]) -> None:
+        start = len(self.ids)
+        self.ids += ids
+        self.learned += [(start + first, start + last) for first, last in learned]
+        self.sizes.append(len(ids))
+        self.owners.append(owner)
+
+    def add_tokens(self, owner: int, row: Tokens) -> None:
+        edges = np.flatnonzero(np.diff(row.learned, prepend=False, append=False)).tolist()
+        if row.weights is not None:
+            self.weights.append((len(self.ids), row.weights))
+        self.add(owner, row.ids.tolist(), zip(edges[::2], edges[1::2], strict=True))
+
+    def into(self, laid: Laid) -> None:
+        """As arrays."""
+        laid.ids, laid.sizes = np.array(self.ids, np.int32), np.array(self.sizes, np.int64)
+        laid.owners, laid.learned = np.array(self.owners, np.int64), np.zeros(len(self.ids), bool)
+        for first, last in self.learned:
+            laid.learned[first:last] = True
+        if self.weights:
+            laid.weights = laid.learned.astype(np.float32)
+            for start, weights in self.weights:
+                laid.weights[start : start + len(weights)] = weights
+        laid.learned[np.cumsum(laid.sizes) - laid.sizes] = False  # nothing predicts the first token of a row
+
+
 class Layer:
     """Makes rows of examples with one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, laying: Laying) -> None:
         self.tokeniser, self.laying = Tokeniser(tokenizer, laying.chat), laying
 
-    def lay(self, examples: list[Example]) -> Laid:
-        """The rows of a chunk; a row that is refused stops it and stands in `problem` with its place."""
-        laid = Laid()
+    def lay(self, lines: list[str]) -> Laid:
+        """The rows of a chunk of examples in JSON; one that is refused stops it and stands in `problem` with its place.
+
+        Where a row's tokens are known from its contents alone, it never becomes an object.
+        """
+        laid, rows, values = Laid(), _Gathered(), [json.loads(line) for line in lines]
         try:
-            rows = [
-                (owner, row)
-                for owner, (example, tokens) in enumerate(zip(examples, self._tokens(examples), strict=True))
-                for row in self._fitted(owner, example, tokens, laid)
-            ]
+            known = self.tokeniser.known([plain_turns(value) for value in values])
+            others = {at: from_values(values[at]) for at, found in enumerate(known) if found is None}
+            tokens = iter(self._tokens(list(others.values())))
+            for owner, found in enumerate(known):
+                if found is not None and self._added(owner, found, laid, rows):
+                    continue
+                example = others.get(owner) or from_values(values[owner])
+                row = next(tokens) if found is None else marked(found, example, self.laying.loss_on)
+                for fitted in self._fitted(owner, example, row, laid):
+                    rows.add_tokens(owner, fitted)
         except UserError as problem:
             laid.problem = problem
             return laid
-        laid.sizes = np.array([len(row.ids) for _, row in rows], np.int64)
-        laid.owners = np.array([owner for owner, _ in rows], np.int64)
-        if rows:
-            laid.ids = np.concatenate([row.ids for _, row in rows])
-            laid.learned = np.concatenate([row.learned for _, row in rows])
-            laid.learned[np.cumsum(laid.sizes) - laid.sizes] = False  # nothing predicts the first token of a row
-            if any(row.weights is not None for _, row in rows):
-                ones = (row.learned.astype(np.float32) if row.weights is None else row.weights for _, row in rows)
-                laid.weights = np.concatenate(list(ones))
+        rows.into(laid)
         return laid
+
+    def _added(self, owner: int, known: Known, laid: Laid, rows: _Gathered) -> bool:
+        """Whether the row could be added as it is: it has something to learn, and is not too long."""
+        placed = known.placed()
+        count = len(placed.ids)
+        answers, closed = known.between.learned(self.laying.loss_on)
+        learned = [(0, count)] if self.laying.loss_on == "all" else [placed.turns[index] for index in answers]
+        if count > self.laying.limit or not any(last > max(first, 1) for first, last in learned):
+            return False
+        rows.add(owner, placed.ids, learned)
+        laid.longest = max(laid.longest, count)
+        laid.open_turns += not closed
+        return True
 
     def _tokens(self, examples: list[Example]) -> list[Tokens]:
         if self.tokeniser.template is None:
@@ -235,7 +286,7 @@ def _laid(
     chunks = _chunks(examples.lines())
     if processes == 1:
         layer = Layer(tokenizer, laying)
-        yield ((len(chunk), layer.lay([from_json(line) for line in chunk])) for chunk in chunks)
+        yield ((len(chunk), layer.lay(chunk)) for chunk in chunks)
         return
     forked = forks_safely()
     if forked:
@@ -285,4 +336,4 @@ def _begin(tokenizer: PreTrainedTokenizerFast, laying: Laying) -> None:
 
 
 def _work(lines: list[str]) -> Laid:
-    return _here["layer"].lay([from_json(line) for line in lines])
+    return _here["layer"].lay(lines)

@@ -32,6 +32,9 @@ class Ledger:
     rows_redacted: int = 0
     mixture: dict[str, Any] = field(default_factory=dict)
     replay: dict[str, Any] = field(default_factory=dict)
+    added: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    benchmarks: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
     supervised_tokens: int = 0
     supervised_by_role: dict[str, int] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices of the documents in each row. Every length must be <= capacity. Deterministic."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)  # equal ones stay in their order
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = {}
     capacities = 0

@@ -37,12 +37,16 @@ def save(prepared: Any, folder: Path) -> dict[str, Any]:
     for name in SELECTIONS:
         for part, value in getattr(prepared, name).arrays().items():
             keep(f"{name}.{part}", value)
+    for number, examples in enumerate(prepared.benchmarks.values()):
+        for part, value in examples.arrays().items():
+            keep(f"benchmark{number}.{part}", value)
     if prepared.bins is not None:
         keep("bins.rows", np.concatenate([np.zeros(0, np.int64), *(np.asarray(unit) for unit in prepared.bins)]))
         keep("bins.sizes", np.array([len(unit) for unit in prepared.bins], np.int64))
     return {
         "arrays": arrays, "ledger": prepared.ledger.as_dict(), "max_length": prepared.max_length,
         "decided": {name: list(pair) for name, pair in prepared.decided.items()}, "task": asdict(prepared.task),
+        "benchmarks": list(prepared.benchmarks),
     }  # fmt: skip
 
 
@@ -74,4 +78,5 @@ def load(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         "bins": bins, "max_length": facts["max_length"], "ledger": Ledger(**facts["ledger"]),
         "decided": {name: tuple(pair) for name, pair in facts["decided"].items()},
         "task": Task(task["name"], tuple(task["labels"])),
+        "benchmarks": {name: examples(f"benchmark{number}") for number, name in enumerate(facts["benchmarks"])},
     }  # fmt: skip

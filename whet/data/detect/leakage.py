@@ -27,8 +27,9 @@ class Leak:
     """Rows of side `of` whose text is on side `into` too; all rows are indices from 0 within their side.
 
     identical, same, near: int64 arrays of rows of `of`, ascending; each kind holds the one before it, so `near` is all.
-    into_near: rows of `into` that stand in `of`, exactly or nearly. pairs: (row of `into`, row of `of`), int64 [P, 2]:
-    for each text, its first row and a text that it was found with; similarity: float64 [P], 1 for the same text.
+    into_same, into_near: rows of `into` whose text is the same as one of `of`, and all that have one much like it.
+    pairs: (row of `into`, row of `of`), int64 [P, 2]: for each text, its first row and a text that it was found with;
+    similarity: float64 [P], 1 for the same text.
     measured: the similarity asked for, None where only equal texts were looked for. crowded: as in `Duplicates`.
     """
 
@@ -37,6 +38,7 @@ class Leak:
     identical: np.ndarray
     same: np.ndarray
     near: np.ndarray
+    into_same: np.ndarray
     into_near: np.ndarray
     pairs: np.ndarray
     similarity: np.ndarray
@@ -83,22 +85,39 @@ def leaks(sides: Mapping[str, Sequence[str]], similarity: float | None = SIMILAR
             "leakage is looked for between two sides or more", found=", ".join(names) or "none",
             fix="name the evaluation data, or a benchmark file",
         )  # fmt: skip
-    written = {name: text_keys(texts, as_written=True) for name, texts in sides.items()}
-    keys = {name: text_keys(texts) for name, texts in sides.items()}
-    found: list[Leak] = []
-    for place, into in enumerate(names[:-1]):
-        together = names[place:]
-        near: Sequence[Duplicates | None] = [None] * (len(together) - 1)
-        if similarity is not None:
-            side_of = np.repeat(np.arange(len(together)), [len(keys[name]) for name in together])
-            joined = _Joined([sides[name] for name in together])
-            all_keys = np.concatenate([keys[name] for name in together])
-            near = near_across(joined, side_of, len(together), similarity, keys=all_keys)
-        start = len(keys[into])
-        for of, across in zip(together[1:], near, strict=True):
-            span = slice(start, start + len(keys[of]))
-            found.append(_leak(into, of, written, keys, span, across, similarity))
-            start = span.stop
+    keys = _keys(sides)
+    return [leak for place in range(len(names) - 1) for leak in _against(names[place:], sides, keys, similarity)]
+
+
+def leaks_of_first(sides: Mapping[str, Sequence[str]], similarity: float | None = SIMILARITY) -> list[Leak]:
+    """The same for the first side against each other one alone, of which there may be none."""
+    return _against(list(sides), sides, _keys(sides), similarity) if len(sides) > 1 else []
+
+
+_Keys = dict[bool, dict[str, np.ndarray]]
+
+
+def _keys(sides: Mapping[str, Sequence[str]]) -> _Keys:
+    """`text_keys` of each side, uint64 [R], as written (True) and normalised (False)."""
+    return {as_written: {name: text_keys(texts, as_written=as_written) for name, texts in sides.items()}
+            for as_written in (True, False)}  # fmt: skip
+
+
+def _against(
+    names: list[str], sides: Mapping[str, Sequence[str]], every: _Keys, similarity: float | None
+) -> list[Leak]:
+    """What the first of `names` shares with each other one."""
+    keys = every[False]
+    near: Sequence[Duplicates | None] = [None] * (len(names) - 1)
+    if similarity is not None:
+        side_of = np.repeat(np.arange(len(names)), [len(keys[name]) for name in names])
+        joined = _Joined([sides[name] for name in names])
+        near = near_across(joined, side_of, len(names), similarity, keys=np.concatenate([keys[n] for n in names]))
+    found, start = [], len(keys[names[0]])
+    for of, across in zip(names[1:], near, strict=True):
+        span = slice(start, start + len(keys[of]))
+        found.append(_leak(names[0], of, every[True], keys, span, across, similarity))
+        start = span.stop
     return found
 
 
@@ -132,7 +151,8 @@ def _leak(
 ) -> Leak:  # fmt: skip
     """Of one pair of sides. span: the rows of `of` among all rows that `near` knows; those of `into` come first."""
     identical = np.flatnonzero(np.isin(written[of], written[into]))
-    same, seen = np.isin(keys[of], keys[into]), np.isin(keys[into], keys[of])
+    same, here = np.isin(keys[of], keys[into]), np.isin(keys[into], keys[of])
+    seen = here
     _, a, b = np.intersect1d(keys[into], keys[of], return_indices=True)
     pairs, alike = np.stack([a, b], axis=1), np.ones(len(a))
     near_of = same
@@ -142,8 +162,8 @@ def _leak(
         pairs, alike = np.concatenate([pairs, tied]), np.concatenate([alike, found])
     order = np.lexsort((pairs[:, 0], pairs[:, 1]))
     return Leak(
-        into, of, identical, np.flatnonzero(same), np.flatnonzero(near_of), np.flatnonzero(seen), pairs[order],
-        alike[order], similarity, 0 if near is None else near.crowded,
+        into, of, identical, np.flatnonzero(same), np.flatnonzero(near_of), np.flatnonzero(here),
+        np.flatnonzero(seen), pairs[order], alike[order], similarity, 0 if near is None else near.crowded,
     )  # fmt: skip
 
 

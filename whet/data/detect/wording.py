@@ -1,8 +1,9 @@
 """What rows ask and what they answer, as texts to compare.
 
 asked: all that stands before the answer (of a conversation the user's turns and the system message; of other rows their
-text); said: the answers, or the label; both: the two together. Whether a row repeats another one is a question about
-both, whether the model has seen a test question is one about `asked` alone.
+text); said: the answers, or the label; both: the two together; user: the user's turns alone, where there are any.
+Whether a row repeats another one is a question about both, whether the model has seen a test question is one about
+`asked` alone, and where the other rows come from elsewhere (a benchmark has no system message) one about `user`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from typing import Literal
 from whet.data.example import Example
 from whet.data.labels import label_text
 
-Part = Literal["asked", "said", "both"]
+Part = Literal["asked", "said", "both", "user"]
 
 
 def words(example: Example, part: Part) -> str:
     """One part of an example as text."""
     if part == "both":
         return f"{words(example, 'asked')}\n{words(example, 'said')}"
+    if part == "user":
+        turns = [m.content for m in example.messages or () if m.role == "user"]
+        return "\n".join(turns) if turns else words(example, "asked")
     if example.messages is not None:
         chosen = (m for m in example.messages if (m.role == "assistant") == (part == "said"))
         return "\n".join(f"{m.content}{m.tool_calls or ''}" for m in chosen)

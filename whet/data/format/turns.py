@@ -62,13 +62,26 @@ def read_turns(turns: object, key: str, dialect: Dialect | None = None) -> list[
         )  # fmt: skip
     messages: list[Message] = []
     for index, turn in enumerate(turns):
-        message = read_turn(turn, f"{key}[{index}]", dialect)
+        message = _bare(turn, dialect) or read_turn(turn, f"{key}[{index}]", dialect)
         before = messages[-1] if messages else None
         if dialect.calls and message.tool_calls and before is not None and before.role == "assistant":
             messages[-1] = _joined(before, message, f"{key}[{index}]")
         else:
             messages.append(message)
     return messages
+
+
+def _bare(turn: object, dialect: Dialect) -> Message | None:
+    """The message of a sound turn of nothing but a role and a string, as most are; None for any other."""
+    if not isinstance(turn, dict) or len(turn) != 2:
+        return None
+    word, text = turn.get(dialect.role), turn.get(dialect.content)
+    if not isinstance(word, str) or not isinstance(text, str) or word in dialect.calls or "\0" in text:
+        return None
+    role = dialect.roles.get(word)
+    if role is None or (role == "assistant" and (not text or text.isspace())):
+        return None
+    return Message(role, text)
 
 
 def read_turn(turn: object, where: str, dialect: Dialect) -> Message:

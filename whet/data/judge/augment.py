@@ -1,15 +1,16 @@
 """Two or three paraphrases of a row: what the user says in other words, with the same answer.
 
 The answer stays true only if the question still asks for the same. So a paraphrase is taken only if it keeps every
-number, address, code and placeholder of its source, is in the same language, of like length, and differs from the
-source and from the other paraphrases; all others are left out, with the reason. Paraphrases of one row are one group
-with it: `group` is the source's id, so that a split by groups never has them on two sides, and a source that is held
-out is refused here, before anything is asked.
+number, address, code and placeholder of its source, is in the same language, of like length, and is no near copy of the
+source or of another paraphrase; all others are left out, with the reason. Paraphrases of one row are one group with it:
+`group` is the source's id, so that a split by groups never has them on two sides, and a source that is held out is
+refused here, before anything is asked. What is written can be read back as `data.added_dataset`, to the same ids.
 What it gives up: whether the words mean the same is the model's word. Read some of them before you train.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -18,8 +19,12 @@ from dataclasses import asdict, dataclass, replace
 from itertools import tee
 from pathlib import Path
 
+import numpy as np
+
 from whet.base.errors import UserError
+from whet.data.detect.duplicates import SIMILARITY, normalised
 from whet.data.detect.language import language
+from whet.data.detect.minhash import edits_allowed
 from whet.data.example import Example, content_id
 from whet.data.judge.endpoint import BadReply, Endpoint, Question, ask_all
 from whet.data.judge.judge import json_object
@@ -37,11 +42,15 @@ _PROMPT = (
     "every number, name, address, piece of code and thing in brackets as it is; add nothing and leave nothing out. "
     'Reply with one JSON object and nothing else: {"paraphrases": ["…", "…"]}.'
 )
+PROMPT_VERSION = hashlib.sha256(_PROMPT.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where an augmented row comes from: group, the id of the source row; file, row: its place; who wrote it."""
+    """Where an augmented row comes from: group, the id of the source row; file, row: its place; who wrote it.
+
+    prompt: version of the instructions; prompt_sha256: of the whole prompt; endpoint, date: as in `replies.Kept`.
+    """
 
     id: str
     group: str
@@ -49,6 +58,9 @@ class Origin:
     row: int
     model: str
     prompt_sha256: str
+    prompt: str = PROMPT_VERSION
+    endpoint: str = ""
+    date: str = ""
 
     def to_json(self) -> str:
         """One line of JSONL, without the newline."""
@@ -74,19 +86,22 @@ def paraphrased(
         if reply.problem:
             note(Removed(source.file, source.row, f"no paraphrase: {reply.problem}", "paraphrase"))
             continue
-        taken = {_folded(source_text(source))}
+        taken = [source_text(source)]
         for text in reply.value:
             new = with_text(source, text)
             fault = difference(source_text(source), text)
-            if _folded(text) in taken:
+            if any(_alike(text, other) for other in taken):
                 fault = "it repeats the source or another paraphrase"
             elif new.id in held_out:
                 fault = "it equals a held-out row"
             if fault:
                 note(Removed(source.file, source.row, f"a paraphrase is left out: {fault}", "paraphrase"))
                 continue
-            taken.add(_folded(text))
-            yield new, Origin(new.id, source.id, source.file, source.row, endpoint.model, reply.prompt_sha256)
+            taken.append(text)
+            yield new, Origin(
+                new.id, source.id, source.file, source.row, endpoint.model, reply.prompt_sha256,
+                endpoint=reply.endpoint, date=reply.date,
+            )  # fmt: skip
 
 
 def _to_learn_from(examples: Iterable[Example], held_out: Container[str]) -> Iterator[Example]:
@@ -103,6 +118,8 @@ def _question(text: str, copies: int) -> Question:
         found = json_object(reply, {"paraphrases"})["paraphrases"]
         if not isinstance(found, list) or len(found) != copies or not all(isinstance(one, str) for one in found):
             raise BadReply(f"not a list of {copies} texts")
+        if any("\0" in one for one in found):
+            raise BadReply("a NUL character")
         return [one.strip() for one in found]
 
     return Question(({"role": "system", "content": _PROMPT}, {"role": "user", "content": shown}), parse)
@@ -142,5 +159,10 @@ def difference(source: str, text: str) -> str:
     return "" if language(source) == language(text) else "it is in another language"
 
 
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
+def _alike(one: str, other: str) -> bool:
+    """Whether two texts are the same or near duplicates, as `data.duplicates` measures it."""
+    from rapidfuzz.distance import Levenshtein
+
+    short, long = sorted((normalised(one), normalised(other)), key=len)
+    limit = int(edits_allowed(np.asarray([len(long)]), SIMILARITY)[0])
+    return Levenshtein.distance(short, long, score_cutoff=limit) <= limit

@@ -84,6 +84,7 @@ def json_object(text: str, names: set[str]) -> dict[str, Any]:
     fenced = re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", body, re.DOTALL)
     try:
         value = json.loads(fenced[1] if fenced else body, object_pairs_hook=once)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError):
         raise BadReply("not one JSON object") from None
     if not isinstance(value, dict) or set(value) != names:
@@ -123,8 +124,9 @@ def verdicts(
     questions = (Question((rules, {"role": "user", "content": row_json(one)}), parse_verdict) for one in asked)
     for example, reply in zip(given, ask_all(questions, endpoint, cache), strict=True):
         score, reason = reply.value if reply.value is not None else (None, f"not judged: {reply.problem}")
-        yield example, Verdict(
-            score, reason, endpoint.model, reply.prompt_sha256, reply.cached, reply.endpoint, reply.date
+        yield (
+            example,
+            Verdict(score, reason, endpoint.model, reply.prompt_sha256, reply.cached, reply.endpoint, reply.date),
         )
 
 

@@ -1,6 +1,7 @@
 """Replies that were paid for, kept: an append-only JSONL file with one line for each, found by the prompt's hash.
 
-Each line says which model said it, at which endpoint and when, so that what is made of it can say so too. Only places in the file are held in memory (about 100 bytes a reply), and a reply is read when it is asked for. A last
+Each line says which model said it, at which endpoint and when, so that what is made of it can say so too. Only places
+in the file are held in memory (about 100 bytes a reply), and a reply is read when it is asked for. A last
 line that a kill cut off is taken away when the file is opened; any other line that is not ours is an error, since
 skipping it would ask, and pay, again without a word. A file in which nothing was kept is removed when it is closed.
 """
@@ -11,7 +12,7 @@ import json
 import os
 import threading
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
@@ -20,7 +21,7 @@ from whet.base.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A reply as it came. endpoint: the host that gave it; date: when, in UTC, as 2026-01-31T12:00:00Z; "" if unsaid."""
+    """A reply as it came. endpoint: the host that gave it; date: when, in UTC (2026-01-31T12:00:00Z); "" if unsaid."""
 
     text: str
     endpoint: str = ""
@@ -83,7 +84,7 @@ class Replies:
 
     def put(self, key: str, model: str, endpoint: str, text: str) -> Kept:
         """Keep a reply that came just now; it is on its way to the disk when this returns."""
-        kept = Kept(text, endpoint, datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
+        kept = Kept(text, endpoint, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
         value = {"key": key, "model": model, "endpoint": endpoint, "date": kept.date, "reply": text}
         line = json.dumps(value).encode() + b"\n"
         with self._lock:

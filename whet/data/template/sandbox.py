@@ -14,10 +14,11 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from whet.data.template import watched
 from whet.data.template.traced import changed, concat
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from jinja2 import Environment, Template
 
 DATE = datetime(2025, 1, 1)
 
@@ -51,21 +52,47 @@ def _indent(value: str, width: int | str = 4, first: bool = False, blank: bool =
     return changed(do_indent(value, width, first, blank), value)
 
 
+def mistakes() -> tuple[type[Exception], ...]:
+    """What a template raises that refuses a row, and what Python raises in one that adds text to a number, divides by
+    zero, calls itself or loops for ever."""
+    from jinja2 import TemplateError
+
+    python = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+    return TemplateError, *python
+
+
 @lru_cache(maxsize=16)
 def compiled(source: str) -> Template:
     """The template of this source. Raises jinja2.TemplateError."""
+    return _sandbox(watching=False).from_string(source)
+
+
+@lru_cache(maxsize=16)
+def watching(source: str) -> Template:
+    """The same template, to be rendered with contents that note what is asked of them (`template.watched`)."""
+    return _sandbox(watching=True).from_string(source)
+
+
+@lru_cache(maxsize=2)
+def _sandbox(watching: bool) -> Environment:
     from jinja2 import nodes
     from jinja2.compiler import CodeGenerator
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Concatenating(CodeGenerator):
-        """`a ~ b` through the environment's way to join, which keeps sources."""
+        """Values become text, and texts one text, in the environment's way, which keeps sources."""
+
+        def _output_child_pre(self, node: nodes.Expr, frame: Any, finalize: Any) -> None:
+            if frame.eval_ctx.volatile or frame.eval_ctx.autoescape:
+                super()._output_child_pre(node, frame, finalize)
+            else:
+                self.write("environment.text(")
 
         def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
             self.write("environment.concat((")
             for part in node.nodes:
-                self.write("str(")
+                self.write("environment.text(")
                 self.visit(part, frame)
                 self.write("), ")
             self.write("))")
@@ -83,7 +110,8 @@ def compiled(source: str) -> Template:
         """jinja's sandbox; what it decides of an attribute hangs on the kind of object alone, so it decides once."""
 
         code_generator_class = Concatenating
-        concat = staticmethod(concat)  # type: ignore[assignment]
+        text = staticmethod(watched.text if watching else str)
+        concat = staticmethod(watched.joined if watching else concat)  # type: ignore[assignment]
         decided: ClassVar[dict[tuple[type, str], bool]] = {}
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -95,7 +123,11 @@ def compiled(source: str) -> Template:
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     sandbox.filters |= {"tojson": _tojson, "join": _join, "indent": _indent}
     sandbox.globals |= {"raise_exception": _no, "strftime_now": _date}
-    return sandbox.from_string(source)
+    if watching:
+        sandbox.filters = {name: watched.watching_filter(name, run) for name, run in sandbox.filters.items()}
+        sandbox.tests = {name: watched.watching_test(name, run) for name, run in sandbox.tests.items()}
+        del sandbox.filters["random"], sandbox.globals["lipsum"]  # another text at every run cannot be repeated
+    return sandbox
 
 
 @lru_cache(maxsize=16)

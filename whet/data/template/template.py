@@ -6,8 +6,8 @@ the system message into the user's turn. What an answer is, is what a model writ
 prompt, which is rendered too, to the token that closes the turn. A template that leaves out a part of a message is
 reported; one that leaves out a whole answer or call, or mixes turns, is refused. Nothing is found by searching.
 
-Most rows are plain turns in a usual order. For each order the template's own words are learned once from a trial run;
-a row that follows them to the last character has its spans without being traced, and any other row is traced.
+Most rows are plain turns in a usual order. Those that follow the template's own words have their spans without being
+traced, and where it is sure that they will, without running the template (`template.plan`); any other row is traced.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import json
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from whet.base.errors import UserError
 from whet.data.example import Example, Message
 from whet.data.template.named import LARGEST, NAMED, use_template
-from whet.data.template.sandbox import attributes, compiled
+from whet.data.template.plan import Plan, Repeats, filled, follow
+from whet.data.template.sandbox import attributes, compiled, mistakes
 from whet.data.template.spans import Alone, Rendered, Turn, dropped, lost, place
 from whet.data.template.traced import TOOLS, Source, spans_of, traced_value
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LARGEST", "NAMED", "Chat", "Rendered", "Template", "Turn", "contract", "use_template"]
 
-# What Python raises inside a template that adds text to a number, divides by zero, calls itself or loops for ever.
-TEMPLATE_MISTAKES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 SLOWEST_SECONDS = 10.0  # for two short messages, which take a thousandth of a second
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that templates know it by
 Chat = Example | Sequence[Message]
@@ -45,19 +43,6 @@ _PROBE_TOOLS = (
     '[{"type": "function", "function": {"name": "qztool", "description": "qztool", "parameters": '
     '{"type": "object", "properties": {"qztool": {"type": "string", "description": "qztool"}}, "required": []}}}]'
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What the template writes between the contents of plain turns in one order of roles.
-
-    literals: one before each content, and the last text. turns: of each, how far before its content it starts, how far
-    behind it stops, and whether it is closed. markers: special tokens in the literals.
-    """
-
-    literals: tuple[str, ...]
-    turns: tuple[tuple[str, int, int, bool], ...]
-    markers: int
 
 
 class Template:
@@ -83,6 +68,7 @@ class Template:
         self.special = re.compile("|".join(re.escape(token) for token in self.specials) or r"(?!)")
         self._variables = dict(tokenizer.special_tokens_map)
         self._plans = lru_cache(maxsize=4096)(self._find_plan)
+        self._repeats = Repeats(self._plain_source, self._variables, self._plans)
         self._tails = lru_cache(maxsize=4096)(self._find_tail)
         self._alones = lru_cache(maxsize=4096)(self._find_alone)
         self._check_cost(slowest_seconds)
@@ -135,17 +121,21 @@ class Template:
         """Text and turns of each conversation. Raises UserError for one that the template cannot render exactly."""
         return [self._rendered(*_both(chat)) for chat in chats]
 
+    def repeated(self, roles: tuple[str, ...], contents: Sequence[str]) -> Plan | None:
+        """What the template writes around the contents of plain turns, where that is sure without running it."""
+        return self._repeats.plan(roles, contents)
+
     def _rendered(self, messages: Sequence[Message], tools: str | None) -> Rendered:
-        if tools is None:
-            roles = []
-            for message in messages:
-                if not message.content or message.reasoning is not None or message.tool_calls or message.name:
-                    break
-                roles.append(message.role)
-            plan = self._plans(tuple(roles)) if len(roles) == len(messages) else None
+        roles = plain_roles(messages) if tools is None else None
+        if roles is not None:
+            contents = [message.content for message in messages]
+            plan = self.repeated(roles, contents)
+            if plan is not None:
+                return filled(plan, contents)
+            plan = self._plans(roles)
             if plan is not None:
                 text = self._run([{"role": m.role, "content": m.content} for m in messages], None, False)
-                found = _follow(text, messages, plan)
+                found = follow(text, messages, plan)
                 if found is not None:
                     return found
         return self._exact(messages, tools)
@@ -177,14 +167,12 @@ class Template:
         return self._run(found, defined, prompt)
 
     def _run(self, messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
-        from jinja2 import TemplateError
-
         source = self._plain_source if tools is None else self._tool_source
         try:
             return compiled(source).render(
                 messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self._variables
             )
-        except (TemplateError, *TEMPLATE_MISTAKES) as error:
+        except mistakes() as error:
             raise UserError(
                 f"the chat template refuses this conversation: {error}",
                 field="messages",
@@ -276,7 +264,7 @@ class Template:
         closing = self.special.search(str.__str__(traced), end)
         return Alone(closing.group() if closing else "", {field: fields.count(field) for field in fields})
 
-    def _find_plan(self, roles: tuple[str, ...]) -> _Plan | None:
+    def _find_plan(self, roles: tuple[str, ...]) -> Plan | None:
         """None where the template does more with plain turns than to write them one after the other."""
         shape: Shape = (tuple((role, True, False, 0) for role in roles), False)
         try:
@@ -292,35 +280,17 @@ class Template:
             literals.append(found.text[at : turn.content])
             turns.append((turn.role, turn.content - turn.start, turn.stop - turn.end, turn.closed))
             at = turn.end
-        return _Plan((*literals, found.text[at:]), tuple(turns), found.markers)
+        return Plan((*literals, found.text[at:]), tuple(turns), found.markers)
 
 
-def _follow(text: str, messages: Sequence[Message], plan: _Plan) -> Rendered | None:
-    """The turns of a text that consists of the plan's literals and of the contents between them, None if it does not.
-
-    A template may strip contents; each is taken as it stands, else without the white space on one side or both.
-    """
-    position = 0
-    turns, data = [], []
-    for index, message in enumerate(messages):
-        before, after = plan.literals[index], plan.literals[index + 1]
-        if not text.startswith(before, position):
+def plain_roles(messages: Sequence[Message]) -> tuple[str, ...] | None:
+    """The roles of turns that are nothing but contents; None where one is more, or empty."""
+    roles = []
+    for m in messages:
+        if not m.content or m.reasoning is not None or m.tool_calls or m.name or m.tool_call_id is not None:
             return None
-        start = position + len(before)
-        content = message.content
-        if not (text.startswith(content, start) and text.startswith(after, start + len(content))):
-            forms = (content.rstrip(), content.lstrip(), content.strip())
-            found = (f for f in forms if text.startswith(f, start) and text.startswith(after, start + len(f)))
-            content = next(found, None)
-            if content is None:
-                return None
-        position = start + len(content)
-        role, ahead, behind, closed = plan.turns[index]
-        turns.append(Turn(index, role, start - ahead, start, position, position + behind, closed))
-        data.append((start, position))
-    if len(text) != position + len(plan.literals[-1]):
-        return None
-    return Rendered(text, tuple(turns), tuple(data), plan.markers, ())
+        roles.append(m.role)
+    return tuple(roles)
 
 
 def _tail(traced: str) -> tuple[int | None, str]:

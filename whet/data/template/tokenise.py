@@ -18,8 +18,10 @@ import numpy as np
 
 from whet.base.errors import UserError
 from whet.data.example import Example, Message
+from whet.data.template.between import Between, Cuts, Known, Placed
 from whet.data.template.pieces import Pieces
-from whet.data.template.template import Chat, Rendered, Template, Turn
+from whet.data.template.plan import Plan, filled
+from whet.data.template.template import Chat, Rendered, Template, Turn, plain_roles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -45,18 +47,6 @@ class Tokens:
     dropped: tuple[tuple[int, str], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """ids: of a whole row. turns: of each turn its tokens, [0, 0] where it has none; contents: those of its content.
-
-    The tokens of an answer are all that a model writes; those of another turn are the whole tokens of its content.
-    """
-
-    ids: list[int]
-    turns: list[tuple[int, int]]
-    contents: list[tuple[int, int]]
-
-
 class Tokeniser:
     """A tokenizer with its chat template (absent for raw text)."""
 
@@ -72,6 +62,11 @@ class Tokeniser:
         return _document_end(self.tokenizer)
 
     @cached_property
+    def _cuts(self) -> Cuts:
+        assert self.template is not None
+        return Cuts(self.backend, self.template.specials, self._trial)
+
+    @cached_property
     def _pieces(self) -> Pieces:
         return Pieces(self.backend, self.tokenizer)
 
@@ -83,12 +78,46 @@ class Tokeniser:
         learned. Raises UserError.
         """
         assert self.template is not None
-        rendered = self.template.render(rows)
+        known = self.known([_plain(chat) for chat in rows])
+        rendered = self.template.render([chat for chat, found in zip(rows, known, strict=True) if found is None])
         encodings = self.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
+        whole = iter(zip(rendered, encodings, strict=True))
         result = []
-        for chat, row, encoding in zip(rows, rendered, encodings, strict=True):
-            result.append(_marked(row, self._placed(row, encoding), chat, loss_on))
+        for chat, found in zip(rows, known, strict=True):
+            if found is None:
+                row, encoding = next(whole)
+                result.append(_marked(row.turns, self._placed(row, encoding), chat, loss_on, row.dropped))
+            else:
+                result.append(marked(found, chat, loss_on))
         return result
+
+    def known(self, rows: Sequence[tuple[tuple[str, ...], list[str]] | None]) -> list[Known | None]:
+        """Of conversations of nothing but roles and contents, those for which it is sure that the tokens are the ids of
+        the contents with known ones between them (`template.between`); None for any other."""
+        between = [None if row is None else self._between(*row) for row in rows]
+        chosen = [row[1] for row, words in zip(rows, between, strict=True) if row is not None and words is not None]
+        unique = list(dict.fromkeys(content for contents in chosen for content in contents))
+        encodings = self.backend.encode_batch_fast(unique, add_special_tokens=False) if unique else []
+        ids = {content: encoding.ids for content, encoding in zip(unique, encodings, strict=True)}
+        return [
+            None if row is None or words is None else Known(words, [ids[content] for content in row[1]])
+            for row, words in zip(rows, between, strict=True)
+        ]
+
+    def _between(self, roles: tuple[str, ...], contents: list[str]) -> Between | None:
+        if self.template is None or not self._cuts.possible:
+            return None
+        plan = self.template.repeated(roles, contents)
+        if plan is None:
+            return None
+        for content in contents:
+            if not self._cuts.harmless(content):
+                return None
+        return self._cuts.between(plan)
+
+    def _trial(self, plan: Plan, contents: list[str]) -> Placed | None:
+        row = filled(plan, contents)
+        return self._by_offsets(row, self.backend.encode(row.text, add_special_tokens=False))
 
     def prompt(self, chat: Chat) -> list[int]:
         """Token ids after which the model answers: the same path as in training."""
@@ -159,12 +188,12 @@ class Tokeniser:
         first = next((place for place, edge in enumerate(edges) if edge[0] >= turn.start), len(ids))
         return self._header_differs(row, turn, ids[:first])
 
-    def _placed(self, row: Rendered, encoding: Any) -> _Placed:
+    def _placed(self, row: Rendered, encoding: Any) -> Placed:
         """The row with all its answers placed, learned or not, so that it has the same tokens either way."""
         spelled = self._spelled(row)
         return (None if spelled else self._by_offsets(row, encoding)) or self._by_pieces(row, spelled)
 
-    def _by_offsets(self, row: Rendered, encoding: Any) -> _Placed | None:
+    def _by_offsets(self, row: Rendered, encoding: Any) -> Placed | None:
         """Spans carried over to tokens, or None when a token reaches across the edge of an answer."""
         ids = encoding.ids
         count, length = len(ids), len(row.text)
@@ -199,9 +228,9 @@ class Tokeniser:
             ):
                 return None
             turns.append((first, last))
-        return _Placed(ids, turns, contents)
+        return Placed(ids, turns, contents)
 
-    def _by_pieces(self, row: Rendered, spelled: Sequence[tuple[int, int]]) -> _Placed:
+    def _by_pieces(self, row: Rendered, spelled: Sequence[tuple[int, int]]) -> Placed:
         """The row cut around contents that spell a special token, and at the edges of answers where it has to be."""
         answers = [turn for turn in row.turns if turn.role == "assistant"]
         cuts = {0, len(row.text)} | {edge for place in spelled for edge in place}
@@ -218,7 +247,7 @@ class Tokeniser:
             inside = [place for place, edge in enumerate(edges) if turn.start <= edge[0] < turn.stop]
             whole = (inside[0], inside[-1] + 1) if inside else (0, 0)
             turns.append(whole if turn.role == "assistant" else contents[-1])
-        return _Placed(ids, turns, contents)
+        return Placed(ids, turns, contents)
 
 
 def _learned_turns(turns: Sequence[Turn], chat: Chat, loss_on: str) -> list[bool]:
@@ -231,7 +260,21 @@ def _learned_turns(turns: Sequence[Turn], chat: Chat, loss_on: str) -> list[bool
     return [turn.index in answers for turn in turns]
 
 
-def _marked(row: Rendered, placed: _Placed, chat: Chat, loss_on: str) -> Tokens:
+def marked(known: Known, chat: Chat, loss_on: str) -> Tokens:
+    """The finished row of a conversation that is known."""
+    return _marked(known.between.order, known.placed(), chat, loss_on)
+
+
+def _plain(chat: Chat) -> tuple[tuple[str, ...], list[str]] | None:
+    """Roles and contents of a conversation of nothing else."""
+    messages, tools = (chat.messages or (), chat.tools) if isinstance(chat, Example) else (chat, None)
+    roles = plain_roles(messages) if tools is None else None
+    return None if roles is None else (roles, [message.content for message in messages])
+
+
+def _marked(
+    turns: Sequence[Turn], placed: Placed, chat: Chat, loss_on: str, dropped: tuple[tuple[int, str], ...] = ()
+) -> Tokens:
     """The finished row: its marks, and the weights where a turn has one."""
     messages = chat.messages or () if isinstance(chat, Example) else chat
     marks = np.full(len(placed.ids), loss_on == "all")
@@ -239,8 +282,8 @@ def _marked(row: Rendered, placed: _Placed, chat: Chat, loss_on: str) -> Tokens:
     weights = np.ones(len(placed.ids), np.float32) if weighted else None
     prompts: list[tuple[int, int]] = []
     closed = True
-    learned = _learned_turns(row.turns, chat, loss_on)
-    for turn, chosen, (first, last), content in zip(row.turns, learned, placed.turns, placed.contents, strict=True):
+    learned = _learned_turns(turns, chat, loss_on)
+    for turn, chosen, (first, last), content in zip(turns, learned, placed.turns, placed.contents, strict=True):
         weight = messages[turn.index].weight
         if not chosen or weight == 0:
             prompts += [content] if content[0] < content[1] else []
@@ -253,7 +296,7 @@ def _marked(row: Rendered, placed: _Placed, chat: Chat, loss_on: str) -> Tokens:
             weights[first:last] = weight
     if weights is not None:
         weights = None if bool((weights[marks] == 1).all()) else weights * marks
-    return Tokens(np.array(placed.ids, dtype=np.int32), marks, prompts, closed, weights, row.dropped)
+    return Tokens(np.array(placed.ids, dtype=np.int32), marks, prompts, closed, weights, dropped)
 
 
 def _document_end(tokenizer: PreTrainedTokenizerFast) -> int:
