@@ -57,7 +57,7 @@ def by_seam() -> Any:
     done = 0
     METHOD.begin(model, optimiser, STEPS, lambda: done)
     for done in range(STEPS):
-        assert METHOD.before_step(model, done / STEPS) == (done == STEPS - 6), "the ranks that stay make another model"
+        assert METHOD.before_step(model, done / STEPS) == (done == STEPS - 7), "the ranks that stay make another model"
         loss(model).backward()
         METHOD.penalty(model).backward()
         optimiser.step()

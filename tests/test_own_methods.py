@@ -285,23 +285,25 @@ def test_layers_and_their_ends_are_found_in_every_family(kind: str) -> None:
     assert all(bool(p.grad.any()) for name, p in trained(model).items() if name.endswith("up.weight"))  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Bert"])
 @pytest.mark.parametrize(
     "method", [Freeze(layers=1), Head(), DiffPruning(density=0.3), Bottleneck(), BitFit()], ids=str
 )
-def test_a_bf16_base_is_trained_in_fp32(method: Method, tmp_path: Path) -> None:
-    base = logits(network("Llama").bfloat16(), "Llama")
-    model = method.attach(network("Llama").bfloat16())
+def test_a_bf16_base_is_trained_in_fp32(method: Method, kind: str, tmp_path: Path) -> None:
+    task = task_of(kind)
+    base = logits(network(kind).bfloat16(), kind)
+    model = method.attach(network(kind).bfloat16(), task)
     assert all(p.dtype == torch.float32 for p in trained(model).values())
-    assert torch.equal(logits(model, "Llama"), base)
+    assert torch.equal(logits(model, kind), base)
     small = {name: p.detach().clone() for name, p in trained(model).items()}
-    steps(model, method, "Llama", 2, 1e-5)  # too small a step for 8 bits
+    steps(model, method, kind, 2, 1e-5)  # too small a step for 8 bits
     assert any(not torch.equal(p, small[name]) for name, p in trained(model).items() if "gates" not in name)
     nudge(model)
     method.settle(model)
     method.save(model, tmp_path)
-    opened = method.load(network("Llama").bfloat16(), tmp_path)
-    assert torch.equal(logits(opened, "Llama"), logits(model, "Llama"))
-    method.load(network("Llama"), tmp_path)  # the same base in fp32 is the same base
+    opened = method.load(network(kind).bfloat16(), tmp_path, task)
+    assert torch.equal(logits(opened, kind), logits(model, kind))
+    method.load(network(kind), tmp_path, task)  # the same base in fp32 is the same base
 
 
 @pytest.mark.parametrize("storage", ["nf4", "fp8", "int8"])

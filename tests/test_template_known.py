@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chats import CASES, TOOL_CASES, chat
-from mask_table import FAMILIES, SHARED, Table, source_of
+from mask_table import FAMILIES, SHARED, Table
 
 from whet.base.errors import UserError
 from whet.data.batch.lay import Layer, Laying
@@ -24,11 +24,12 @@ from whet.data.template.template import Template
 from whet.data.template.tokenise import Tokeniser, Tokens, _marked, marked
 
 CONTENTS = (
-    "hi", "정말 재미있다", "별로.", "so-so 👍", "a  b", "a\n\nb", "x.\n\ny", "a\r\nb", "1234", "1", "!", "...", "'s", "/x",
-    "\u0301a", "\u1161\u11a8", "e\u0301", "\u200bq", "\ufeffb", "\u180ec", "a\u00a0b", "\u00a0a", "a\u0085", "\x1ca", "a\u2003",
-    " a", "a ", "\na", "a\n", "a<b", "<", "<|im_", "end|>", "<|im_end|>", "</s>", "<think>", "</think>", "x</think>y",
-    "<think>\nw\n</think>\n\nz", "<tool_response>\nz\n</tool_response>", "<tool_response>z", "user", "user\nx",
-    "<|channel|>final<|message|>x", "### Response:\nx", "[INST] x [/INST]", "한", "가나é", "👩‍👩‍👧", "नमस्ते", "\u0323\u0301x",
+    "hi", "정말 재미있다", "별로.", "so-so 👍", "a  b", "a\n\nb", "x.\n\ny", "a\r\nb", "1234", "1", "!", "...", "'s",
+    "/x", "\u0301a", "\u1161\u11a8", "e\u0301", "\u200bq", "\ufeffb", "\u180ec", "a\u00a0b", "\u00a0a", "a\u0085",
+    "\x1ca", "a\u2003", " a", "a ", "\na", "a\n", "a<b", "<", "<|im_", "end|>", "<|im_end|>", "</s>", "<think>",
+    "</think>", "x</think>y", "<think>\nw\n</think>\n\nz", "<tool_response>\nz\n</tool_response>", "<tool_response>z",
+    "user", "user\nx", "<|channel|>final<|message|>x", "### Response:\nx", "[INST] x [/INST]", "한", "가나é",
+    "👩‍👩‍👧", "नमस्ते", "\u0323\u0301x",
 )  # fmt: skip
 PAIRS = [
     (name, template) for name in ("tiny", "qwen", "gpt2", "mistral-7b-v0.2")
@@ -36,7 +37,7 @@ PAIRS = [
 ]  # fmt: skip
 
 
-def hard_rows(template: str) -> Iterator[list[Message]]:
+def hard_rows() -> Iterator[list[Message]]:
     count = len(CONTENTS)
     for at, content in enumerate(CONTENTS):
         for step in (0, 7, 20):
@@ -53,7 +54,7 @@ def same(one: Tokens, other: Tokens) -> bool:
     return (
         np.array_equal(one.ids, other.ids) and np.array_equal(one.learned, other.learned)
         and (one.prompts, one.closed, one.dropped) == (other.prompts, other.closed, other.dropped)
-        and np.array_equal(*weights)
+        and np.array_equal(weights[0], weights[1])
     )  # fmt: skip
 
 
@@ -72,12 +73,12 @@ class Compared:
                 continue
             for _ in range(3):  # recorded at the second sight
                 tokeniser.known([(roles, contents)])
-                if text[0] != tokeniser.template.render([row])[0]:
+                if text[0] != inner(tokeniser).render([row])[0]:
                     self.different.append(f"text of {contents}")
             self.known += self.compare(tokeniser, row, text[1])
 
     def whole(self, tokeniser: Tokeniser, row: list[Message]) -> tuple[Any, Any]:
-        found = tokeniser.template._exact(row, None)
+        found = inner(tokeniser)._exact(row, None)
         return found, tokeniser._placed(found, tokeniser.backend.encode(found.text, add_special_tokens=False))
 
     def compare(self, tokeniser: Tokeniser, row: list[Message], placed: Any) -> int:
@@ -87,6 +88,11 @@ class Compared:
         return known is not None
 
 
+def inner(tokeniser: Tokeniser) -> Template:
+    assert tokeniser.template is not None
+    return tokeniser.template
+
+
 def table(name: str, template: str) -> Tokeniser:
     """Anew: what was recorded under a planted fault must not stay."""
     return Table(name, template).tokeniser
@@ -94,9 +100,9 @@ def table(name: str, template: str) -> Tokeniser:
 
 @pytest.mark.parametrize(("name", "template"), PAIRS, ids=lambda part: part.replace("/", "_"))
 def test_a_known_row_is_the_row_that_the_template_makes(name: str, template: str) -> None:
-    found = Compared(table(name, template), hard_rows(template))
+    found = Compared(table(name, template), hard_rows())
     assert found.different == []
-    # alpaca and mistral write no special token behind a question; GPT-2 writes two line feeds otherwise before a letter.
+    # alpaca and mistral write no special token behind a question; GPT-2 has two line feeds otherwise before a letter.
     apart = template in ("named/alpaca", "named/mistral") or name == "mistral-7b-v0.2"
     apart = apart or (name == "gpt2" and "llama" in template)
     assert (found.known <= 20) == apart, found.known
@@ -127,7 +133,7 @@ def test_every_rule_is_needed(fault: str, monkeypatch: pytest.MonkeyPatch) -> No
         pytest.skip("shared/data with the real tokenizers and templates is not beside this checkout")
     monkeypatch.setattr(owner, attribute, broken)
     monkeypatch.setattr(between, "_PROBES", ("a",))
-    assert Compared(table(name, template), hard_rows(template)).different
+    assert Compared(table(name, template), hard_rows()).different
 
 
 def test_a_pattern_that_is_not_known_is_not_cut() -> None:
@@ -149,31 +155,37 @@ def test_a_pattern_that_is_not_known_is_not_cut() -> None:
 
 # What a template may do with a content; in each the text of some contents differs by more than the content.
 SNIPPETS = (
-    "{{ m.content[:1] }}", "{{ m.content[0] }}", "{{ m.content|length }}", "{{ m.content|upper }}", "{{ m.content.lower() }}",
-    "{{ 'yes' if m.content in 'xab' else 'no' }}", "{{ 'yes' if 'a' in m.content else 'no' }}",
-    "{{ 'yes' if 'a' not in m.content else 'no' }}", "{{ m.content == 'a' }}", "{{ m.content != 'a' }}",
-    "{{ 'a' == m.content }}", "{{ m.content > 'a' }}", "{{ m.content|lower == 'a' }}", "{{ m.content.split('x')|length }}",
-    "{{ m.content in ['a', 'b'] }}", "{{ {'a': 1}[m.content] }}", "{{ {'a': 1}.get(m.content) }}",
-    "{{ m.content|replace('a', 'z') }}", "{{ m.content.replace('a', 'z') }}", "{{ m.content is lower }}",
-    "{{ m.content.isdigit() }}", "{% for c in m.content %}{{ c }},{% endfor %}", "{{ '%s|' % m.content }}",
-    "{{ '%s|'|format(m.content) }}", "{{ m|tojson }}", "{{ m.content|tojson }}", "{{ (m.content ~ 'x') == 'ax' }}",
+    "{{ m.content[:1] }}", "{{ m.content[0] }}", "{{ m.content|length }}", "{{ m.content|upper }}",
+    "{{ m.content.lower() }}", "{{ 'yes' if m.content in 'xab' else 'no' }}",
+    "{{ 'yes' if 'a' in m.content else 'no' }}", "{{ 'yes' if 'a' not in m.content else 'no' }}",
+    "{{ m.content == 'a' }}", "{{ m.content != 'a' }}", "{{ 'a' == m.content }}", "{{ m.content > 'a' }}",
+    "{{ m.content|lower == 'a' }}", "{{ m.content.split('x')|length }}", "{{ m.content in ['a', 'b'] }}",
+    "{{ {'a': 1}[m.content] }}", "{{ {'a': 1}.get(m.content) }}", "{{ m.content|replace('a', 'z') }}",
+    "{{ m.content.replace('a', 'z') }}", "{{ m.content is lower }}", "{{ m.content.isdigit() }}",
+    "{% for c in m.content %}{{ c }},{% endfor %}", "{{ '%s|' % m.content }}", "{{ '%s|'|format(m.content) }}",
+    "{{ m|tojson }}", "{{ m.content|tojson }}", "{{ (m.content ~ 'x') == 'ax' }}",
     "{% if loop.changed(m.content) %}new{% endif %}", "{{ messages|map(attribute='content')|join('+') }}",
-    "{{ messages|selectattr('content', 'equalto', 'a')|list|length }}", "{{ m.content is string }}", "{{ m.content is iterable }}",
-    "{{ m.content is mapping }}", "{{ m.content is sequence }}", "{{ m.content is number }}", "{{ m.content._parts is defined }}",
-    "{{ m.content.record is defined }}", "{{ m.content|default('x') }}", "{{ not m.content }}", "{{ m.content or 'none' }}",
-    "{{ m.content|trim('a') }}", "{{ m.content.strip('a') }}", "{{ m.content.lstrip() }}", "{{ m.content|int }}",
-    "{{ m.content is in ['a', 'b'] }}", "{{ dict(a=m.content).a }}", "{{ m.content * 2 }}", "{{ [m.content]|string }}",
-    "{{ messages[0].content == m.content }}", "{{ m.content.startswith(('a', 'b')) }}", "{{ m.content.endswith('a') }}",
-    "{{ m.content.startswith('a', 1) }}", "{{ m.content|first }}", "{{ m.content|e }}", "{{ m.content|urlencode }}",
-    "{% macro w(c) %}[{{ c }}{{ c == 'a' }}]{% endmacro %}{{ w(m.content) }}", "{{ (m.content + 'b').endswith('ab') }}",
-    "{% set x %}{{ m.content }}{% endset %}{{ x == 'a' }}", "{% filter upper %}{{ m.content }}{% endfilter %}",
-    "{{ [m.content, 'b']|sort|first }}", "{{ [m.content, 'a']|unique|list|length }}", "{{ messages|groupby('content')|length }}",
-    "{{ m.content|count }}", "{{ m.content.find('a') }}", "{{ m.content|string == 'a' }}", "{{ m.content is eq 'a' }}",
-    "{{ m.content is sameas m.content }}", "{{ ['a', 'b'].index('a') if m.content == 'a' else 7 }}", "{{ m.content|reverse }}",
-    "{{ 'a'.startswith(m.content) }}", "{{ ','.join([m.content, 'q']) }}", "{{ m.content|wordcount }}", "{{ m.content|list|length }}",
-    "{% if m.content %}some{% else %}none{% endif %}", "{{ m.content|last }}",
-    "{{ [m.content]|map('upper')|first }}", "{{ [m.content]|select('equalto', 'a')|list|length }}", "{{ m == {'role': 'user', 'content': 'a'} }}", "{{ m.content.parts is defined }}", "{{ m.content.content is defined }}",
-    "{{ m.items()|list|string }}", "{{ m.content is in 'xab' }}", "{{ m.content and 'a' in m.content }}", "{{ m.content|title }}",
+    "{{ messages|selectattr('content', 'equalto', 'a')|list|length }}", "{{ m.content is string }}",
+    "{{ m.content is iterable }}", "{{ m.content is mapping }}", "{{ m.content is sequence }}",
+    "{{ m.content is number }}", "{{ m.content._parts is defined }}", "{{ m.content.record is defined }}",
+    "{{ m.content|default('x') }}", "{{ not m.content }}", "{{ m.content or 'none' }}", "{{ m.content|trim('a') }}",
+    "{{ m.content.strip('a') }}", "{{ m.content.lstrip() }}", "{{ m.content|int }}",
+    "{{ m.content is in ['a', 'b'] }}", "{{ dict(a=m.content).a }}", "{{ m.content * 2 }}",
+    "{{ [m.content]|string }}", "{{ messages[0].content == m.content }}", "{{ m.content.startswith(('a', 'b')) }}",
+    "{{ m.content.endswith('a') }}", "{{ m.content.startswith('a', 1) }}", "{{ m.content|first }}",
+    "{{ m.content|e }}", "{{ m.content|urlencode }}",
+    "{% macro w(c) %}[{{ c }}{{ c == 'a' }}]{% endmacro %}{{ w(m.content) }}",
+    "{{ (m.content + 'b').endswith('ab') }}", "{% set x %}{{ m.content }}{% endset %}{{ x == 'a' }}",
+    "{% filter upper %}{{ m.content }}{% endfilter %}", "{{ [m.content, 'b']|sort|first }}",
+    "{{ [m.content, 'a']|unique|list|length }}", "{{ messages|groupby('content')|length }}", "{{ m.content|count }}",
+    "{{ m.content.find('a') }}", "{{ m.content|string == 'a' }}", "{{ m.content is eq 'a' }}",
+    "{{ m.content is sameas m.content }}", "{{ ['a', 'b'].index('a') if m.content == 'a' else 7 }}",
+    "{{ m.content|reverse }}", "{{ 'a'.startswith(m.content) }}", "{{ ','.join([m.content, 'q']) }}",
+    "{{ m.content|wordcount }}", "{{ m.content|list|length }}", "{% if m.content %}some{% else %}none{% endif %}",
+    "{{ m.content|last }}", "{{ [m.content]|map('upper')|first }}",
+    "{{ [m.content]|select('equalto', 'a')|list|length }}", "{{ m == {'role': 'user', 'content': 'a'} }}",
+    "{{ m.content.parts is defined }}", "{{ m.content.content is defined }}", "{{ m.items()|list|string }}",
+    "{{ m.content is in 'xab' }}", "{{ m.content and 'a' in m.content }}", "{{ m.content|title }}",
 )  # fmt: skip
 SHORT = ("a", "b", "ab", "ax", "Ab", "1", "x a", "aa", "<a>", "b\na")
 
@@ -187,8 +199,8 @@ def different_texts(snippet: str) -> tuple[list[str], int]:
     for first in SHORT:
         for second in SHORT:
             row = chat("u:" + first, "a:" + second)
-            for _ in range(2):
-                found = template.repeated(("user", "assistant"), [first, second])
+            template.repeated(("user", "assistant"), [first, second])  # recorded at the second sight
+            found = template.repeated(("user", "assistant"), [first, second])
             if found is not None:
                 repeated += 1
                 if plan.filled(found, [first, second]).text != template.text(row):
@@ -206,9 +218,11 @@ def test_whatever_a_template_asks_of_a_content_is_seen(snippet: str) -> None:
 
 def test_most_that_is_asked_can_be_repeated() -> None:
     """Or the test above would say nothing."""
-    known = [s for s in ("{{ '' if 'a' in m.content else '' }}", "{% if m.content == 'a' %}{% endif %}",
-                         "{% if m.content is string %}{% endif %}", "{% set x = m.content|trim %}") if different_texts(s)[1]]  # fmt: skip
-    assert len(known) == 4
+    for snippet in (
+        "{{ '' if 'a' in m.content else '' }}", "{% if m.content == 'a' %}{% endif %}",
+        "{% if m.content is string %}{% endif %}", "{% set x = m.content|trim %}",
+    ):  # fmt: skip
+        assert different_texts(snippet)[1] > 50
 
 
 @pytest.mark.parametrize(("snippet", "owner", "attribute", "broken"), [
@@ -229,10 +243,18 @@ def test_a_chunk_is_the_same_with_rows_known_or_not(
     loss_on: str, policy: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Marks, weights, owners, counts and drops, with rows of all kinds between each other."""
-    rows = [Example("0" * 16, tuple(row), None, "f", at) for at, row in enumerate(hard_rows("named/chatml"))]
+    rows = [Example("0" * 16, tuple(row), None, "f", at) for at, row in enumerate(hard_rows())]
     rows = [row for row in rows if all(m.content for m in row.messages or ())]
-    weighed = (Message("user", "q"), Message("assistant", "a", weight=0.5), Message("user", "q"), Message("assistant", "b"))
-    rows[5:5] = [Example("0" * 16, weighed, None, "f", 0), *(r for r in TOOL_CASES.values() if "reasoning" not in to_json(r))]
+    weighed = (
+        Message("user", "q"),
+        Message("assistant", "a", weight=0.5),
+        Message("user", "q"),
+        Message("assistant", "b"),
+    )
+    rows[5:5] = [
+        Example("0" * 16, weighed, None, "f", 0),
+        *(r for r in TOOL_CASES.values() if "reasoning" not in to_json(r)),
+    ]
     rows += [Example("0" * 16, tuple(chat("u:x", "a:y", "u:z", "a:w")), None, "f", 1, completion_from=3)]
     lines = [to_json(row) for row in rows]
     tokenizer = Table("tiny", "named/chatml").tok
@@ -256,9 +278,8 @@ def test_the_marks_of_a_known_row_are_those_of_any_other() -> None:
     tokeniser = table("tiny", "named/chatml")
     row = chat("u:q", "a:b", "u:c", "a:d")
     for loss_on in ("assistant", "last_assistant", "all"):
-        for _ in range(3):
-            (known,) = tokeniser.known([(tuple(m.role for m in row), [m.content for m in row])])
+        known = tokeniser.known([(tuple(m.role for m in row), [m.content for m in row])] * 3)[-1]
         assert known is not None
-        rendered = tokeniser.template._exact(row, None)
+        rendered = inner(tokeniser)._exact(row, None)
         placed = tokeniser._placed(rendered, tokeniser.backend.encode(rendered.text, add_special_tokens=False))
         assert same(marked(known, row, loss_on), _marked(rendered.turns, placed, row, loss_on))

@@ -50,7 +50,7 @@ class AdaLora(PeftMethod):
         "all-linear", "all-linear (but the output head), attention, mlp, a list of names, or a regular expression."
     )
     tinit: Annotated[int, Ge(0)] | None = setting(None, "Steps before ranks are taken away; auto = a tenth of all.")
-    tfinal: Annotated[int, Ge(1)] | None = setting(
+    tfinal: Annotated[int, Ge(0)] | None = setting(
         None, "Steps at the end with ranks that stay; auto = three tenths of all."
     )
     deltaT: Annotated[int, Ge(1)] = setting(1, "Steps between two allocations.")
@@ -95,7 +95,7 @@ class AdaLora(PeftMethod):
     def begin(self, model: Any, optimiser: torch.optim.Optimizer, steps: int, step: Callable[[], int]) -> None:
         """Let PEFT allocate ranks after each update. Raises UserError when the steps are too few for it."""
         tinit = int(FIRST * steps) if self.tinit is None else self.tinit
-        tfinal = max(1, int(LAST * steps)) if self.tfinal is None else self.tfinal
+        tfinal = int(LAST * steps) if self.tfinal is None else self.tfinal
         if tinit + 1 >= steps - tfinal:
             raise UserError(
                 "no step is left in which ranks could be taken away", field="method.tinit, method.tfinal",
@@ -108,9 +108,9 @@ class AdaLora(PeftMethod):
         optimiser.register_step_post_hook(lambda *_: allocate(model, optimiser, step() + 1))
 
     def before_step(self, model: Any, done: float) -> bool:
-        """True in front of the first step whose ranks stay."""
+        """True in front of the update after which the ranks stay."""
         made = model.peft_config[NAME]
-        return round(done * made.total_step) == made.total_step - made.tfinal > 0
+        return round(done * made.total_step) + 1 == made.total_step - made.tfinal
 
     def penalty(self, model: Any) -> torch.Tensor:
         """orth_reg_weight times the mean Frobenius distance of A A^T and B^T B from the identity."""

@@ -154,7 +154,7 @@ def read(method: str, network: nn.Module, directory: Path) -> tuple[dict[str, to
 def put(network: nn.Module, tensors: dict[str, torch.Tensor], directory: Path) -> None:
     """Give parameters of `network` their trained values; the base ones are kept for `base_values`. UserError when some
     tensor finds no place of its shape."""
-    known, changes = dict(network.named_parameters()), []
+    known, changes = {plain_name(name): parameter for name, parameter in network.named_parameters()}, []
     for key, value in tensors.items():
         if key.endswith(DIFFERENCES):
             continue

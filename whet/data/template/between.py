@@ -20,6 +20,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from whet.data.template.plan import Plan
@@ -50,8 +51,10 @@ class Placed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """order: the turns of the plan, with no places. ids: of the words before each content, and of the last. edges: how many tokens before and behind its content each
-    turn begins and ends."""
+    """order: the turns of the plan, with no places. ids: of the words before each content, and of the last.
+
+    edges: how many tokens before and behind its content each turn begins and ends.
+    """
 
     order: list[Turn]
     ids: tuple[list[int], ...]
@@ -95,13 +98,16 @@ class Cuts:
     whole: places a row of a plan by tokenising it as a whole, None where a token reaches across the edge of an answer.
     """
 
-    def __init__(self, backend: Any, specials: Sequence[str], whole: Callable[[Plan, list[str]], Placed | None]) -> None:
+    def __init__(
+        self, backend: Any, specials: Sequence[str], whole: Callable[[Plan, list[str]], Placed | None]
+    ) -> None:
         self._backend, self._whole = backend, whole
         self._added = sorted({token.content for token in backend.get_added_tokens_decoder().values()}, key=len)[::-1]
         self._find = re.compile("|".join(map(re.escape, self._added)) or r"(?!)")
         starts = {token[0] for token in (*self._added, *specials) if token}
         self._start = re.compile(f"[{''.join(map(re.escape, sorted(starts)))}]" if starts else r"(?!)")
         self.possible, self._at_lines = _cuts_at(backend)
+        self._begins = lru_cache(maxsize=4096)(self._begin)
         self._known: dict[Plan, Between | None] = {}
 
     def between(self, plan: Plan) -> Between | None:
@@ -111,7 +117,7 @@ class Cuts:
         return self._known[plan]
 
     def harmless(self, content: str) -> bool:
-        """Whether no added token can be written with a part of this content (which has text and no space at its ends)."""
+        """Whether no added token can be written with a part of this content."""
         return self._start.search(content) is None
 
     def _cut_apart(self, plan: Plan) -> bool:
@@ -122,10 +128,13 @@ class Cuts:
             if number and not (found and found[0][0] == 0) and (literal or number < last):
                 return False
             words = literal[found[-1][1] if found else 0 :]
-            begun = any(words.endswith(token[:size]) for token in self._added for size in range(1, len(token)))
-            if number < last and (begun or (words and not (self._at_lines and words.endswith("\n")))):
+            if number < last and (self._begins(words) or (words and not (self._at_lines and words.endswith("\n")))):
                 return False
         return True
+
+    def _begin(self, words: str) -> bool:
+        """Whether words end with the beginning of an added token."""
+        return any(words.endswith(token[:size]) for token in self._added for size in range(1, len(token)))
 
     def _found(self, plan: Plan) -> Between | None:
         """The ids of the words of one trial for each kind of character, which have to be the same."""

@@ -110,7 +110,7 @@ def _sandbox(watching: bool) -> Environment:
         """jinja's sandbox; what it decides of an attribute hangs on the kind of object alone, so it decides once."""
 
         code_generator_class = Concatenating
-        text = staticmethod(watched.text if watching else str)
+        text = staticmethod(watched.text if watching else str)  # type: ignore[arg-type]
         concat = staticmethod(watched.joined if watching else concat)  # type: ignore[assignment]
         decided: ClassVar[dict[tuple[type, str], bool]] = {}
 

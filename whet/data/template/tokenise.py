@@ -4,7 +4,8 @@ A conversation is tokenised as a whole, and spans are carried over through the t
 text is cut first: at the edges of an answer when a token would reach across them (the model starts its answer at a
 token boundary when it generates, so it must when it learns), and around content that spells a special token, which has
 to become plain subwords and not a turn marker. All else stays in one piece, so that a prompt has the ids it had when
-the model learned to answer it.
+the model learned to answer it. Where it is sure that the ids of a whole conversation are those of its contents with the
+template's own between them, only the contents are tokenised (`template.between`).
 """
 
 from __future__ import annotations
