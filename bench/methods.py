@@ -44,8 +44,8 @@ LABELLED: dict[str, dict[str, Any]] = {
     "prefix": {"method.name": "prefix", "train.learning_rate": 1e-2},
     "prompt": {"method.name": "prompt", "train.learning_rate": 3e-2},
 }
-WRITTEN = {name: settings for name, settings in LABELLED.items() if name not in ("head", "bitfit")}
-CLASSIFIED = {name: LABELLED[name] for name in ("full", "head", "lora-16", "houlsby")}
+CLASSIFIED = {name: settings for name, settings in LABELLED.items() if name != "bitfit"}  # it has no biases
+WRITTEN = {name: settings for name, settings in CLASSIFIED.items() if name != "head"}
 
 
 @dataclass(frozen=True)
