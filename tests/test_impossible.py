@@ -125,6 +125,11 @@ SETTINGS = [
     Impossible("compiled_dora", "method.use_dora=true train.compile=true", "train.compile", "true"),
     Impossible("compiled_shira", "method=shira train.compile=true", "train.compile", "true"),
     Impossible("captured_diff_pruning", "method=diff_pruning train.cuda_graphs=true", "train.cuda_graphs", "true"),
+    Impossible("captured_new_tokens", "model.new_tokens=[<tool>] train.cuda_graphs=true", "train.cuda_graphs", "true"),
+    Impossible("captured_rows_of_tokens", "method.trainable_token_indices=[3] train.cuda_graphs=true",
+               "train.cuda_graphs", "true"),
+    Impossible("offloaded_diff_pruning", "method=diff_pruning train.offload_optimizer=true", "train.offload_optimizer",
+               "true"),
     Impossible("fp8_head_that_is_trained", f"method=head {FP8}", "base.fp8_head", "true"),
     Impossible("fp8_head_that_is_saved", f"method.modules_to_save=[lm_head] {FP8}", "base.fp8_head", "true"),
     Impossible("fp8_head_tied_to_trained_tokens", f"method=trainable_tokens method.token_indices=[5] {FP8}",
@@ -270,9 +275,9 @@ def test_what_cannot_be_captured_is_refused_on_a_gpu_too(
 ) -> None:
     on_gpu, train = torch.device("cuda"), Train(cuda_graphs=True, **wanted)
     with pytest.raises(UserError) as caught:
-        check_arrangement(train, on_gpu, padded=False, penalised=penalised)
+        check_arrangement(train, on_gpu, padded=False, uncaptured="why" if penalised else None)
     assert (caught.value.field, caught.value.fix) == (field, fix)
-    check_arrangement(replace(train, cuda_graphs=None), on_gpu, padded=False, penalised=penalised)
+    check_arrangement(replace(train, cuda_graphs=None), on_gpu, padded=False, uncaptured="why" if penalised else None)
     check_arrangement(Train(cuda_graphs=True), on_gpu, padded=False)
 
 

@@ -148,15 +148,15 @@ def _head(head: Head | None, placement: Placement, network: torch.nn.Module, bot
     return head.on_host(network) if head is not None and placement.offload_head else head
 
 
-def check_arrangement(train: Train, device: torch.device, *, padded: bool, penalised: bool = False) -> None:
+def check_arrangement(train: Train, device: torch.device, *, padded: bool, uncaptured: str | None = None) -> None:
     """Raise UserError for a setting that could not take effect on the device, or beside another one.
 
-    padded: batches are laid out with padding, so their shapes are many; penalised: the method adds to the loss.
+    padded: batches are laid out with padding, so their shapes are many; uncaptured: why no step of this method
+    can be captured, or None.
     """
     if train.cuda_graphs:
         for holds, field, why, fix in (
-            (penalised, "train.cuda_graphs", "the method adds a penalty to the loss between forward and backward pass, "
-             "which a captured step would leave out", "train.cuda_graphs=auto"),
+            (uncaptured is not None, "train.cuda_graphs", uncaptured or "", "train.cuda_graphs=auto"),
             (train.optim != "adamw", "train.optim", "only adamw can be captured in a CUDA graph", "train.optim=adamw"),
             (train.offload_optimizer, "train.cuda_graphs", "an update on the host cannot be captured",
              "train.cuda_graphs=auto"),

@@ -16,9 +16,9 @@ from torch import nn
 from whet.base.console import say
 from whet.base.errors import UserError
 from whet.data.batch.batches import Batches
-from whet.data.config import Data
 from whet.data.batch.rows import Rows
 from whet.data.batch.task_batches import TaskBatches
+from whet.data.config import Data
 from whet.engine.device import Placement
 from whet.engine.offload import offload_embedding
 from whet.engine.task import Task, check_task, text_task

@@ -71,7 +71,7 @@ def get_ready(parsed: Parsed) -> Ready:
     placement = place(recipe.base, recipe.method.can.storages, width, stored=stored)
     check_optimiser(recipe.train, placement.device)
     check_arrangement(
-        recipe.train, placement.device, padded=recipe.data.padding_free is False, penalised=recipe.method.penalised
+        recipe.train, placement.device, padded=recipe.data.padding_free is False, uncaptured=_uncaptured(recipe)
     )
     if recipe.train.offload_optimizer and _follows_updates(recipe):
         raise UserError(
@@ -149,11 +149,20 @@ def build_model(ready: Ready) -> tuple[torch.nn.Module, Ready, Arrangement]:
 def _possible(recipe: Recipe) -> Train:
     """The training settings with what the method rules out decided, where it was left open."""
     train = recipe.train
-    if recipe.method.penalised:
+    if _uncaptured(recipe):
         train = replace(train, cuda_graphs=False)
     if _follows_updates(recipe):
         train = replace(train, offload_optimizer=False)
     return train if recipe.method.can.compiles else replace(train, compile=False)
+
+
+def _uncaptured(recipe: Recipe) -> str | None:
+    """Why no step of the method can be captured as a CUDA graph; None where it can."""
+    if recipe.method.penalised:
+        return "the method adds a penalty to the loss after the forward pass, which a captured step would leave out"
+    if recipe.model.new_tokens or getattr(recipe.method, "trainable_token_indices", None):
+        return "PEFT copies the places of the trained tokens from the host in every forward pass"
+    return None
 
 
 def _follows_updates(recipe: Recipe) -> bool:
