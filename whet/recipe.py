@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,7 +127,7 @@ def resolve(recipe: Recipe, decided: Mapping[str, Any]) -> Recipe:
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, with the description of every field."""
-    schema = TypeAdapter(Recipe).json_schema()
+    schema = _adapter().json_schema()
     classes = {cls.__name__: cls for cls in (Recipe, Model, Base, Data, Train, Eval, *METHODS.values())}
     for name, part in [("Recipe", schema), *schema.get("$defs", {}).items()]:
         for field, doc in field_docs(classes[name]).items():
@@ -296,6 +297,12 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
+@cache
+def _adapter() -> TypeAdapter[Recipe]:
+    # Made when first needed and once: pydantic takes 40 ms for it.
+    return TypeAdapter(Recipe)
+
+
 def _validated(tree: dict[str, Any], file: str | None, lines: dict[str, int], overridden: Sequence[str]) -> Recipe:
     for path in NAMES:
         section, _, name = path.rpartition(".")
@@ -308,7 +315,7 @@ def _validated(tree: dict[str, Any], file: str | None, lines: dict[str, int], ov
     if isinstance(tree.get("method"), dict):
         tree = tree | {"method": {"name": "lora"} | tree["method"]}
     try:
-        return TypeAdapter(Recipe).validate_json(json.dumps(tree), strict=True)
+        return _adapter().validate_json(json.dumps(tree), strict=True)
     except UserError as error:  # of an option of a bridged method
         path = error.field or ""
         if file is None or path in overridden:
