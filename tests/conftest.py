@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from whet.base.console import quiet_libraries
 from whet.recipe import Parsed
 
 torch.set_num_threads(1)  # the matrices are tiny, and waiting threads fight over two shared cores
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than cores: tests that wait for processes of their own leave theirs idle."""
+    return 1 + len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -39,6 +39,7 @@ def test_two_processes_make_what_one_makes(tokenizer: Any, tmp_path: Path, monke
     """Ids, marks, order, held-out rows, and every count of the ledger, with rows that are dropped and cut."""
     settings = {"max_length": 64, "over_length": "truncate_prompt"}
     monkeypatch.setattr(lay, "CHUNK", 17)
+    monkeypatch.setattr(lay, "forks_safely", lambda: True)
     alone = made(tokenizer, tmp_path, ROWS, num_proc=1, **settings)
     together = made(tokenizer, tmp_path, ROWS, num_proc=2, **settings)
     for name in ("train", "evaluation"):
@@ -51,8 +52,11 @@ def test_two_processes_make_what_one_makes(tokenizer: Any, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_first_row_that_is_refused_is_named(processes: int, tokenizer: Any, tmp_path: Path) -> None:
+def test_the_first_row_that_is_refused_is_named(
+    processes: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever meets it; a later one that another process meets first does not win."""
+    monkeypatch.setattr(lay, "forks_safely", lambda: True)
     rows = [{"prompt": f"q{n}", "completion": "word " * (300 if n in (40, 41, 900) else 2)} for n in range(1200)]
     with pytest.raises(UserError, match="longer") as caught:
         made(tokenizer, tmp_path, rows, num_proc=processes, max_length=128, over_length="error", val_size=0)
