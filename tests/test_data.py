@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import time
@@ -93,9 +94,14 @@ def test_packing_wastes_little_on_lengths_as_they_occur_and_takes_no_time() -> N
     lengths = np.clip(generator.lognormal(5.2, 0.9, 200_000), 8, 2048).astype(int).tolist()
     seconds = {}
     for count in (50_000, 200_000):
-        start = time.process_time()
-        _, waste = packs(lengths[:count], 2048)
-        seconds[count] = time.process_time() - start
+        gc.collect()
+        gc.disable()  # or what other tests left behind would be searched through within the time
+        try:
+            start = time.process_time()
+            _, waste = packs(lengths[:count], 2048)
+            seconds[count] = time.process_time() - start
+        finally:
+            gc.enable()
         assert waste < 0.02, waste
     assert seconds[200_000] < 3
     assert seconds[200_000] < 10 * max(seconds[50_000], 0.02), "near-linear"

@@ -35,28 +35,9 @@ def made(tokenizer: Any, place: Path, rows: list[dict[str, Any]], **settings: An
     return prepare(Data(dataset=str(path), **({"empty": "drop", "val_size": 0.2} | settings)), tokenizer, 256)
 
 
-def test_two_processes_make_what_one_makes(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ids, marks, order, held-out rows, and every count of the ledger, with rows that are dropped and cut."""
-    settings = {"max_length": 64, "over_length": "truncate_prompt"}
-    monkeypatch.setattr(lay, "CHUNK", 17)
-    monkeypatch.setattr(lay, "forks_safely", lambda: True)
-    alone = made(tokenizer, tmp_path, ROWS, num_proc=1, **settings)
-    together = made(tokenizer, tmp_path, ROWS, num_proc=2, **settings)
-    for name in ("train", "evaluation"):
-        one, other = getattr(alone, name), getattr(together, name)
-        for part in ("ids", "learned", "starts", "sources"):
-            assert np.array_equal(getattr(one, part), getattr(other, part)), part
-    assert alone.ledger.as_dict() == together.ledger.as_dict()
-    assert alone.ledger.dropped
-    assert alone.ledger.tokens_lost
-
-
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_first_row_that_is_refused_is_named(
-    processes: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_row_that_is_refused_is_named(processes: int, tokenizer: Any, tmp_path: Path) -> None:
     """Whoever meets it; a later one that another process meets first does not win."""
-    monkeypatch.setattr(lay, "forks_safely", lambda: True)
     rows = [{"prompt": f"q{n}", "completion": "word " * (300 if n in (40, 41, 900) else 2)} for n in range(1200)]
     with pytest.raises(UserError, match="longer") as caught:
         made(tokenizer, tmp_path, rows, num_proc=processes, max_length=128, over_length="error", val_size=0)
@@ -83,14 +64,21 @@ def test_as_many_processes_as_pay(
 
 
 @pytest.mark.parametrize("forked", [True, False])
-def test_forked_and_fresh_processes_make_the_same(
+def test_two_processes_make_what_one_makes(
     forked: bool, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Forked or fresh: ids, marks, order, held-out rows, and every count of the ledger, with rows dropped and cut."""
+    settings = {"max_length": 64, "over_length": "truncate_prompt"}
     monkeypatch.setattr(lay, "forks_safely", lambda: forked)
     monkeypatch.setattr(lay, "CHUNK", 17)
-    alone = made(tokenizer, tmp_path, ROWS, num_proc=1)
-    found = made(tokenizer, tmp_path, ROWS, num_proc=2)
-    assert np.array_equal(alone.train.ids, found.train.ids)
+    alone = made(tokenizer, tmp_path, ROWS, num_proc=1, **settings)
+    found = made(tokenizer, tmp_path, ROWS, num_proc=2, **settings)
+    for name in ("train", "evaluation"):
+        one, other = getattr(alone, name), getattr(found, name)
+        for part in ("ids", "learned", "starts", "sources"):
+            assert np.array_equal(getattr(one, part), getattr(other, part)), part
+    assert alone.ledger.dropped
+    assert alone.ledger.tokens_lost
     assert alone.ledger.as_dict() == found.ledger.as_dict()
 
 

@@ -79,8 +79,10 @@ def data(words: argparse.Namespace) -> dict[str, Any]:
 
         _written(words.html, lambda place: write_data_page(place, result, masked_rows(found, ROWS_ON_PAGE)))
     if words.removed:
+        from whet.base.files import write_text
+
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result["dropped"])
-        _written(words.removed, lambda place: place.write_text(lines, encoding="utf-8"))
+        _written(words.removed, lambda place: write_text(place, lines))
     if not words.json:
         show(found, result, None if source else "builtin:tiny")
     if words.show:

@@ -31,7 +31,7 @@ from whet.base.console import Progress
 from whet.base.errors import UserError
 from whet.data.batch.columns import Column
 from whet.data.batch.ledger import Ledger
-from whet.data.batch.length import fit
+from whet.data.batch.length import fit, too_long
 from whet.data.batch.rows import Rows
 from whet.data.batch.store import Examples
 from whet.data.example import Example, from_values, plain_turns
@@ -191,11 +191,7 @@ class Layer:
             yield from self._split(row, laid)
             return
         if policy == "error":
-            raise UserError(
-                "the row is longer than data.max_length", file=example.file, row=example.row, field="data.over_length",
-                found=f"{count} tokens", expected=f"at most {limit}",
-                fix=f"data.max_length={count}, or data.over_length=drop",
-            )  # fmt: skip
+            raise too_long(example.file, example.row, count, limit)
         fitted = fit(row, limit, policy)
         laid.lost += fitted.lost
         if fitted.tokens is None:

@@ -24,6 +24,15 @@ def longest_allowed(wanted: int | None, readable: int | None) -> int:
     return wanted
 
 
+def too_long(file: str, row: int, tokens: int, limit: int) -> UserError:
+    """For a row of more than `limit` tokens under the policy `error`."""
+    return UserError(
+        "the row is longer than data.max_length", file=file, row=row, field="data.over_length",
+        found=f"{tokens} tokens", expected=f"at most {limit}",
+        fix=f"data.max_length={tokens}, or data.over_length=drop",
+    )  # fmt: skip
+
+
 def choose_length(
     wanted: int | None, longest: int, readable: int | None, decided: dict[str, tuple[object, str]]
 ) -> int:

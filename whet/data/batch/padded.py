@@ -15,7 +15,7 @@ import numpy as np
 
 from whet.base.errors import UserError
 from whet.data.batch.ledger import Ledger
-from whet.data.batch.length import choose_length
+from whet.data.batch.length import choose_length, too_long
 from whet.data.batch.rows import Rows
 from whet.data.config import Data
 from whet.data.example import Example
@@ -138,11 +138,7 @@ class _Side:
         """Count an example that is too long; whether it is to be cut. Raises UserError under the policy `error`."""
         self.ledger.rows_over_length += 1
         if policy == "error":
-            raise UserError(
-                "the row is longer than data.max_length", file=example.file, row=example.row, field="data.over_length",
-                found=f"{tokens} tokens", expected=f"at most {limit}",
-                fix=f"data.max_length={tokens}, or data.over_length=drop",
-            )  # fmt: skip
+            raise too_long(example.file, example.row, tokens, limit)
         if policy != "drop":
             self.ledger.tokens_lost += tokens - limit
             return True
