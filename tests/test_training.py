@@ -308,3 +308,12 @@ def test_optimiser_steps_count_what_they_learned(recipe: Make) -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Train().seed = 1  # type: ignore[misc]
+
+
+def test_each_step_is_given_its_own_time(recipe: Make) -> None:
+    """Not the one before it, with nothing left for the last step before a look at the held-out rows."""
+    done = train(recipe(train__max_steps=9, train__eval_steps=3, data__val_size=4))
+    lines = [json.loads(line) for line in done.timing.read_text(encoding="utf-8").splitlines()]
+    seconds = np.diff([0.0, *(line["seconds"] for line in lines)])
+    assert len(seconds) == 9
+    assert seconds.min() > np.median(seconds) / 20, seconds

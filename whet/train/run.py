@@ -171,6 +171,8 @@ class Loop:
         self.state.tokens += sum(batch.tokens for batch in batches)
         self.state.targets += sum(len(batch.targets) for batch in batches)
         self.launched = Launched(pending, rate, self.state.step, self.state.tokens, self.state.targets)
+        if self.forward.device.type == "cpu":  # it is done by now, and the next launch would count as its time
+            self._settle(bar)
 
     def _launch(self, index: int) -> tuple[Pending, list[Any]]:
         """The step under way and its micro-batches, cut until they fit into the memory."""
