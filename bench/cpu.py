@@ -88,10 +88,10 @@ def start_sum(model: Any) -> float:
 
 def work_whet(job: dict[str, Any]) -> dict[str, Any]:
     """Train as `whet train` does and note the end of each step, after its line is written."""
-    from whet.engine.memory import keep_freed_memory
+    from whet.engine.memory.used import keep_freed_memory
     from whet.recipe import parse
-    from whet.train.run import Loop
-    from whet.train.setup import build_model, get_ready
+    from whet.training.run import Loop
+    from whet.training.setup import build_model, get_ready
 
     stamps: list[float] = []
 
@@ -244,7 +244,7 @@ def summary(options: argparse.Namespace, systems: dict[str, Any], found: dict[st
     """The whole result, ready for JSON; its table goes to stderr."""
     from torch.cpu import get_capabilities
 
-    from whet.evaluate.compare import paired
+    from whet.evaluation.compare import paired
 
     speeds = {name: [run.get("tokens_per_second", 0.0) for run in runs] for name, runs in found.items()}
     speed = {name: statistics.median(values) for name, values in speeds.items()}

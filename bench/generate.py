@@ -29,10 +29,10 @@ import torch
 import transformers
 
 from whet.base.console import quiet_libraries
+from whet.engine.answer.generate import Way, answer
 from whet.engine.config import Model
 from whet.engine.device import Placement, device_name
-from whet.engine.generate import Way, answer
-from whet.engine.load import load_model
+from whet.engine.load.load import load_model
 
 Answers = list[list[int]]
 say = partial(print, file=sys.stderr, flush=True)

@@ -62,7 +62,7 @@ class Case:
         """The same random model each time, without dropout."""
         network = _built(self.task, biased=self.method.name == "bitfit")
         if self.storage is not None:
-            from whet.engine.linear import freeze_linears
+            from whet.engine.weights.linear import freeze_linears
 
             freeze_linears(network, self.storage)
         return network.eval()
@@ -134,7 +134,7 @@ def trained(model: Any) -> dict[str, nn.Parameter]:
 
 
 def steps(case: Case, model: Any, count: int, optimiser: Any = None, rate: float | None = None) -> list[float]:
-    """Training steps as `train.step` makes them: loss and penalty, one update; returns the losses before each."""
+    """Training steps as `training.step` makes them: loss and penalty, one update; returns the losses before each."""
     model.train()
     rate = case.method.can.learning_rate if rate is None else rate
     optimiser = optimiser or torch.optim.AdamW(trained(model).values(), lr=rate, weight_decay=0.0)
@@ -308,7 +308,7 @@ def check_compile(case: Case, tamper: Tamper = nothing) -> bool:
     """Its layers are whole graphs, and compiled they say the same."""
     if not (case.method.can.compiles and case.method.can.inside) or case.task != "causal":
         return False
-    from whet.engine.recompute import decoder_layers
+    from whet.engine.layers import decoder_layers
 
     model = case.attached().eval()
     with torch.no_grad():
@@ -323,7 +323,7 @@ def check_compile(case: Case, tamper: Tamper = nothing) -> bool:
 
 
 def break_graph(model: Any) -> None:
-    from whet.engine.recompute import decoder_layers
+    from whet.engine.layers import decoder_layers
 
     network = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner = next(decoder_layers(network)[0].children())
@@ -332,8 +332,8 @@ def break_graph(model: Any) -> None:
 
 def check_resume(case: Case, tamper: Tamper = nothing) -> bool:
     """Continued from a checkpoint it ends at the same bits."""
-    from whet.train import checkpoint
-    from whet.train.checkpoint import Identity
+    from whet.training import checkpoint
+    from whet.training.checkpoint import Identity
 
     def new() -> tuple[Any, Any]:
         model = case.attached()

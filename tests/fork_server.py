@@ -21,7 +21,7 @@ WRITES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate
 
 def note_phases(path: str) -> Any:
     """Wrap the parts of the loop so that each says when it begins; returns a function that notes a phase."""
-    from whet.train.run import Loop
+    from whet.training.run import Loop
 
     with Path(path).open("r+b") as file:
         byte = mmap.mmap(file.fileno(), 1)
@@ -65,8 +65,8 @@ def child(order: dict[str, Any]) -> None:
 
     from whet.base.console import quiet_libraries
     from whet.recipe import parse
-    from whet.train.run import train
-    from whet.train.setup import get_ready
+    from whet.training.run import train
+    from whet.training.setup import get_ready
 
     torch.set_num_threads(1)
     quiet_libraries()
@@ -88,7 +88,7 @@ def serve() -> None:
     import safetensors.torch  # noqa: F401
     import torch  # noqa: F401
 
-    import whet.train.run  # noqa: F401
+    import whet.training.run  # noqa: F401
 
     print("ready", flush=True)
     for line in sys.stdin:

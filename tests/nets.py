@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from whet.data.batch.rows import Rows
-from whet.engine.attention import ATTENTION
-from whet.engine.group import Fused
-from whet.engine.linear import FrozenLinear, freeze_linears
+from whet.engine.compute.attention import ATTENTION
+from whet.engine.weights.linear import FrozenLinear, freeze_linears
+from whet.methods.layers.group import Fused
 
 VOCABULARY = 256
 SIZES: dict[str, Any] = {
@@ -54,8 +54,8 @@ def adapted(net: Any, *, plain: bool = False, **lora: Any) -> Any:
     import peft
     from peft.tuners.lora.layer import Linear
 
-    from whet.engine.linear import linear_names
-    from whet.engine.lora_layer import LoraLinear
+    from whet.engine.weights.linear import linear_names
+    from whet.methods.layers.lora_layer import LoraLinear
 
     targets = sorted({name.rsplit(".", 1)[-1] for name in linear_names(net)})
     settings = peft.LoraConfig(

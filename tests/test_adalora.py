@@ -22,7 +22,7 @@ from whet.base.errors import UserError
 from whet.methods import adalora
 from whet.methods.adalora import AdaLora, allocate, numbers
 from whet.recipe import Parsed, parse
-from whet.train.run import train
+from whet.training.run import train
 
 IDS = torch.randint(3, 90, (4, 9), generator=torch.Generator().manual_seed(5))
 STEPS = 20

@@ -11,10 +11,10 @@ import tiny
 import torch
 
 from whet.base.errors import UserError
-from whet.engine.adapter import attach_adapter
 from whet.engine.config import Model
 from whet.engine.device import Placement
-from whet.engine.load import load_model
+from whet.engine.load.load import load_model
+from whet.methods.layers.adapter import attach_adapter
 from whet.methods.lora import Lora
 from whet.ship.adapters import Adapters, delete_on_disk, describe, find, rename_on_disk
 
@@ -216,7 +216,7 @@ def told(*words: str) -> Any:
 
 def test_the_command_line(model_dir: Path, recipe: Any, tmp_path: Path) -> None:
     from whet.ship.chat import open_chat
-    from whet.train.run import train
+    from whet.training.run import train
 
     runs = [
         train(recipe(**{"output_dir": str(tmp_path / "runs" / name), "train.seed": seed, "train.max_steps": 2}))
@@ -248,7 +248,7 @@ def test_the_command_line(model_dir: Path, recipe: Any, tmp_path: Path) -> None:
 def test_a_chat_switches(model_dir: Path, recipe: Any, tmp_path: Path) -> None:
     from whet.data.example import Message
     from whet.ship.chat import open_chat
-    from whet.train.run import train
+    from whet.training.run import train
 
     runs = [
         train(recipe(**{

@@ -20,7 +20,7 @@ from whet.data.sides import added as added_module
 from whet.data.sides import select
 from whet.data.sides.added import ASKED, SOURCE_ASKED, SOURCE_GONE, SOURCE_HELD_OUT
 from whet.engine.config import Model
-from whet.engine.load import load_tokenizer
+from whet.engine.load.load import load_tokenizer
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heath", "inlet", "jetty", "knoll", "lagoon"]
 Make = Callable[..., Prepared]

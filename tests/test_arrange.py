@@ -16,14 +16,14 @@ from transformers import LlamaForCausalLM
 from whet.base.errors import UserError
 from whet.data.batch.batches import Batches
 from whet.data.batch.rows import Rows
-from whet.engine.compile import compile_layers
-from whet.engine.costs import keep_bytes, sizes_of
-from whet.engine.group import Group
-from whet.engine.lora_layer import LoraLinear
-from whet.engine.recompute import Checkpoint, decoder_layers
+from whet.engine.compute.compile import compile_layers
+from whet.engine.memory.checkpointing import Checkpoint, decoder_layers
+from whet.methods.layers.group import Group
+from whet.methods.layers.lora_layer import LoraLinear
+from whet.planning.costs import keep_bytes, sizes_of
 from whet.recipe import Parsed
 from whet.settings import Train
-from whet.train.arrange import (
+from whet.training.arrange import (
     MAX_COMPILED_FORMS,
     MAX_FORMS,
     Arrangement,
@@ -32,7 +32,7 @@ from whet.train.arrange import (
     check_arrangement,
     cut,
 )
-from whet.train.setup import build_model, get_ready
+from whet.training.setup import build_model, get_ready
 
 Make = Callable[..., Parsed]
 FP8 = {"base__storage": "fp8", "base__compute": "fp8"}

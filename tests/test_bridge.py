@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from whet.base.errors import UserError
-from whet.engine.linear import FrozenLinear, freeze_linears
 from whet.engine.task import CAUSAL, Task, head_names
+from whet.engine.weights.linear import FrozenLinear, freeze_linears
 from whet.methods.all import METHODS, capability_rows
 from whet.methods.bridge import Bridge
 from whet.methods.bridged import BRIDGED, LEFT_OUT
@@ -243,8 +243,8 @@ def test_no_new_head_stays_frozen_and_random(name: str, kind: str) -> None:
 def test_batched_answers_are_those_of_one_prompt_without_a_cache(kind: str, name: str) -> None:
     import transformers
 
-    from whet.engine.attention import ATTENTION
-    from whet.engine.generate import answer as written
+    from whet.engine.answer.generate import answer as written
+    from whet.engine.compute.attention import ATTENTION
 
     torch.default_generator.manual_seed(0)
     sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
@@ -337,7 +337,7 @@ def test_every_method_of_peft_can_be_chosen_or_is_left_out_with_a_reason() -> No
 
 
 def test_a_trained_cache_is_not_lost_in_layers_that_run_again(model_dir: Path, tmp_path: Path) -> None:
-    from whet.train.plan import plan
+    from whet.training.plan import plan
 
     values = [f"model.path={model_dir}", "base.device=cpu", "train.gradient_checkpointing=true"]
     with pytest.raises(UserError, match="trains a cache"):
@@ -401,8 +401,8 @@ def quiet() -> Iterator[None]:
 def test_a_run_trains_resumes_and_answers(name: str, model_dir: Path, tmp_path: Path) -> None:
     import safetensors.torch
 
-    from whet.engine.open import open_trained
-    from whet.train.run import train
+    from whet.engine.load.open import open_trained
+    from whet.training.run import train
 
     data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.rows(12))
 

@@ -19,7 +19,7 @@ from whet.data import cache, prepare
 from whet.data.batch.rows import Rows
 from whet.data.config import Data
 from whet.data.prepare import Prepared
-from whet.engine.load import load_tokenizer
+from whet.engine.load.load import load_tokenizer
 
 Make = Callable[..., Prepared]
 CHATS = [{"prompt": f"q{n} " + "word " * (n % 9), "completion": f"답 {n} ☀️"} for n in range(60)]

@@ -11,7 +11,7 @@ import tiny
 from whet.data.template.template import use_template
 from whet.data.template.tokenise import Tokeniser
 from whet.engine.config import Model
-from whet.engine.load import load_tokenizer
+from whet.engine.load.load import load_tokenizer
 from whet.ship.chat import Chat, open_chat, talk
 
 THOUGHT = "<think>\n\n</think>\n\n"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from whet.evaluate.label_metrics import details
+from whet.evaluation.label_metrics import details
 from whet.report import page
 from whet.report.confusion import STRONGEST, STYLE, confusion
 

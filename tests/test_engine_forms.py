@@ -16,10 +16,10 @@ from whet.data.batch.batches import Batch, Batches
 from whet.data.batch.forms import FORM_SAVES, TOKEN_MULTIPLE, Facts, Form, choose_forms, fitting
 from whet.data.batch.forms import _best_sizes as best_sizes
 from whet.data.batch.pack import best_fit
-from whet.engine.head import find_head
-from whet.train.arrange import replace_sizes
-from whet.train.loss import Forward, show
-from whet.train.step import train_step
+from whet.engine.compute.head import find_head
+from whet.training.arrange import replace_sizes
+from whet.training.loss import Forward, show
+from whet.training.step import train_step
 
 
 def uneven(count: int, seed: int = 1, longest: int = 400) -> list[int]:

@@ -12,13 +12,13 @@ from nets import relative
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from whet.engine import head as head_module
-from whet.engine import product
-from whet.engine.group import fuse
-from whet.engine.head import HeadLoss
-from whet.engine.linear import Nf4Linear, freeze, quantise_fp8
-from whet.engine.nf4 import fp8_scale, plain_rebuild, rebuild_nf4, rebuild_nf4_as_fp8
-from whet.engine.product import add_product, backward_product, forward_product
+from whet.engine.compute import head as head_module
+from whet.engine.compute.head import HeadLoss
+from whet.engine.weights import product
+from whet.engine.weights.linear import Nf4Linear, freeze, quantise_fp8
+from whet.engine.weights.nf4 import fp8_scale, plain_rebuild, rebuild_nf4, rebuild_nf4_as_fp8
+from whet.engine.weights.product import add_product, backward_product, forward_product
+from whet.methods.layers.group import fuse
 
 ONE_ROUNDED, BOTH_ROUNDED = 0.03, 0.042
 BOUNDS = {"fp8": ONE_ROUNDED, "nf4": BOTH_ROUNDED, "int8": BOTH_ROUNDED}
@@ -209,7 +209,7 @@ def test_a_size_that_fp8_cores_do_not_take_is_computed_dense() -> None:
     kinds = {}
     for width in (64, 72):
         net = nets.network("Llama", hidden_size=width, head_dim=18 if width == 72 else 16)
-        from whet.engine.linear import freeze_linears
+        from whet.engine.weights.linear import freeze_linears
 
         freeze_linears(net, "int8")
         fused = fuse(nets.adapted(net), compute=torch.float32, fp8=True)

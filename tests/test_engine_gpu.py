@@ -16,14 +16,14 @@ from nets import relative
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from whet.engine.attention import Documents, attend, fastest_attention
-from whet.engine.compile import FEW_TOKENS, compile_layers
-from whet.engine.group import Fused, fuse
-from whet.engine.head import HeadLoss
-from whet.engine.linear import freeze, freeze_linears, quantise_fp8
-from whet.engine.nf4 import fp8_scale, plain_rebuild, rebuild_nf4, rebuild_nf4_as_fp8
-from whet.engine.product import LONG, backward_product, forward_product, quantised_rows
-from whet.engine.swiglu import plain_swiglu_backward
+from whet.engine.compute.attention import Documents, attend, fastest_attention
+from whet.engine.compute.compile import FEW_TOKENS, compile_layers
+from whet.engine.compute.head import HeadLoss
+from whet.engine.compute.swiglu import plain_swiglu_backward
+from whet.engine.weights.linear import freeze, freeze_linears, quantise_fp8
+from whet.engine.weights.nf4 import fp8_scale, plain_rebuild, rebuild_nf4, rebuild_nf4_as_fp8
+from whet.engine.weights.product import LONG, backward_product, forward_product, quantised_rows
+from whet.methods.layers.group import Fused, fuse
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CUDA = torch.device("cuda")
@@ -31,7 +31,7 @@ hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs FP8 tensor cores"
 )
 if torch.cuda.is_available():
-    from whet.engine.swiglu_triton import swiglu_rows
+    from whet.engine.compute.swiglu_triton import swiglu_rows
 E4M3 = torch.float8_e4m3fn
 LENGTHS = [100, 300, 7, 105]
 
@@ -78,7 +78,7 @@ def _columns(parts: list[Any]) -> list[list[torch.Tensor]]:
 @pytest.mark.parametrize("vocabulary", [1000, 16384, 50257])
 @pytest.mark.parametrize(("bias", "cap"), [(False, None), (True, None), (False, 5.0), (True, 5.0)])
 def test_loss_kernel(vocabulary: int, bias: bool, cap: float | None) -> None:
-    from whet.engine.head_triton import rows_to_gradients
+    from whet.engine.compute.head_triton import rows_to_gradients
 
     buffer = 4 * draw(70, vocabulary, seed=1)
     shift = draw(vocabulary, seed=2, dtype=torch.float32) if bias else None
@@ -105,7 +105,7 @@ def test_loss_kernel(vocabulary: int, bias: bool, cap: float | None) -> None:
 @pytest.mark.parametrize("turned", [False, True])
 def test_low_rank_kernel(rows: int, columns: int, rank: int, turned: bool, dtype: torch.dtype) -> None:
     """y inside a wider buffer, whose other entries must stay; b as it lies or as a transposed view."""
-    from whet.engine.rows_triton import add_low_rank
+    from whet.engine.weights.rows_triton import add_low_rank
 
     buffer = draw(rows + 1, columns + 24, seed=1, dtype=dtype)
     before, y = buffer.clone(), buffer[:rows, 8 : columns + 8]
@@ -124,7 +124,7 @@ def test_low_rank_kernel(rows: int, columns: int, rank: int, turned: bool, dtype
 @pytest.mark.parametrize("columns", [16, 31, 4096, 16384, 16385, 40000])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_quantising_kernel(columns: int, scaled: bool, dtype: torch.dtype) -> None:
-    from whet.engine.rows_triton import quantise_rows
+    from whet.engine.weights.rows_triton import quantise_rows
 
     sizes = torch.tensor([1.0, 0.0, 1e-20, 1e20, 60.0], device=CUDA)
     x = (draw(5, columns + 8, seed=1, dtype=torch.float32) * sizes[:, None]).to(dtype)[:, :columns]

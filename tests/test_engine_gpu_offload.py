@@ -14,22 +14,22 @@ import torch
 from test_shrink import apart
 
 from whet.data.batch.batches import Batches
-from whet.engine import host_adam
-from whet.engine.attention import fastest_attention
-from whet.engine.compile import compile_layers
-from whet.engine.group import fuse
-from whet.engine.head import Head, find_head
-from whet.engine.host_adam import Ferry, HostAdamW, halve
-from whet.engine.offload import Travelling
+from whet.engine.compute.attention import fastest_attention
+from whet.engine.compute.compile import compile_layers
+from whet.engine.compute.head import Head, find_head
+from whet.engine.memory import host_adam
+from whet.engine.memory.host_adam import HostAdamW, HostLink, halve
+from whet.engine.memory.host_tables import HostTensors
+from whet.methods.layers.group import fuse
 from whet.recipe import Parsed
 from whet.runs import Run
 from whet.settings import Train
-from whet.train.checkpoint import trainable
-from whet.train.graph import side_stream
-from whet.train.loss import Forward
-from whet.train.optim import build_optimiser
-from whet.train.run import Loop, train
-from whet.train.step import train_step
+from whet.training.checkpoint import trainable
+from whet.training.graph import side_stream
+from whet.training.loss import Forward
+from whet.training.optim import build_optimiser
+from whet.training.run import Loop, train
+from whet.training.step import train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CUDA = torch.device("cuda")
@@ -78,7 +78,7 @@ class Full:
 def test_steps_with_the_optimiser_on_the_host_are_the_same(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     monkeypatch.setattr(host_adam, "BUCKET_BYTES", 4 << 20)
-    monkeypatch.setattr(host_adam, "Ferry", lambda device, _: Ferry(device, 1 << 18, ring=4))
+    monkeypatch.setattr(host_adam, "HostLink", lambda device, _: HostLink(device, 1 << 18, ring=4))
     with fastest_attention(CUDA), side_stream(CUDA):
         plain = Full(hosted=False)
         start = plain.weights()
@@ -116,7 +116,7 @@ def test_the_device_keeps_the_weights_alone() -> None:
 
 
 def test_a_ferry_carries_whole_tensors_while_the_device_is_busy() -> None:
-    ferry = Ferry(CUDA, 1 << 16, ring=3)
+    ferry = HostLink(CUDA, 1 << 16, ring=3)
     tensors = [torch.randn(100_003, device=CUDA).to(kind) for kind in (torch.float32, torch.bfloat16)]
     for tensor in tensors:
         sums = torch.zeros(tensor.numel())
@@ -173,7 +173,7 @@ def test_a_head_on_the_host_changes_no_bit(fp8: bool) -> None:
 
 
 def test_a_head_that_is_not_waited_for_would_be_seen() -> None:
-    travelling = Travelling([torch.randn(64 << 20)], CUDA)
+    travelling = HostTensors([torch.randn(64 << 20)], CUDA)
     (there,) = travelling.arrive()
     assert torch.equal(there.cpu(), travelling.tensors[0])
     there.zero_()

@@ -14,18 +14,18 @@ import torch
 from whet.data.batch.batches import Batches
 from whet.data.batch.forms import choose_forms
 from whet.data.batch.rows import Rows
-from whet.engine.attention import fastest_attention
-from whet.engine.compile import compile_layers
-from whet.engine.group import fuse
-from whet.engine.head import find_head
+from whet.engine.compute.attention import fastest_attention
+from whet.engine.compute.compile import compile_layers
+from whet.engine.compute.head import find_head
+from whet.methods.layers.group import fuse
 from whet.settings import Train
-from whet.train import checkpoint
-from whet.train.arrange import replace_sizes
-from whet.train.checkpoint import Identity
-from whet.train.graph import WARM_STEPS, GraphSteps, Replayed, side_stream
-from whet.train.loss import Forward
-from whet.train.optim import build_optimiser
-from whet.train.step import NotFinite, Pending, Steps
+from whet.training import checkpoint
+from whet.training.arrange import replace_sizes
+from whet.training.checkpoint import Identity
+from whet.training.graph import WARM_STEPS, GraphSteps, Replayed, side_stream
+from whet.training.loss import Forward
+from whet.training.optim import build_optimiser
+from whet.training.step import NotFinite, Pending, Steps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CUDA = torch.device("cuda")

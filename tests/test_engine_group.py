@@ -13,9 +13,10 @@ from nets import apart, clear, gradients, loss_of, made
 from torch import nn
 from torch.nn.functional import dropout
 
-from whet.engine.group import Fused, fuse
-from whet.engine.linear import dense_weight
-from whet.engine.recompute import decoder_layers, recompute
+from whet.engine.layers import decoder_layers
+from whet.engine.memory.checkpointing import checkpoint_layers
+from whet.engine.weights.linear import dense_weight
+from whet.methods.layers.group import Fused, fuse
 
 QKV, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 USUAL = [QKV, ("o_proj",), MLP, ("down_proj",)]
@@ -127,7 +128,7 @@ def test_pefts_matrices_are_views_of_the_bank(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     from whet.methods.lora import Lora
-    from whet.train.checkpoint import trainable
+    from whet.training.checkpoint import trainable
 
     model = made("Llama")
     fused = fused_of(model)
@@ -214,7 +215,7 @@ def assert_like_toy(toy: Toy, shift: float = 0.0) -> Fused:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora.layer import Linear
 
-    from whet.engine.lora_layer import LoraLinear
+    from whet.methods.layers.lora_layer import LoraLinear
 
     weights, results = toy.state_dict(), []
     fused: Fused | None = None
@@ -257,7 +258,7 @@ def test_micro_batches_add_up(again: bool) -> None:
     tokens = nets.ids(4)
     _, together = measured(model, fused, tokens)
     if again:
-        recompute(model.get_base_model())
+        checkpoint_layers(model.get_base_model())
     clear(model, fused)
     for part in tokens.split(1):
         loss_of(model, part).backward()
@@ -270,7 +271,7 @@ def test_recomputed_layers_draw_the_same_mask() -> None:
         model = made("Llama", lora_dropout=0.3)
         fused = fused_of(model)
         if again:
-            recompute(model.get_base_model())
+            checkpoint_layers(model.get_base_model())
         torch.manual_seed(11)
         found.append(measured(model, fused)[1])
     assert apart(*found) <= EXACT

@@ -17,14 +17,14 @@ import tiny
 import torch
 
 from whet.data.batch.batches import Batch, Batches
-from whet.engine.attention import ATTENTION
-from whet.engine.isolation import check_causality, check_isolation, flat_inputs
+from whet.engine.compute.attention import ATTENTION
+from whet.engine.compute.isolation import check_causality, check_isolation, flat_inputs
 from whet.recipe import Parsed
-from whet.train import loss as loss_module
-from whet.train.arrange import Arrangement
-from whet.train.loss import Forward
-from whet.train.setup import Ready, build_model, get_ready
-from whet.train.step import train_step
+from whet.training import loss as loss_module
+from whet.training.arrange import Arrangement
+from whet.training.loss import Forward
+from whet.training.setup import Ready, build_model, get_ready
+from whet.training.step import train_step
 
 Gradients = dict[str, torch.Tensor]
 TOLERANCE = 1e-5
@@ -361,7 +361,7 @@ def test_a_model_that_sees_ahead_is_found(flat: bool) -> None:
 
 def test_a_run_of_a_model_that_sees_ahead_is_refused(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from whet.base.errors import UserError
-    from whet.train import setup
+    from whet.training import setup
 
     load = setup.load_model
 

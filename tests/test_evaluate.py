@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from whet import runs
-from whet.evaluate import label_metrics, metrics
-from whet.evaluate.run import evaluate
+from whet.evaluation import label_metrics, metrics
+from whet.evaluation.run import evaluate
 from whet.recipe import Parsed
 from whet.settings import LabelMetricName, MetricName, names_a_field
-from whet.train.run import train
+from whet.training.run import train
 
 LEAD = "<think>\n\n</think>\n\n"
 TEMPLATE = (
@@ -40,7 +40,7 @@ def test_the_block_that_was_learned_before_an_answer_is_not_scored(
         room.append(max_new_tokens)
         return [answers[tuple(prompt)] for prompt in prompts]
 
-    from whet.evaluate import run as evaluation
+    from whet.evaluation import run as evaluation
 
     prepared = runs.prepared(run.recipe)
     answers = {

@@ -12,13 +12,15 @@ import tiny
 import torch
 
 from whet.base.errors import UserError
-from whet.engine import cached_attention, decode, unpacked
+from whet.engine.answer import decode
+from whet.engine.answer.generate import Way, answer, generating, stream
+from whet.engine.compute import cached_attention
 from whet.engine.config import Model
 from whet.engine.device import Placement
-from whet.engine.generate import Way, answer, generating, stream
-from whet.engine.linear import FrozenLinear, freeze_linears
-from whet.engine.load import load_model
-from whet.engine.lora_layer import LoraLinear
+from whet.engine.load.load import load_model
+from whet.engine.weights import unpacked
+from whet.engine.weights.linear import FrozenLinear, freeze_linears
+from whet.methods.layers.lora_layer import LoraLinear
 
 VOCABULARY, NEW = 512, 24
 LOOSE, FIXED = Way(static=True, graphed=False), Way(static=True, graphed=True)

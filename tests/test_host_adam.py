@@ -14,21 +14,21 @@ from tiny import final_bytes
 
 from whet.base.errors import UserError
 from whet.data.batch.batches import Batches
-from whet.engine import host_adam
+from whet.engine.compute.head import find_head
 from whet.engine.device import Placement
-from whet.engine.group import fuse, set_rate_ratio
-from whet.engine.head import find_head
-from whet.engine.host_adam import Ferry, HostAdamW, halve, halves
+from whet.engine.memory import host_adam
+from whet.engine.memory.host_adam import HostAdamW, HostLink, halve, halves
+from whet.methods.layers.group import fuse, set_rate_ratio
 from whet.methods.lora import Lora
 from whet.recipe import Parsed
 from whet.settings import Train
-from whet.train import arrange
-from whet.train.checkpoint import trainable
-from whet.train.loss import Forward
-from whet.train.optim import build_optimiser, check_optimiser, set_rate
-from whet.train.run import train
-from whet.train.setup import get_ready
-from whet.train.step import NotFinite, train_step
+from whet.training import arrange
+from whet.training.checkpoint import trainable
+from whet.training.loss import Forward
+from whet.training.optim import build_optimiser, check_optimiser, set_rate
+from whet.training.run import train
+from whet.training.setup import get_ready
+from whet.training.step import NotFinite, train_step
 
 Make = Callable[..., Parsed]
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_adam, "BUCKET_BYTES", 1 << 14)
-    monkeypatch.setattr(host_adam, "Ferry", lambda device, _: Ferry(device, CHUNK, ring=3))
+    monkeypatch.setattr(host_adam, "HostLink", lambda device, _: HostLink(device, CHUNK, ring=3))
 
 
 @pytest.mark.parametrize(("kind", "full", "compute"), CASES, ids=str)
@@ -135,18 +135,18 @@ def _drop_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_piece(patch: pytest.MonkeyPatch) -> None:
-    pieces = Ferry._pieces
-    patch.setattr(Ferry, "_pieces", lambda self, *args: list(pieces(self, *args))[:-1] or list(pieces(self, *args)))
+    pieces = HostLink._pieces
+    patch.setattr(HostLink, "_pieces", lambda self, *args: list(pieces(self, *args))[:-1] or list(pieces(self, *args)))
 
 
 def _too_early(patch: pytest.MonkeyPatch) -> None:
     """A chunk is used again before the host has taken what is in it."""
-    take = Ferry._chunk
+    take = HostLink._chunk
 
-    def same_one(self: Ferry) -> torch.Tensor:
+    def same_one(self: HostLink) -> torch.Tensor:
         return self._under_way[-1].chunk if self._under_way else take(self)
 
-    patch.setattr(Ferry, "_chunk", same_one)
+    patch.setattr(HostLink, "_chunk", same_one)
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -159,8 +159,8 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "gradients of the step before are kept": lambda patch: patch.setattr(
         host_adam, "_put", lambda staged, target, add: target.add_(staged)
     ),
-    "the weights stay as they were": lambda patch: patch.setattr(Ferry, "send", lambda self, tensor, into: None),
-    "nobody waits for the gradients": lambda patch: patch.setattr(Ferry, "drain", lambda self: None),
+    "the weights stay as they were": lambda patch: patch.setattr(HostLink, "send", lambda self, tensor, into: None),
+    "nobody waits for the gradients": lambda patch: patch.setattr(HostLink, "drain", lambda self: None),
     "the masters are made of the rounded weights": lambda patch: patch.setattr(
         host_adam, "_master",
         lambda parameter, known: torch.nn.Parameter(parameter.detach().float().clone()),

@@ -23,8 +23,8 @@ from whet.recipe import parse
 from whet.runs import Run
 from whet.settings import Train
 from whet.ship.merge import merge
-from whet.train import setup
-from whet.train.arrange import check_arrangement
+from whet.training import setup
+from whet.training.arrange import check_arrangement
 
 ASSIGNMENT = re.compile(r"\b((?:model|base|method|data|train|eval)(?:\.\w+)*)=(\[[^\]]*\]|[^\s,;]+)")
 FP8 = "base.storage=fp8 base.compute=fp8 base.fp8_head=true"

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
-from whet.engine import head as head_module
-from whet.engine.attention import Documents, attend
-from whet.engine.head import HeadLoss
-from whet.engine.linear import dense_weight, freeze
-from whet.engine.lora_layer import LoraFunction
+from whet.engine.compute import head as head_module
+from whet.engine.compute.attention import Documents, attend
+from whet.engine.compute.head import HeadLoss
+from whet.engine.weights.linear import dense_weight, freeze
+from whet.methods.layers.lora_layer import LoraFunction
 
 CHUNK_ROWS = 32
 VOCABULARY = 97
@@ -127,7 +127,7 @@ def adapted(linear_layer: nn.Linear) -> Any:
     """whet's LoRA layer around a linear one, B not zero."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    from whet.engine.lora_layer import LoraLinear
+    from whet.methods.layers.lora_layer import LoraLinear
 
     settings = LoraConfig(r=4, lora_alpha=8, target_modules=["0"])
     settings._register_custom_module({nn.Linear: LoraLinear})

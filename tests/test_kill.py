@@ -19,7 +19,7 @@ import tiny
 from fork_server import PHASES
 from tiny import final_bytes
 
-from whet.train.checkpoint import MANIFEST
+from whet.training.checkpoint import MANIFEST
 
 ROOT = Path(__file__).parents[1]
 KILLS = 20

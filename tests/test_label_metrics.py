@@ -14,9 +14,9 @@ import scipy.stats
 import sklearn.metrics as theirs
 
 from whet.base.errors import UserError
-from whet.evaluate import label_metrics as ours
-from whet.evaluate.compare import paired
-from whet.evaluate.metrics import Scores
+from whet.evaluation import label_metrics as ours
+from whet.evaluation.compare import paired
+from whet.evaluation.metrics import Scores
 
 Score = Callable[[Any, Any], Scores]
 

@@ -16,7 +16,7 @@ from whet.data.batch import lay
 from whet.data.config import Data
 from whet.data.prepare import Prepared, prepare
 from whet.engine.config import Model
-from whet.engine.load import load_tokenizer
+from whet.engine.load.load import load_tokenizer
 
 ROWS = [
     {"prompt": f"q{n} " + "단어 " * (n * 7 % 40), "completion": "" if n % 50 == 3 else f"a{n} " + "word " * (n % 5)}

@@ -16,15 +16,15 @@ import torch
 from torch import nn
 
 from whet.base.errors import UserError
-from whet.engine import attention
+from whet.engine.compute import attention
 from whet.engine.config import Base, Model
 from whet.engine.device import Placement, place
-from whet.engine.linear import FrozenLinear, Int8Linear, Nf4Linear, freeze_linears, linear_names
-from whet.engine.load import checkpoint_storage, load_model
-from whet.engine.open import answering, open_trained
+from whet.engine.load.load import checkpoint_storage, load_model
+from whet.engine.load.open import answering, open_trained
+from whet.engine.weights.linear import FrozenLinear, Int8Linear, Nf4Linear, freeze_linears, linear_names
 from whet.ship.merge import MEAN_KL_LIMIT, merge
-from whet.train.plan import plan
-from whet.train.run import train
+from whet.training.plan import plan
+from whet.training.run import train
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -133,7 +133,7 @@ def test_no_whole_dense_model_is_made_on_the_way(checkpoints: dict[str, Path], m
         fill(self, weight)
 
     monkeypatch.setattr(Nf4Linear, "fill", counted)
-    monkeypatch.setattr("whet.engine.stream.freeze_linears", lambda *_: 0)
+    monkeypatch.setattr("whet.engine.load.stream.freeze_linears", lambda *_: 0)
     network = load_model(Model(path=str(checkpoints["llama"])), placed("nf4"))
     assert len(held) == len(linear_names(network)) == 14
 
@@ -154,7 +154,7 @@ import torch
 sys.path.insert(0, {tests!r})
 import test_load
 from whet.engine.config import Model
-from whet.engine.load import load_model
+from whet.engine.load.load import load_model
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

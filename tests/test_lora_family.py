@@ -16,17 +16,17 @@ from torch import nn
 from whet.base.errors import UserError
 from whet.engine.config import Model
 from whet.engine.device import Placement
-from whet.engine.group import fuse, rate_ratio
-from whet.engine.linear import FrozenLinear, dense_weight, linear_names
-from whet.engine.load import load_model
+from whet.engine.load.load import load_model
 from whet.engine.task import Task
+from whet.engine.weights.linear import FrozenLinear, dense_weight, linear_names
 from whet.methods import initial
+from whet.methods.layers.group import fuse, rate_ratio
 from whet.methods.lora import PACKED, Lora
 from whet.methods.targets import find_targets, shortest_endings
 from whet.recipe import parse
 from whet.settings import Train
-from whet.train.optim import build_optimiser, set_rate
-from whet.train.plan import plan
+from whet.training.optim import build_optimiser, set_rate
+from whet.training.plan import plan
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 250, (2, 21), generator=torch.Generator().manual_seed(5))
@@ -390,7 +390,7 @@ def test_dora_is_pefts(kind: str, dropout: float) -> None:
 
 @pytest.mark.parametrize("storage", PACKED)
 def test_dora_finds_the_dense_weight_of_every_storage(storage: str) -> None:
-    from whet.engine.linear import freeze_linears
+    from whet.engine.weights.linear import freeze_linears
 
     net, frozen = nets.network("Llama"), nets.network("Llama")
     freeze_linears(frozen, storage)

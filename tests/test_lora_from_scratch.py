@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from whet.engine.config import Model
-from whet.engine.group import fuse
-from whet.engine.linear import count_parameters
-from whet.engine.load import empty_model
-from whet.engine.lora_layer import LoraLinear as WhetLinear
+from whet.engine.load.load import empty_model
+from whet.engine.weights.linear import count_parameters
+from whet.methods.layers.group import fuse
+from whet.methods.layers.lora_layer import LoraLinear as WhetLinear
 from whet.methods.lora import Lora
 
 ROOT = Path(__file__).parents[1]

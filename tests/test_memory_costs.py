@@ -7,8 +7,8 @@ from test_memory_modes import CONFIGS, HIDDEN, LAYERS
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from whet.base.errors import UserError
-from whet.engine import costs
-from whet.engine.recompute import decoder_layers
+from whet.engine.layers import decoder_layers
+from whet.planning import costs
 
 LLAMA_8B = costs.Sizes(hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, layers=32)
 

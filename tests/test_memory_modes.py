@@ -15,9 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config
 
 from whet.base.errors import UserError
-from whet.engine import attention, offload
-from whet.engine import recompute as modes
-from whet.engine.attention import Documents
+from whet.engine.compute import attention
+from whet.engine.compute.attention import Documents
+from whet.engine.layers import decoder_layers
+from whet.engine.memory import checkpointing as modes
+from whet.engine.memory import host_tables, stash, tiles
 
 LAYERS, HIDDEN, TOKENS = 4, 32, 11
 WIDTHS = {
@@ -41,12 +43,12 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 CHUNK = 256  # several chunks for each input
 MODES: dict[str, Callable[[nn.Module], Any]] = {
-    "all but the last": lambda model: modes.recompute(model),
-    "every layer": lambda model: modes.recompute(model, range(LAYERS)),
-    "some layers": lambda model: modes.recompute(model, [0, 2]),
-    "offload": lambda model: modes.recompute(model, offload=True),
-    "tiles": lambda model: modes.tile_mlp(model, 4),
-    "all together": lambda model: (modes.recompute(model, offload=True), modes.tile_mlp(model, 3)),
+    "all but the last": lambda model: modes.checkpoint_layers(model),
+    "every layer": lambda model: modes.checkpoint_layers(model, range(LAYERS)),
+    "some layers": lambda model: modes.checkpoint_layers(model, [0, 2]),
+    "offload": lambda model: modes.checkpoint_layers(model, offload=True),
+    "tiles": lambda model: tiles.tile_mlp(model, 4),
+    "all together": lambda model: (modes.checkpoint_layers(model, offload=True), tiles.tile_mlp(model, 3)),
 }
 
 
@@ -100,7 +102,7 @@ def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> flo
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modes, "Stash", lambda: offload.Stash(CHUNK))
+    monkeypatch.setattr(modes, "Stash", lambda: stash.Stash(CHUNK))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -148,18 +150,18 @@ def test_dropout_masks_are_the_same_in_the_second_run(name: str, mode: str) -> N
 @pytest.mark.parametrize("fault", [False, True])
 def test_tiles_draw_their_masks_again(fault: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if fault:
-        monkeypatch.setattr(modes, "_drawn_again", lambda *_: contextlib.nullcontext())
+        monkeypatch.setattr(tiles, "drawn_again", lambda *_: contextlib.nullcontext())
     torch.manual_seed(0)
     model = build("gpt2", resid_pdrop=0.4)
-    modes.tile_mlp(model, 4)
-    mlp = modes.decoder_layers(model)[0].mlp  # type: ignore[union-attr]
+    tiles.tile_mlp(model, 4)
+    mlp = decoder_layers(model)[0].mlp  # type: ignore[union-attr]
     hidden = torch.randn(1, TOKENS, HIDDEN, requires_grad=True)
     torch.manual_seed(1)
     mlp(hidden).square().sum().backward()
     ours = hidden.grad
     assert ours is not None
     torch.manual_seed(1)
-    kind = modes._untiled(type(mlp))
+    kind = tiles._untiled(type(mlp))
     pieces = [kind.forward(mlp, piece) for piece in hidden.split(4, dim=1)]
     exact = torch.autograd.grad(torch.cat(pieces, 1).square().sum(), hidden)[0]
     assert torch.allclose(ours, exact, atol=1e-6) is not fault
@@ -168,12 +170,12 @@ def test_tiles_draw_their_masks_again(fault: bool, monkeypatch: pytest.MonkeyPat
 def test_the_state_of_the_generators_is_kept_only_for_layers_that_draw() -> None:
     for rate, draws in ((0.0, False), (0.3, True)):
         model = build("llama", lora_dropout=rate)
-        modes.recompute(model)
+        modes.checkpoint_layers(model)
         gradients(model, inputs())
-        assert modes.decoder_layers(model)[0]._gradient_checkpointing_func.random is draws  # type: ignore[union-attr]
+        assert decoder_layers(model)[0]._gradient_checkpointing_func.random is draws  # type: ignore[union-attr]
 
 
-def take_and_give(pool: offload.Chunks, nbytes: int, take: Any = offload.Chunks.take) -> list[torch.Tensor]:
+def take_and_give(pool: stash.Chunks, nbytes: int, take: Any = stash.Chunks.take) -> list[torch.Tensor]:
     chunks = take(pool, nbytes)
     pool._free = chunks + pool._free
     return chunks
@@ -182,20 +184,20 @@ def take_and_give(pool: offload.Chunks, nbytes: int, take: Any = offload.Chunks.
 FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "random numbers are not drawn again": (
         "every layer",
-        lambda patch: patch.setattr(modes, "_moved", lambda *_: False),
+        lambda patch: patch.setattr(modes, "has_moved", lambda *_: False),
     ),
     "the copy to the host is forgotten": (
         "offload",
-        lambda patch: patch.setattr(offload, "_copy_out", lambda *_: None),
+        lambda patch: patch.setattr(stash, "_copy_out", lambda *_: None),
     ),
-    "the copy back is forgotten": ("offload", lambda patch: patch.setattr(offload, "_copy_back", lambda *_: None)),
+    "the copy back is forgotten": ("offload", lambda patch: patch.setattr(stash, "_copy_back", lambda *_: None)),
     "chunks are given away too early": (
         "offload",
-        lambda patch: patch.setattr(offload.Chunks, "take", take_and_give),
+        lambda patch: patch.setattr(stash.Chunks, "take", take_and_give),
     ),
     "autocast is forgotten": (
         "every layer",
-        lambda patch: patch.setattr(modes, "_autocast_now", lambda _: lambda: torch.autocast("cpu", enabled=False)),
+        lambda patch: patch.setattr(modes, "autocast_now", lambda _: lambda: torch.autocast("cpu", enabled=False)),
     ),
 }
 
@@ -208,7 +210,7 @@ def test_a_planted_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) ->
     model = build("llama", lora_dropout=0.3)
     MODES[mode](model)
     assert apart(gradients(model, inputs(), autocast=autocast), plain) == 0
-    for layer in modes.decoder_layers(model):
+    for layer in decoder_layers(model):
         layer._gradient_checkpointing_func.random = None  # type: ignore[union-attr]
     plant(monkeypatch)
     broken = gradients(model, inputs(), autocast=autocast)
@@ -235,26 +237,26 @@ def test_recompute_keeps_the_inputs_alone() -> None:
     one_input = 2 * TOKENS * HIDDEN * 4
     model = build("llama")
     everything = kept(model)
-    modes.recompute(model, range(LAYERS))
+    modes.checkpoint_layers(model, range(LAYERS))
     inputs_kept = kept(model)
-    modes.recompute(model, range(LAYERS), offload=True)
+    modes.checkpoint_layers(model, range(LAYERS), offload=True)
     offloaded = kept(model)
     assert inputs_kept - offloaded == (LAYERS - 1) * one_input
-    modes.recompute(model, range(LAYERS - 1))
+    modes.checkpoint_layers(model, range(LAYERS - 1))
     per_layer = kept(model) - inputs_kept + one_input  # what the last layer keeps beside what it would as recomputed
     assert everything - inputs_kept == pytest.approx(LAYERS * (per_layer - one_input), rel=0.05)
     assert per_layer > 8 * one_input
-    modes.recompute(model, ())
+    modes.checkpoint_layers(model, ())
     assert kept(model) == everything
 
 
 def test_tiles_keep_the_input_of_the_mlp_alone() -> None:
     model = build("llama")
-    mlp = modes.decoder_layers(model)[0].mlp  # type: ignore[union-attr]
+    mlp = decoder_layers(model)[0].mlp  # type: ignore[union-attr]
     hidden = torch.randn(2, TOKENS, HIDDEN)
     for tiled in (False, True):
         if tiled:
-            modes.tile_mlp(model, 4)
+            tiles.tile_mlp(model, 4)
         shapes = []
         pack = lambda tensor, shapes=shapes: shapes.append(tensor.shape) or tensor  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -285,14 +287,14 @@ def test_nothing_is_run_again_without_gradients(mode: str) -> None:
 def count_calls(model: nn.Module) -> list[int]:
     """Grows by the layer's index whenever a decoder layer runs."""
     seen: list[int] = []
-    for index, layer in enumerate(modes.decoder_layers(model)):
+    for index, layer in enumerate(decoder_layers(model)):
         layer.register_forward_hook(lambda *_, index=index: seen.append(index))
     return seen
 
 
 def test_a_recomputed_layer_runs_twice_and_frozen_layers_once() -> None:
     model = build("llama")
-    modes.recompute(model, [0, 1])
+    modes.checkpoint_layers(model, [0, 1])
     runs = count_calls(model)
     for name, parameter in model.named_parameters():
         if ".layers.0." in name:
@@ -310,9 +312,9 @@ def test_compiled_layers_are_run_through_their_compiled_call() -> None:
         graphs.append(1)
         return graph.forward
 
-    for layer in modes.decoder_layers(model):
+    for layer in decoder_layers(model):
         layer.compile(backend=backend, dynamic=False)
-    modes.recompute(model, range(LAYERS), offload=True)
+    modes.checkpoint_layers(model, range(LAYERS), offload=True)
     for _ in range(2):
         assert apart(gradients(model, inputs()), plain) <= 1e-6
     assert len(graphs) == 2  # both runs of a layer are one graph, so they draw the same masks; the first layer is apart
@@ -327,15 +329,15 @@ def test_the_mlp_of_a_tile_may_be_compiled() -> None:
         graphs.append(1)
         return graph.forward
 
-    modes.tile_mlp(model, 4, compiled=lambda forward: torch.compile(forward, backend=backend, dynamic=True))
+    tiles.tile_mlp(model, 4, compiled=lambda forward: torch.compile(forward, backend=backend, dynamic=True))
     assert apart(gradients(model, inputs()), plain) <= 1e-5
     assert graphs
 
 
 def test_the_pool_does_not_grow_from_step_to_step() -> None:
     model = build("llama")
-    modes.recompute(model, offload=True)
-    stash = modes.decoder_layers(model)[0]._gradient_checkpointing_func.stash  # type: ignore[union-attr]
+    modes.checkpoint_layers(model, offload=True)
+    stash = decoder_layers(model)[0]._gradient_checkpointing_func.stash  # type: ignore[union-attr]
     gradients(model, inputs(2), inputs(2))
     per_input = -(-2 * TOKENS * HIDDEN * 4 // CHUNK)
     assert stash.pool.made == (LAYERS - 2) * per_input
@@ -349,7 +351,7 @@ def test_the_pool_does_not_grow_from_step_to_step() -> None:
 def test_graphs_may_be_open_at_the_same_time() -> None:
     model = build("llama")
     plain = gradients(model, inputs(), inputs(seed=1))
-    modes.recompute(model, offload=True)
+    modes.checkpoint_layers(model, offload=True)
     model.zero_grad()
     losses = [model(**batch).logits.logsumexp(-1).mean() for batch in (inputs(), inputs(seed=1))]
     losses[0].backward()
@@ -360,7 +362,7 @@ def test_graphs_may_be_open_at_the_same_time() -> None:
 
 def test_a_second_backward_is_refused() -> None:
     model = build("llama")
-    modes.recompute(model, offload=True)
+    modes.checkpoint_layers(model, offload=True)
     loss = model(**inputs()).logits.mean()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="given back once"):
@@ -374,9 +376,9 @@ def test_names_and_adapters_stay(mode: str) -> None:
     assert list(model.state_dict()) == list(plain.state_dict())
     assert list(peft.get_peft_model_state_dict(model)) == list(peft.get_peft_model_state_dict(plain))
     merged = model.merge_and_unload()  # type: ignore[operator]
-    assert [type(layer).__name__ for layer in modes.decoder_layers(merged)] == ["LlamaDecoderLayer"] * LAYERS
-    modes.tile_mlp(model, 0)
-    assert type(modes.decoder_layers(model)[0].mlp).__name__ == "LlamaMLP"
+    assert [type(layer).__name__ for layer in decoder_layers(merged)] == ["LlamaDecoderLayer"] * LAYERS
+    tiles.tile_mlp(model, 0)
+    assert type(decoder_layers(model)[0].mlp).__name__ == "LlamaMLP"
 
 
 class Plain(nn.Module):
@@ -409,11 +411,11 @@ class Block(nn.Module):
 def test_layers_of_any_class_and_arguments_with_gradients() -> None:
     torch.manual_seed(0)
     model, ids = Plain(), torch.arange(9)[None]
-    assert len(modes.decoder_layers(model)) == 3
+    assert len(decoder_layers(model)) == 3
     names = list(model.state_dict())
     found = []
     for layers in ((), (0, 1, 2)):
-        modes.recompute(model, layers, offload=True)
+        modes.checkpoint_layers(model, layers, offload=True)
         model.zero_grad()
         model(ids).square().sum().backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
@@ -422,11 +424,11 @@ def test_layers_of_any_class_and_arguments_with_gradients() -> None:
     with pytest.raises(UserError, match="hand each other tensors"):
         model(ids, shared=True)
     with pytest.raises(UserError, match="no such layer"):
-        modes.recompute(model, [3])
+        modes.checkpoint_layers(model, [3])
     with pytest.raises(UserError, match="no MLP"):
-        modes.tile_mlp(model, 4)
+        tiles.tile_mlp(model, 4)
     with pytest.raises(UserError, match="no list of like layers"):
-        modes.decoder_layers(nn.Linear(2, 2))
+        decoder_layers(nn.Linear(2, 2))
 
 
 class Held(nn.Module):
@@ -452,13 +454,13 @@ class Outer(nn.Module):
 
 def test_leaves_that_no_module_knows_of_get_their_gradients() -> None:
     found = []
-    for change in (lambda _: None, lambda model: (modes.recompute(model, (0, 1)), modes.tile_mlp(model, 2))):
+    for change in (lambda _: None, lambda model: (modes.checkpoint_layers(model, (0, 1)), tiles.tile_mlp(model, 2))):
         torch.manual_seed(0)
         leaf = torch.rand(12, requires_grad=True)
         model = nn.Sequential(nn.Linear(8, 8), nn.ModuleList([Outer(leaf), Outer(leaf)]))
         change(model)
         hidden = model[0](torch.randn(2, 5, 8))
-        for layer in modes.decoder_layers(model):
+        for layer in decoder_layers(model):
             hidden = layer(hidden)
         hidden.square().sum().backward()
         assert leaf.grad is not None
@@ -470,9 +472,9 @@ def test_leaves_that_no_module_knows_of_get_their_gradients() -> None:
 def test_the_embedding_on_the_host_is_bit_equal(name: str) -> None:
     plain, model = build(name), build(name)
     names = list(model.state_dict())
-    freed = offload.offload_embedding(model)
+    freed = host_tables.offload_embedding(model)
     assert freed == 97 * HIDDEN * 4
-    assert offload.offload_embedding(model) == 0
+    assert host_tables.offload_embedding(model) == 0
     assert sorted(model.state_dict()) == sorted(names)
     assert all(p.shape != (97, HIDDEN) or "embed" not in n for n, p in model.named_parameters())
     assert torch.equal(model(**inputs()).logits, plain(**inputs()).logits)
@@ -482,29 +484,29 @@ def test_the_embedding_on_the_host_is_bit_equal(name: str) -> None:
 def test_a_trained_or_tied_embedding_stays() -> None:
     for model in (build("llama", tie_word_embeddings=True), AutoModelForCausalLM.from_config(CONFIGS["llama"]())):
         with pytest.raises(UserError, match="cannot be kept on the host"):
-            offload.offload_embedding(model)
+            host_tables.offload_embedding(model)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_offload_on_a_gpu_frees_its_memory_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modes, "Stash", offload.Stash)
-    stash = offload.Stash()
+    monkeypatch.setattr(modes, "Stash", stash.Stash)
+    ours = stash.Stash()
     torch.manual_seed(0)
     tensors = [torch.randn(5 << 20, device="cuda") for _ in range(6)]
     expected = [tensor.clone() for tensor in tensors]
     for _ in range(3):
-        stowed = []
+        kept = []
         base = torch.cuda.memory_allocated()
         for tensor in tensors:
             torch.cuda._sleep(1_000_000)
-            stowed.append(stash.put(tensor.clone()))
-        assert torch.cuda.memory_allocated() - base <= offload.LEAVING * tensors[0].nbytes
+            kept.append(ours.put(tensor.clone()))
+        assert torch.cuda.memory_allocated() - base <= stash.LEAVING * tensors[0].nbytes
         for place in reversed(range(6)):
-            assert torch.equal(stash.get(stowed[place]), expected[place])
-    assert stash.pool is not None
-    assert stash.pool.made == 6 * 5
+            assert torch.equal(ours.get(kept[place]), expected[place])
+    assert ours.pool is not None
+    assert ours.pool.made == 6 * 5
     plain = build("llama", lora_dropout=0.3).cuda()
     batch = inputs(64) | {"input_ids": inputs(64)["input_ids"].cuda()}
     exact = gradients(plain, batch)
-    modes.recompute(plain, offload=True)
+    modes.checkpoint_layers(plain, offload=True)
     assert apart(gradients(plain, batch), exact) <= 1e-5

@@ -13,12 +13,12 @@ import torch
 
 from whet.base.errors import UserError
 from whet.engine.device import PACKED
-from whet.engine.lora_layer import LoraLinear
-from whet.engine.open import open_trained
+from whet.engine.load.open import open_trained
+from whet.methods.layers.lora_layer import LoraLinear
 from whet.recipe import Parsed
 from whet.runs import Run
 from whet.ship.merge import CERTIFICATE, MEAN_KL_LIMIT, merge
-from whet.train.run import train
+from whet.training.run import train
 
 Make = Callable[..., Parsed]
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 21), generator=torch.Generator().manual_seed(5))
@@ -195,7 +195,7 @@ def test_an_empty_directory_is_taken(trained: dict[str, Run], tmp_path: Path) ->
 
 
 def test_an_unfinished_run_is_refused(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from whet.train.run import Loop
+    from whet.training.run import Loop
 
     monkeypatch.setattr(Loop, "_finish", lambda self, stop: None)
     with pytest.raises(UserError, match="not been trained"):

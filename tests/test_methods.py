@@ -13,19 +13,19 @@ from torch import nn
 
 from whet.base.errors import UserError
 from whet.data.format.standardise import Message
+from whet.engine.answer.generate import answer
 from whet.engine.config import Model
 from whet.engine.device import PACKED, Placement
-from whet.engine.generate import answer
-from whet.engine.linear import FrozenLinear, count_parameters, dense_weight, linear_names
-from whet.engine.load import load_model
-from whet.engine.open import open_trained
+from whet.engine.load.load import load_model
+from whet.engine.load.open import open_trained
+from whet.engine.weights.linear import FrozenLinear, count_parameters, dense_weight, linear_names
 from whet.methods.all import METHODS, capability_rows
 from whet.recipe import Parsed, parse
-from whet.train.optim import build_optimiser
-from whet.train.plan import plan
-from whet.train.run import train
-from whet.train.setup import build_model, get_ready
-from whet.train.step import train_step
+from whet.training.optim import build_optimiser
+from whet.training.plan import plan
+from whet.training.run import train
+from whet.training.setup import build_model, get_ready
+from whet.training.step import train_step
 
 Make = Callable[..., Parsed]
 OWN = {name: METHODS[name] for name in ("lora", "full")}  # the others: test_conformance.py, test_bridge.py

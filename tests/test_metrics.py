@@ -18,7 +18,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 
 from whet.base.errors import UserError
-from whet.evaluate import compare, metrics
+from whet.evaluation import compare, metrics
 
 Metric = Callable[[list[str], list[str]], "list[float] | float"]
 
@@ -399,7 +399,7 @@ def test_the_order_check_catches_a_metric_that_carries_state_from_row_to_row() -
 
 def test_importing_brings_in_neither_torch_nor_the_optional_packages() -> None:
     code = (
-        "import sys, whet.evaluate.metrics, whet.evaluate.compare;"
+        "import sys, whet.evaluation.metrics, whet.evaluation.compare;"
         "assert not {'torch', 'rouge_score', 'sacrebleu'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -21,8 +21,8 @@ import whet
 from whet import runs
 from whet.engine.config import Model
 from whet.engine.device import Placement
-from whet.engine.load import load_model
-from whet.engine.open import open_trained
+from whet.engine.load.load import load_model
+from whet.engine.load.open import open_trained
 from whet.ship.merge import CERTIFICATE
 
 SIZES: dict[str, Any] = {

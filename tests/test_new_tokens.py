@@ -18,18 +18,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from whet.base.errors import UserError
-from whet.engine import new_tokens
 from whet.engine.config import Base, Model
 from whet.engine.device import Placement
-from whet.engine.load import load_model, load_tokenizer
-from whet.engine.open import open_trained
+from whet.engine.load.load import load_model, load_tokenizer, new_tokens
+from whet.engine.load.open import open_trained
 from whet.recipe import Parsed, parse
 from whet.runs import Run
 from whet.ship.adapters import Adapters, home
 from whet.ship.chat import open_chat
 from whet.ship.merge import merge
-from whet.train.plan import plan
-from whet.train.run import train
+from whet.training.plan import plan
+from whet.training.run import train
 
 TOKENS = ["<ticket>", "고객상담센터"]
 HOST = Placement(torch.device("cpu"), "fp32", torch.float32, False, {})

@@ -28,7 +28,7 @@ class Finder:
 
 sys.meta_path.insert(0, Finder)
 from whet.recipe import parse
-from whet.train.run import train
+from whet.training.run import train
 
 data, out, *storages = sys.argv[1:]
 for storage in storages:

@@ -13,14 +13,14 @@ import tiny
 import torch
 
 from whet.base.errors import UserError
-from whet.engine.group import fuse
-from whet.engine.head import find_head
-from whet.engine.offload import OffloadedEmbedding, OffloadedHead, Travelling, offload_embedding
+from whet.engine.compute.head import find_head
+from whet.engine.memory.host_tables import HostTensors, OffloadedEmbedding, OffloadedHead, offload_embedding
+from whet.methods.layers.group import fuse
 from whet.recipe import Parsed, parse
-from whet.train.arrange import Arrangement
-from whet.train.plan import plan
-from whet.train.run import train
-from whet.train.setup import build_model, get_ready
+from whet.training.arrange import Arrangement
+from whet.training.plan import plan
+from whet.training.run import train
+from whet.training.setup import build_model, get_ready
 
 Make = Callable[..., Parsed]
 KINDS = ["Llama", "Gemma2", "GPT2"]
@@ -64,14 +64,14 @@ def test_a_head_on_the_host_changes_no_bit(kind: str, tied: bool, fp8: bool) -> 
 
 def test_a_head_that_came_incomplete_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     right = loss_and_gradients("Llama", tied=False, away=False)[0]
-    call = Travelling.call
+    call = HostTensors.call
 
-    def short(self: Travelling) -> None:
+    def short(self: HostTensors) -> None:
         call(self)
         assert self._coming is not None
         self._coming[0][-1].zero_()
 
-    monkeypatch.setattr(Travelling, "call", short)
+    monkeypatch.setattr(HostTensors, "call", short)
     assert loss_and_gradients("Llama", tied=False, away=True)[0] != right
 
 

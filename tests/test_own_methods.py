@@ -20,25 +20,26 @@ from torch.nn.functional import cross_entropy
 
 from whet.base.errors import UserError
 from whet.data.batch.batches import Batch
-from whet.engine.bottleneck import Adapted
-from whet.engine.gates import hard_concrete, open_probability
-from whet.engine.linear import freeze_linears
-from whet.engine.recompute import decoder_layers, recompute
+from whet.engine.layers import decoder_layers
+from whet.engine.memory.checkpointing import checkpoint_layers
 from whet.engine.task import CAUSAL, Task
+from whet.engine.weights.linear import freeze_linears
 from whet.methods.adalora import AdaLora
 from whet.methods.bitfit import BitFit
 from whet.methods.bottleneck import Bottleneck
 from whet.methods.delta import ABOUT, TENSORS, plain_name
 from whet.methods.diff_pruning import DiffPruning
 from whet.methods.freeze import Freeze, Head
+from whet.methods.layers.bottleneck import Adapted
+from whet.methods.layers.gates import hard_concrete, open_probability
 from whet.methods.method import Method
 from whet.methods.structure import layer_stacks, residual_ends
 from whet.recipe import Parsed, parse
 from whet.settings import Train
-from whet.train.loss import Forward
-from whet.train.optim import build_optimiser, set_rate
-from whet.train.run import train
-from whet.train.step import train_step
+from whet.training.loss import Forward
+from whet.training.optim import build_optimiser, set_rate
+from whet.training.run import train
+from whet.training.step import train_step
 
 S: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99,
@@ -343,7 +344,7 @@ def test_layers_compile_whole_and_run_again(method: Method) -> None:
 
     torch._dynamo.reset()
     plain = gradients(lambda model: None)
-    for change in (compiled, lambda model: recompute(model)):
+    for change in (compiled, lambda model: checkpoint_layers(model)):
         for ours, theirs in zip(gradients(change), plain, strict=True):  # type: ignore[arg-type]
             torch.testing.assert_close(ours, theirs, rtol=0.02, atol=2e-3)
 
@@ -546,8 +547,8 @@ def test_it_does_not_open_on_another_base(method: Method, tmp_path: Path) -> Non
 
 
 def test_planted_faults_are_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from whet.engine import gates
     from whet.methods import delta
+    from whet.methods.layers import gates
 
     faults: list[tuple[Any, str, Any, Callable[[Path], None]]] = [
         (delta.Change, "swap", lambda self: None,

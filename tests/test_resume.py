@@ -26,9 +26,9 @@ from whet.base.errors import UserError
 from whet.data.batch.batches import Batches
 from whet.recipe import Parsed
 from whet.runs import Run
-from whet.train import checkpoint
-from whet.train.record import Recorder
-from whet.train.run import Loop, train
+from whet.training import checkpoint
+from whet.training.record import Recorder
+from whet.training.run import Loop, train
 
 ROOT = Path(__file__).parents[1]
 SHORT: dict[str, Any] = {

@@ -14,7 +14,7 @@ from whet.base.errors import UserError
 from whet.data.config import Data
 from whet.data.prepare import Prepared, prepare
 from whet.engine.config import Model
-from whet.engine.load import load_tokenizer
+from whet.engine.load.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_blocked_words_drop_their_rows(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_short_rows_come_first_in_the_first_epoch(tokenizer: Any, tmp_path: Path) -> None:
-    from whet.train.padded import batches_for
+    from whet.training.padded import batches_for
 
     path = write(tmp_path, "rows.jsonl", [chat(f"q{n} " + "word " * (n * 37 % 60)) for n in range(60)])
 

@@ -18,10 +18,10 @@ from whet.data.batch.rows import Rows
 from whet.data.batch.task_batches import TaskBatches
 from whet.recipe import Parsed
 from whet.runs import Run
-from whet.train import run as run_module
-from whet.train import shrink
-from whet.train.run import Loop, train
-from whet.train.step import Steps
+from whet.training import run as run_module
+from whet.training import shrink
+from whet.training.run import Loop, train
+from whet.training.step import Steps
 
 Make = Callable[..., Parsed]
 CPU = torch.device("cpu")

@@ -13,13 +13,13 @@ from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.functional import silu
 
-from whet.engine import swiglu
-from whet.engine.compile import compile_layers
-from whet.engine.group import fuse
-from whet.engine.linear import quantise_fp8
-from whet.engine.product import quantised_rows
-from whet.engine.recompute import decoder_layers
-from whet.engine.swiglu import CONVERT, WIDEST, FuseSwiglu, plain_swiglu_backward
+from whet.engine.compute import swiglu
+from whet.engine.compute.compile import compile_layers
+from whet.engine.compute.swiglu import CONVERT, WIDEST, FuseSwiglu, plain_swiglu_backward
+from whet.engine.layers import decoder_layers
+from whet.engine.weights.linear import quantise_fp8
+from whet.engine.weights.product import quantised_rows
+from whet.methods.layers.group import fuse
 
 ATEN = torch.ops.aten
 BF16_ROUNDING = 4e-3
@@ -182,7 +182,7 @@ def run(mlp: Any, fused: Any) -> list[torch.Tensor]:
 
 
 def test_a_compiled_mlp_of_transformers_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    from whet.engine.linear import freeze_linears
+    from whet.engine.weights.linear import freeze_linears
 
     torch._dynamo.reset()
     net = nets.network("Llama", dtype=torch.bfloat16)

@@ -17,15 +17,15 @@ import whet
 from whet import runs
 from whet.base.errors import UserError
 from whet.cli import run as command
-from whet.engine import logits as engine_logits
-from whet.engine import sequence
-from whet.engine.load import load_model
-from whet.engine.logits import decided, logits, probabilities
-from whet.engine.lora_layer import LoraLinear
-from whet.engine.open import open_trained
+from whet.engine.answer import logits as engine_logits
+from whet.engine.answer import sequence
+from whet.engine.answer.logits import decided, logits, probabilities
+from whet.engine.load.load import load_model
+from whet.engine.load.open import open_trained
 from whet.engine.task import Task
-from whet.evaluate.labels import judge, predict
-from whet.evaluate.run import evaluate
+from whet.evaluation.labels import judge, predict
+from whet.evaluation.run import evaluate
+from whet.methods.layers.lora_layer import LoraLinear
 from whet.report.page import write_page
 from whet.runs import LABELS, Run
 from whet.ship import predict as prediction

@@ -24,13 +24,13 @@ from whet.data.prepare import Prepared, prepare
 from whet.data.show import masked_row
 from whet.engine.config import Model
 from whet.engine.device import Placement
-from whet.engine.load import load_config, load_model, longest_input
+from whet.engine.load.load import load_config, load_model, longest_input
 from whet.engine.task import Task, check_task, kind_of
 from whet.recipe import parse
-from whet.train import setup
-from whet.train.plan import plan
-from whet.train.run import train
-from whet.train.task_loss import TaskForward, by_length, task_forward
+from whet.training import setup
+from whet.training.plan import plan
+from whet.training.run import train
+from whet.training.task_loss import TaskForward, by_length, task_forward
 
 CPU = Placement(torch.device("cpu"), "fp32", torch.float32, False, {})
 LABELLED = ("classification", "multi_label", "regression")

@@ -17,15 +17,15 @@ import torch
 from whet.base.errors import UserError
 from whet.engine.config import Model
 from whet.engine.device import Placement
-from whet.engine.load import load_model
+from whet.engine.load.load import load_model
 from whet.recipe import Parsed
 from whet.runs import Run
 from whet.settings import Train
-from whet.train import checkpoint
-from whet.train.optim import build_optimiser
-from whet.train.run import Loop, train
-from whet.train.schedule import learning_rate
-from whet.train.setup import build_model, get_ready
+from whet.training import checkpoint
+from whet.training.optim import build_optimiser
+from whet.training.run import Loop, train
+from whet.training.schedule import learning_rate
+from whet.training.setup import build_model, get_ready
 
 Make = Callable[..., Parsed]
 

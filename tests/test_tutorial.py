@@ -21,7 +21,7 @@ import whet
 from whet import api, cli
 from whet.runs import open_run
 from whet.ship.adapters import describe
-from whet.train.run import train
+from whet.training.run import train
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = "add-a-method.md"
@@ -50,7 +50,7 @@ if sys.argv[2] == "all":
     found["files"] = sorted(path.name for path in run.adapter.iterdir())
     found["tuned"] = whet.evaluate(run.path, max_rows=2)["tuned"]["metrics"]
     found["merge"] = whet.merge(run.path, place / "out")["chosen"]
-    found["row"] = next(row for row in whet.methods() if row["method"] == "scale")
+    found["row"] = next(row for row in whet.capabilities() if row["method"] == "scale")
 print(json.dumps(found))
 """
 

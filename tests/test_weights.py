@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy
 from whet.data.batch.batches import Batches
 from whet.data.config import Data
 from whet.data.prepare import Prepared, prepare
+from whet.engine.compute.head import find_head
 from whet.engine.config import Model
-from whet.engine.head import find_head
-from whet.engine.load import load_tokenizer
-from whet.train.loss import Forward, show
-from whet.train.step import held_out_loss, train_step
+from whet.engine.load.load import load_tokenizer
+from whet.training.loss import Forward, show
+from whet.training.step import held_out_loss, train_step
 
 
 def turns(*pairs: tuple[str, float | None]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def train_parsed(parsed: Parsed) -> Run:
     """Train a parsed recipe and write its report."""
     from whet.report.charts import write_loss_plot
     from whet.report.page import write_page
-    from whet.train.run import train as run_training
+    from whet.training.run import train as run_training
 
     run = run_training(parsed)
     write_loss_plot(run.path, "per row" if run.task.labelled else "per supervised token")
@@ -50,7 +50,7 @@ def evaluate(
     run: str | Path, *, max_rows: int | None = None, split: Literal["eval", "test"] = "eval"
 ) -> dict[str, Any]:
     """Score base and tuned model of a run on its held-out rows, or those kept for a test; updates its report."""
-    from whet.evaluate.run import evaluate as run_evaluation
+    from whet.evaluation.run import evaluate as run_evaluation
     from whet.report.page import write_page
 
     opened = open_run(run)
@@ -83,7 +83,7 @@ def predict(run: str | Path, texts: Iterable[Any]) -> list[dict[str, Any]]:
 
 def plan(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:
     """Parameters and memory of a recipe, from the model's config alone."""
-    from whet.train.plan import plan as make_plan
+    from whet.training.plan import plan as make_plan
 
     return make_plan(_parsed(recipe, overrides).recipe)
 
@@ -102,9 +102,9 @@ def prepared(parsed: Parsed, *, any_model: bool = False) -> Prepared:
     """
     from dataclasses import replace
 
-    from whet.engine.load import load_config
+    from whet.engine.load.load import load_config
     from whet.runs import prepared as prepare_rows
-    from whet.train.padded import check_recipe, data_for
+    from whet.training.padded import check_recipe, data_for
 
     found = prepare_rows(replace(parsed.recipe, data=data_for(parsed.recipe)), any_model=any_model)
     check_recipe(parsed.recipe, load_config(parsed.recipe.model), found.task)
@@ -205,7 +205,7 @@ def bench_speed(
     return measure_speed(model, base, Train(**settled), Load(**load))
 
 
-def methods() -> list[dict[str, Any]]:
+def capabilities() -> list[dict[str, Any]]:
     """The capability matrix."""
     from whet.methods.all import capability_rows
 

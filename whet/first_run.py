@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from whet.base.console import say
-from whet.evaluate.run import evaluate
-from whet.evaluate.run import show as show_scores
+from whet.evaluation.run import evaluate
+from whet.evaluation.run import show as show_scores
 from whet.recipe import parse
 from whet.report.charts import write_loss_plot
 from whet.report.page import write_page
 from whet.runs import Run
 from whet.ship.merge import merge
-from whet.train.run import train
+from whet.training.run import train
 
 FROM_TRAINING = (
     "seconds",

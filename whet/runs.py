@@ -115,7 +115,7 @@ def prepared(recipe: Recipe, *, any_model: bool = False) -> Prepared:
     """
     from whet.data.prepare import prepare
     from whet.data.template.template import use_template
-    from whet.engine.load import load_config, load_tokenizer, longest_input
+    from whet.engine.load.load import load_config, load_tokenizer, longest_input
 
     config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.model.chat_template)

@@ -54,10 +54,10 @@ def measure_speed(model: str, base: Any, train: Any, load: Load) -> dict[str, An
 
     from whet.engine.config import Model
     from whet.engine.device import device_name, place
-    from whet.engine.load import load_config, load_model
+    from whet.engine.load.load import load_config, load_model
     from whet.methods.lora import Lora
-    from whet.train.arrange import check_arrangement
-    from whet.train.optim import check_optimiser
+    from whet.training.arrange import check_arrangement
+    from whet.training.optim import check_optimiser
 
     seed_everything(0)
     place_of = Model(path=model, from_config=model.endswith(".json"))
@@ -122,13 +122,13 @@ def _read_lengths(file: str) -> list[int]:
 def _run(train: Any, placement: Any, model: Any, network: Any, batches: Batches, load: Load) -> dict[str, Any]:
     import torch
 
-    from whet.engine.head import find_head
-    from whet.engine.memory import peak_bytes
-    from whet.train.arrange import arrange
-    from whet.train.graph import GraphSteps
-    from whet.train.loss import Forward
-    from whet.train.optim import build_optimiser
-    from whet.train.step import Steps
+    from whet.engine.compute.head import find_head
+    from whet.engine.memory.used import peak_bytes
+    from whet.training.arrange import arrange
+    from whet.training.graph import GraphSteps
+    from whet.training.loss import Forward
+    from whet.training.optim import build_optimiser
+    from whet.training.step import Steps
 
     autocast = placement.compute if placement.autocast else None
     total = load.warm + load.steps

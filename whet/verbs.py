@@ -152,7 +152,7 @@ def _written(name: str, write: Callable[[Path], Any]) -> None:
 
 def plan(words: argparse.Namespace) -> dict[str, Any]:
     from whet.recipe import parse
-    from whet.train.plan import plan, show
+    from whet.training.plan import plan, show
 
     _prepare_libraries()
     source = words.target if _is_recipe(words.target) else None
@@ -169,7 +169,7 @@ def train(words: argparse.Namespace) -> dict[str, Any] | None:
 
     parsed = parse(words.target, words.overrides)
     _prepare_libraries()
-    from whet.train.run import Stopped
+    from whet.training.run import Stopped
 
     try:
         run = api.train_parsed(parsed)
@@ -186,7 +186,7 @@ def evaluate(words: argparse.Namespace) -> dict[str, Any]:
     open_run(words.target)
     _prepare_libraries()
     result = api.evaluate(words.target, max_rows=words.max_rows, split=words.split)
-    from whet.evaluate.run import show
+    from whet.evaluation.run import show
 
     if not words.json:
         show(result)

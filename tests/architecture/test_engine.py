@@ -62,7 +62,7 @@ def test_kernels_are_imported_inside_functions_only(path: Path) -> None:
     [
         "import triton",
         "from whet.engine import nf4_triton",
-        "from whet.engine.nf4_triton import launch",
+        "from whet.engine.weights.nf4_triton import launch",
         "try:\n    import triton.language as tl\nexcept ImportError:\n    pass",
         "class A:\n    from triton import jit",
     ],
@@ -72,7 +72,7 @@ def test_an_early_import_would_be_seen(fault: str) -> None:
 
 
 def test_a_late_import_is_allowed() -> None:
-    assert not gpu_only(imports_at_load(ast.parse("def f():\n    from whet.engine.nf4_triton import launch")))
+    assert not gpu_only(imports_at_load(ast.parse("def f():\n    from whet.engine.weights.nf4_triton import launch")))
 
 
 def contents(network: torch.nn.Module) -> dict[type, dict[str, Any]]:
@@ -94,10 +94,12 @@ def differences(before: dict[type, dict[str, Any]]) -> list[str]:
 def test_the_classes_of_transformers_stay_as_they_are(kind: str) -> None:
     import nets
 
-    from whet.engine.compile import compile_layers
-    from whet.engine.group import fuse
-    from whet.engine.linear import FrozenLinear, freeze_linears
-    from whet.engine.recompute import decoder_layers, recompute, tile_mlp
+    from whet.engine.compute.compile import compile_layers
+    from whet.engine.layers import decoder_layers
+    from whet.engine.memory.checkpointing import checkpoint_layers
+    from whet.engine.memory.tiles import tile_mlp
+    from whet.engine.weights.linear import FrozenLinear, freeze_linears
+    from whet.methods.layers.group import fuse
 
     net = nets.network(kind)
     before = contents(net)
@@ -106,7 +108,7 @@ def test_the_classes_of_transformers_stay_as_they_are(kind: str) -> None:
     model = nets.adapted(net)
     fuse(model, compute=torch.float32, fp8=True)
     compile_layers(net)
-    recompute(net)
+    checkpoint_layers(net)
     nets.loss_of(nets.made(kind), nets.ids()).backward()  # a second model of the family is trained beside it
     assert differences(before) == []
     others = [m for m in decoder_layers(net)[0].modules() if not type(m).__module__.startswith(("peft", "torch"))]

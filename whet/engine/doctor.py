@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from whet.engine.compute.head import HeadLoss
 from whet.engine.config import Base
 from whet.engine.device import device_name, place
-from whet.engine.head import HeadLoss
 
 NEEDED = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pydantic", "ruamel.yaml")
 OPTIONAL = {
@@ -90,7 +90,7 @@ def _loss_gradient(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _nf4(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    from whet.engine.linear import freeze
+    from whet.engine.weights.linear import freeze
 
     linear = torch.nn.Linear(256, 256, device=device)
     frozen = freeze(linear, "nf4")

@@ -49,8 +49,8 @@ class BitFit(InPlaceMethod):
 
     def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> nn.Module:
         """The same network with its biases trainable, in fp32."""
-        from whet.engine.bias import TrainedBias
-        from whet.engine.linear import FrozenLinear
+        from whet.engine.weights.linear import FrozenLinear
+        from whet.methods.layers.bias import TrainedBias
 
         wanted = self.chosen(network, task)
         packed = {name: module for name, module in network.named_modules() if isinstance(module, FrozenLinear)}

@@ -48,8 +48,8 @@ class Bottleneck(Method):
 
     def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> nn.Module:
         """The same network, frozen, with adapters in it and a new head trainable. Raises UserError."""
-        from whet.engine.bottleneck import Adapted
         from whet.methods.delta import train_only
+        from whet.methods.layers.bottleneck import Adapted
 
         hidden_size = int(network.config.get_text_config().hidden_size)  # type: ignore[arg-type]
         attention, forward = residual_ends(network, hidden_size)
@@ -87,8 +87,8 @@ class Bottleneck(Method):
     @contextlib.contextmanager
     def base_only(self, model: Any) -> Iterator[None]:
         """Inside, the adapters are off and a head is as it was loaded."""
-        from whet.engine.bottleneck import Adapted
         from whet.methods.delta import base_values
+        from whet.methods.layers.bottleneck import Adapted
 
         found = [module for module in model.modules() if isinstance(module, Adapted)]
         for module in found:

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 
 from whet.base.errors import UserError
 from whet.base.files import read_json, write_json
-from whet.engine.linear import FrozenLinear
+from whet.engine.weights.linear import FrozenLinear
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -1,9 +1,9 @@
 """Diff pruning: a sparse difference to the base is learned (Guo et al., 2020, arXiv:2012.07463).
 
 W' = W + z w, with a gate z for every number of w, and in the structured form times one for its whole tensor
-(`engine.gates`); the expected number of non-zeros is penalised. After a share of the steps the largest differences are
-kept, as many as `density` allows, and trained on with that mask, which the gates themselves hold, so a checkpoint needs
-nothing else. Saved are places and differences.
+(`methods.layers.gates`); the expected number of non-zeros is penalised. After a share of the steps the largest
+differences are kept, as many as `density` allows, and trained on with that mask, which the gates themselves hold, so a
+checkpoint needs nothing else. Saved are places and differences.
 
 The rates are not the paper's, which trains for much longer. A few differences carry the whole update once the mask is
 fixed, so they learn at the learning rate itself, and so does a new head; before, when all numbers move, at a twentieth
@@ -64,9 +64,9 @@ class DiffPruning(InPlaceMethod):
 
     def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> nn.Module:
         """The same network, frozen, with gated differences on it and a new head trainable."""
-        from whet.engine.gates import add_difference
-        from whet.engine.linear import linear_names
+        from whet.engine.weights.linear import linear_names
         from whet.methods.delta import holders, train_only
+        from whet.methods.layers.gates import add_difference
 
         head = new_head(network)
         train_only(network, head)
@@ -84,21 +84,21 @@ class DiffPruning(InPlaceMethod):
 
     def begin(self, model: Any, optimiser: torch.optim.Optimizer, steps: int, step: Callable[[], int]) -> None:
         """Let the differences that are kept learn at the learning rate itself."""
-        from whet.engine.gates import at_full_rate, differences_of
+        from whet.methods.layers.gates import at_full_rate, differences_of
 
         check_updates(optimiser, differences_of(model)[0].gates, self.name)
         at_full_rate(optimiser, model)
 
     def penalty(self, model: Any) -> torch.Tensor:
         """sparsity_weight times the expected share of non-zeros."""
-        from whet.engine.gates import expected_nonzeros
+        from whet.methods.layers.gates import expected_nonzeros
 
         expected, total = expected_nonzeros(model)
         return self.sparsity_weight / total * expected
 
     def before_step(self, model: Any, done: float) -> bool:
         """Project once the share `done` of the steps reaches the last phase."""
-        from whet.engine.gates import differences_of
+        from whet.methods.layers.gates import differences_of
 
         diffs = differences_of(model)
         if diffs[0].fixed:
@@ -112,15 +112,15 @@ class DiffPruning(InPlaceMethod):
 
     def settle(self, model: Any) -> None:
         """Keep the largest differences, as many as the density allows; nothing happens when that is done."""
-        from whet.engine.gates import differences_of, keep_largest
+        from whet.methods.layers.gates import differences_of, keep_largest
 
         if not differences_of(model)[0].fixed:
             keep_largest(model, self.density)
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Places and differences of each tensor that has any; a new head by its values."""
-        from whet.engine.gates import sparse_values
         from whet.methods.delta import DIFFERENCES, PLACES, plain_name, trained_values
+        from whet.methods.layers.gates import sparse_values
 
         found = {name: value for name, value in trained_values(model).items() if ".parametrizations." not in name}
         for name, (places, values) in sparse_values(model).items():

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from whet.base.errors import UserError
-from whet.engine.linear import FrozenLinear, dense_weight
+from whet.engine.weights.linear import FrozenLinear, dense_weight
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -149,8 +149,8 @@ class Lora(PeftMethod):
 
     def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> nn.Module:
         """PEFT's model with A and B where they start."""
-        from whet.engine.group import set_rate_ratio
         from whet.methods import initial
+        from whet.methods.layers.group import set_rate_ratio
 
         model = super().attach(network, task)
         if self._takes_out or self.init_lora_weights in ("loftq", "eva"):
@@ -247,7 +247,7 @@ class Lora(PeftMethod):
     def _rows(self, network: PreTrainedModel) -> Any:
         """Which rows of the embedding are trained, as PEFT's config says it; of new tokens also those of a head that
         is not the embedding. What is trained whole is left out."""
-        from whet.engine.new_tokens import new_token_ids, tables
+        from whet.engine.load.new_tokens import new_token_ids, tables
 
         new, chosen = new_token_ids(network), list(self.trainable_token_indices)
         if not new:
@@ -291,7 +291,7 @@ def _fill(parameters: dict[str, Any], values: dict[str, Any]) -> None:
 
 def _check_trained_whole(network: PreTrainedModel, wanted: str) -> None:
     """Raise UserError unless some module has this name, and its weights can be trained."""
-    from whet.engine.linear import FrozenLinear
+    from whet.engine.weights.linear import FrozenLinear
 
     found = [(name, module) for name, module in network.named_modules() if f".{name}".endswith(f".{wanted}") and name]
     if not found:
@@ -315,7 +315,7 @@ def _dense_twin(network: PreTrainedModel, task: Task) -> PreTrainedModel:
 
     from whet.engine.config import Model
     from whet.engine.device import Placement
-    from whet.engine.load import load_config, load_model
+    from whet.engine.load.load import load_config, load_model
 
     path = getattr(network.config, "_name_or_path", "")
     if not path:

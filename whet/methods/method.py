@@ -107,13 +107,13 @@ class PeftMethod(Method):
 
     def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> nn.Module:
         """PEFT's model around `network`; `network` itself is frozen, its layers are wrapped on the instance."""
-        from whet.engine.adapter import wrap
+        from whet.methods.layers.adapter import wrap
 
         return wrap(network, self.peft_config(network, task), task)
 
     def save(self, model: Any, directory: Path) -> None:
         """Write the adapter in PEFT's format."""
-        from whet.engine.new_tokens import new_token_ids
+        from whet.engine.load.new_tokens import new_token_ids
 
         # PEFT would write whole tables because they have grown, beside the rows that were trained
         tables = False if new_token_ids(model.get_base_model()) else "auto"
@@ -121,7 +121,7 @@ class PeftMethod(Method):
 
     def load(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> nn.Module:
         """PEFT's model with the adapter in `directory`."""
-        from whet.engine.adapter import attach_adapter
+        from whet.methods.layers.adapter import attach_adapter
 
         return attach_adapter(network, directory, task)
 

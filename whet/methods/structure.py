@@ -125,7 +125,7 @@ def _linears(prefix: str, module: nn.Module) -> list[str]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from whet.engine.linear import FrozenLinear
+    from whet.engine.weights.linear import FrozenLinear
 
     kinds = (nn.Linear, FrozenLinear, Conv1D)
     found = [name for name, child in module.named_modules() if isinstance(child, kinds)]

@@ -31,7 +31,7 @@ def find_targets(
     exclude: names or a regular expression; layers: indices of the layers to stay in, None for all. A new head is never
     among them, for it is trained whole. Raises UserError when something asked for is not there.
     """
-    from whet.engine.linear import linear_names
+    from whet.engine.weights.linear import linear_names
 
     names = linear_names(network)
     found = _kind(network, names, wanted) if wanted in KINDS else _matching(names, wanted, "target_modules", KINDS)

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from whet.base.errors import UserError, nearest
 from whet.base.files import whole_directory
-from whet.engine.adapter import attach_adapter
 from whet.engine.config import Base, Model
-from whet.engine.load import load_model, load_tokenizer, locate
-from whet.engine.open import answering
+from whet.engine.load.load import load_model, load_tokenizer, locate
+from whet.engine.load.open import answering
+from whet.methods.layers.adapter import attach_adapter
 from whet.runs import open_run
 
 if TYPE_CHECKING:

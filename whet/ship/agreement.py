@@ -18,8 +18,8 @@ import torch
 
 from whet.base.errors import UserError
 from whet.data.prepare import Prepared
-from whet.engine.generate import answer
-from whet.engine.sequence import answer_log_probabilities, answer_sources
+from whet.engine.answer.generate import answer
+from whet.engine.answer.sequence import answer_log_probabilities, answer_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,11 +20,11 @@ from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import check_contract
 from whet.data.template.template import use_template
 from whet.data.template.tokenise import Tokeniser
+from whet.engine.answer.generate import stream
+from whet.engine.answer.sequence import answer_sources
 from whet.engine.config import Base, Model
-from whet.engine.generate import stream
-from whet.engine.load import load_model, load_tokenizer
-from whet.engine.open import answering, open_trained
-from whet.engine.sequence import answer_sources
+from whet.engine.load.load import load_model, load_tokenizer
+from whet.engine.load.open import answering, open_trained
 from whet.ship.adapters import CONFIG, Adapters, adapter_directory, home
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whet.data.prepare import Prepared
-from whet.engine.logits import Row, decided, logits, probabilities
+from whet.engine.answer.logits import Row, decided, logits, probabilities
 from whet.engine.task import Task
 
 MAX_ROWS = 500

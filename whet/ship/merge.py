@@ -25,10 +25,10 @@ from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import check_contract, write_contract
 from whet.engine.config import Model
 from whet.engine.device import DTYPES, PACKED, Placement
-from whet.engine.linear import FrozenLinear
-from whet.engine.load import load_model
-from whet.engine.open import Opened, open_trained
+from whet.engine.load.load import load_model
+from whet.engine.load.open import Opened, open_trained
 from whet.engine.task import Task
+from whet.engine.weights.linear import FrozenLinear
 from whet.methods.all import METHODS
 from whet.runs import Run
 from whet.ship.agreement import MEAN_KL_LIMIT, Agreement, decoder_reference, encoder_decoder_reference

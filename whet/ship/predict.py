@@ -20,10 +20,10 @@ from typing import IO, Any
 from whet.base.console import Progress
 from whet.base.errors import UserError, shorten
 from whet.data.labels import encode_typed
-from whet.engine.load import load_tokenizer
-from whet.engine.logits import decided, logits, probabilities
-from whet.engine.open import Opened, open_trained
-from whet.engine.sequence import answer_sources
+from whet.engine.answer.logits import decided, logits, probabilities
+from whet.engine.answer.sequence import answer_sources
+from whet.engine.load.load import load_tokenizer
+from whet.engine.load.open import Opened, open_trained
 from whet.engine.task import Task
 from whet.runs import Run
 

@@ -1,0 +1,93 @@
+"""The start-up checks of attention: does an output move when a neighbour document changes, or a later token?
+
+Two documents are laid end to end; the first is replaced; the second one's logits must stay the same to the bit. And
+the second alone must give the same logits up to rounding, which shows that its positions restarted. A model that
+ignores `documents` fails at once, and is then trained padded instead of contaminated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from whet.engine.compute.attention import Documents
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """moved: largest change of the second document's logits; alone: its largest difference to being alone."""
+
+    moved: float
+    alone: float
+    scale: float
+
+    @property
+    def holds(self) -> bool:
+        return self.moved == 0.0 and self.alone <= 0.05 * max(self.scale, 1e-6)
+
+
+def check_isolation(
+    model: torch.nn.Module, vocabulary: int, *, autocast: torch.dtype | None = None, length: int = 12
+) -> Isolation:
+    """Run the check on `model` as it will be trained. Costs three forward passes of 2 * `length` tokens."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    first, other, second = torch.randint(0, vocabulary, (3, length), generator=generator).to(device)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        one = _flat_logits(model, [first, second])[length:]
+        two = _flat_logits(model, [other, second])[length:]
+        alone = model(input_ids=second[None]).logits[0].float()
+    model.train(was_training)
+    return Isolation(
+        moved=float((one - two).abs().max()),
+        alone=float((one - alone).abs().max()),
+        scale=float(alone.abs().max()),
+    )
+
+
+def check_causality(
+    model: torch.nn.Module, vocabulary: int, *, flat: bool, autocast: torch.dtype | None = None, length: int = 12
+) -> float:
+    """The largest change of any earlier token's logits when the last token changes, as a share of the largest logit.
+
+    A language model whose attention lost its mask still learns, and its loss even looks good: it reads the answer.
+    flat: ask in the layout of documents in one row, else in that of padded rows. Costs two small forward passes.
+    """
+    device = next(model.parameters()).device
+    ids = torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(1)).to(device)
+    changed = ids.clone()
+    changed[-1] = (ids[-1] + 1) % vocabulary
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        one, two = (
+            _flat_logits(model, [row]) if flat else model(input_ids=row[None], use_cache=False).logits[0].float()
+            for row in (ids, changed)
+        )
+    model.train(was_training)
+    return float((one - two)[:-1].abs().max() / one.abs().max().clamp_min(1e-6))
+
+
+def flat_inputs(documents: list[torch.Tensor]) -> dict[str, object]:
+    """Model inputs for documents laid end to end: ids and restarting positions [1, T], and the boundaries."""
+    device = documents[0].device
+    bounds = [0]
+    for document in documents:
+        bounds.append(bounds[-1] + len(document))
+    positions = torch.cat([torch.arange(len(document), device=device) for document in documents])
+    return {
+        "input_ids": torch.cat(documents)[None],
+        "position_ids": positions[None],
+        "documents": Documents(
+            torch.tensor(bounds, dtype=torch.int32, device=device),
+            max(len(document) for document in documents),
+            bounds=tuple(bounds),
+        ),
+    }
+
+
+def _flat_logits(model: torch.nn.Module, documents: list[torch.Tensor]) -> torch.Tensor:
+    return model(**flat_inputs(documents), use_cache=False).logits[0].float()

@@ -1,0 +1,229 @@
+"""Tokenizer and model from a local directory, a hub name or the built-in one; nothing of the repository is executed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from whet.base.errors import UserError, nearest
+from whet.engine.compute import attention
+from whet.engine.config import Model
+from whet.engine.device import DTYPES, PACKED, Placement
+from whet.engine.load.new_tokens import add_tokens, grow
+from whet.engine.task import CAUSAL, Task, set_pad
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+# Their positions begin behind the padding token's number, which takes places from the table.
+_POSITIONS_AFTER_PAD = frozenset((
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod",
+    "longformer", "mpnet", "ibert", "esm", "luke",
+))  # fmt: skip
+BUILTIN = {"builtin:tiny": Path(__file__).parents[2] / "builtin" / "tiny"}
+
+
+def locate(path: str, field: str = "model.path") -> str:
+    """What transformers should open: a directory for local and built-in models, the name for the hub.
+
+    field: the setting that says so. Raises UserError for an unknown built-in name and a path that is no directory of
+    a model.
+    """
+    if path.startswith("builtin:"):
+        if path not in BUILTIN:
+            raise UserError(
+                "there is no such built-in model",
+                field=field,
+                found=path,
+                expected=", ".join(BUILTIN),
+                fix=f"write {nearest(path, BUILTIN) or 'builtin:tiny'}",
+            )
+        return str(BUILTIN[path])
+    here = Path(path).expanduser()
+    if here.is_dir():
+        if not (here / "config.json").is_file():
+            raise UserError(
+                "the directory holds no config.json, so it is no model",
+                file=str(here),
+                field=field,
+                expected="config.json, model.safetensors and tokenizer files",
+                fix="give the directory that save_pretrained wrote",
+            )
+        return str(here.resolve())
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
+    if looks_local or (here.exists() and here.suffix != ".json"):
+        raise UserError(
+            "this is no model directory",
+            field=field,
+            found=path,
+            expected="a directory with config.json, a hub name like Qwen/Qwen3-0.6B, or builtin:tiny",
+            fix=_neighbour(here),
+        )
+    return path
+
+
+def load_config(model: Model) -> PreTrainedConfig:
+    """The model's configuration; a `config.json` by itself is enough."""
+    from transformers import AutoConfig
+
+    path = Path(model.path).expanduser()
+    source = str(path) if path.suffix == ".json" and path.is_file() else locate(model.path)
+    return _opened(lambda: AutoConfig.from_pretrained(source, revision=model.revision or "main"), model.path, "config")
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
+    """The model's tokenizer (or `model.tokenizer`), always the fast kind, whose offsets the loss mask needs."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    field = "model.tokenizer" if model.tokenizer else "model.path"
+    source = locate(model.tokenizer or model.path, field)
+    revision = model.revision or "main"
+    tokenizer = _opened(lambda: AutoTokenizer.from_pretrained(source, revision=revision), source, "tokenizer", field)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            "the tokenizer has no fast form, and the loss mask needs its offsets",
+            file=source,
+            field="model.tokenizer",
+            fix="save it once with transformers' AutoTokenizer and use_fast=True",
+        )
+    if model.new_tokens:
+        add_tokens(tokenizer, model.new_tokens)
+    return tokenizer
+
+
+def load_model(model: Model, placement: Placement, task: Task = CAUSAL) -> PreTrainedModel:
+    """The model on its device, weights stored as `placement` says, in evaluation mode, attention for training.
+
+    Host and device hold the final weights and one dense layer at most. Raises UserError for what cannot be opened and
+    for a checkpoint whose weights are absent, of another shape, or in a format that cannot be trained on.
+    """
+    dense = torch.float32 if placement.storage == "fp32" else placement.compute
+    config = load_config(model)
+    if model.from_config:
+        network = _random_model(config, placement, dense, task)
+    else:
+        network = _stored_model(model, config, placement, dense, task)
+    if model.new_tokens:
+        grow(network, load_tokenizer(replace(model, new_tokens=[])), model.new_tokens)
+    if task.labelled:
+        pad = network.config.get_text_config().pad_token_id
+        set_pad(network.config, load_tokenizer(model) if pad is None or pad < 0 else None)  # type: ignore[operator]
+    return network.to(placement.device).eval()  # type: ignore[arg-type]
+
+
+def _stored_model(
+    model: Model, config: PreTrainedConfig, placement: Placement, dense: torch.dtype, task: Task
+) -> PreTrainedModel:
+    """The model with the weights of its checkpoint; see `load_model`."""
+    from whet.engine.load.prequantised import load_quantised, stored_as
+    from whet.engine.load.stream import load_frozen, load_plain
+
+    source, storage = locate(model.path), placement.storage
+    options: dict[str, Any] = {
+        "revision": model.revision or "main",
+        "dtype": dense,
+        "attn_implementation": attention_of(task, config),
+    }
+    if placement.device.type != "cpu":
+        options["device_map"] = {"": placement.device}
+    stored = stored_as(config, source)
+    if stored is not None:
+        return _opened(
+            lambda: load_quantised(source, stored, storage, placement.double_quant, options, task), source, "model"
+        )
+    if storage in PACKED:
+        return _opened(lambda: load_frozen(source, storage, placement.double_quant, options, task), source, "model")
+    return _opened(lambda: load_plain(source, options, task), source, "model")
+
+
+def checkpoint_storage(model: Model) -> str | None:
+    """nf4 or int8 for a checkpoint that bitsandbytes quantised, else None: what `base.storage: auto` should take."""
+    from whet.engine.load.prequantised import stored_as
+
+    return None if model.from_config else stored_as(load_config(model), model.path)
+
+
+def attention_of(task: Task, config: PreTrainedConfig) -> str:
+    """The attention to load a model with: whet's own reads the documents of a row, other tasks have padded rows.
+
+    A family that computes attention by itself (BLOOM) would be given no mask for whet's, and so would see the future;
+    one that torch's attention is not enough for (the sinks of gpt-oss) would lose a part of it without a word.
+    """
+    owner: Any = task.auto_class()._model_mapping.get(type(config), None)
+    if owner is not None and not owner._supports_sdpa:
+        return "eager"
+    own = owner is not None and not owner._can_set_attn_implementation()
+    return "sdpa" if own or task.name != "causal" else attention.ATTENTION
+
+
+def _random_model(
+    config: PreTrainedConfig, placement: Placement, dense: torch.dtype, task: Task = CAUSAL
+) -> PreTrainedModel:
+    for name, value in task.config_values().items():
+        setattr(config, name, value)
+    make = task.auto_class().from_config
+    if placement.storage not in PACKED:
+        network = make(config, attn_implementation=attention_of(task, config), dtype=dense)
+        return network.to(placement.device)
+    from whet.engine.load.stream import random_frozen
+
+    with torch.device("meta"):
+        network = make(config, attn_implementation=attention_of(task, config), dtype=dense)
+    random_frozen(network, placement.device, placement.storage, placement.double_quant)
+    return network
+
+
+def empty_model(model: Model, dtype: str = "bf16", task: Task = CAUSAL) -> PreTrainedModel:
+    """The model without memory (meta device), from its config alone: for counting."""
+    config = load_config(model)
+    for name, value in task.config_values().items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        network = task.auto_class().from_config(config, dtype=DTYPES[dtype])
+    if model.new_tokens:
+        grow(network, load_tokenizer(replace(model, new_tokens=[])), model.new_tokens)
+    return network
+
+
+def longest_input(config: PreTrainedConfig) -> int | None:
+    """How many tokens the model can read, or None when its config does not say, or has no such bound (T5)."""
+    text = config.get_text_config()
+    if getattr(text, "relative_attention_num_buckets", None) and config.is_encoder_decoder:
+        return None
+    found = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if found and config.model_type in _POSITIONS_AFTER_PAD:
+        found -= (text.pad_token_id or 0) + 1
+    return int(found) if found else None
+
+
+def _opened(open_it, source: str, what: str, field: str = "model.path"):
+    """Run a transformers loader and turn what it says of bad input into a UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        return open_it()
+    except SafetensorError as error:
+        raise UserError(
+            f"the {what} cannot be read: {error}",
+            file=source,
+            fix="the file is damaged or a git-lfs pointer; fetch it again",
+        ) from error
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the {what} cannot be opened: {reason}",
+            field=field,
+            found=source,
+            expected="a directory written by save_pretrained, or a hub name that this machine can reach",
+            fix="check the name; without a network, give a local directory or builtin:tiny",
+        ) from error
+
+
+def _neighbour(path: Path) -> str:
+    names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    near = nearest(path.name, names)
+    return f"did you mean {path.parent / near}?" if near else "check the path"

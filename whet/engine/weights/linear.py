@@ -1,0 +1,237 @@
+"""Frozen linear layers: the dense weight in few bytes, as plain tensors that any sharding can cut.
+
+- `nf4` follows QLoRA (Dettmers et al., 2023, arXiv:2305.14314): blocks of 64 weights share one absolute maximum, each
+  weight is one of 16 quantiles of a normal distribution; double quantisation stores the maxima in 8 bits too.
+- `fp8` is e4m3 (Micikevicius et al., 2022, arXiv:2209.05433) with one scale an output channel. That scale can be folded
+  into the incoming gradient, so one copy of the weights serves both directions on FP8 tensor cores
+  (`engine.weights.product`).
+- `int8` is symmetric with one scale an output channel (the weights of LLM.int8, arXiv:2208.07339, without outliers).
+
+The tensors are ordinary frozen parameters, not a tensor class of their own, so that state dicts, FSDP2 and safetensors
+need no special case; FP8 bytes are kept as uint8 for the same reason. Gives up: a weight whose size is no multiple of
+the block stays dense.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from whet.base.extras import require
+from whet.engine.task import head_names
+from whet.engine.weights.nf4 import rebuild_nf4
+
+BLOCK = 64
+NESTED_BLOCK = 256
+FP8_MAX = 448.0
+INT8_MAX = 127.0
+
+
+class FrozenLinear(nn.Module):
+    """y = x W^T + bias with W [out_features, in_features] stored in few bytes; only x has a gradient.
+
+    Made empty and then filled, so that a loader can make room before it reads.
+    """
+
+    storage: ClassVar[str]
+
+    def __init__(self, in_features: int, out_features: int, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = None if bias is None else _frozen(bias)
+
+    def fill(self, weight: torch.Tensor) -> None:
+        """Quantise `weight` [out_features, in_features] into this layer, on the weight's device."""
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out_features, in_features] in `dtype`, rebuilt from the codes."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return FrozenProduct.apply(x, self)  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, storage={self.storage}"
+
+
+class Nf4Linear(FrozenLinear):
+    """packed uint8 [N, K / 2]; absmax of each 64 weights: float32, or uint8 with one scale for 256 of them."""
+
+    storage = "nf4"
+    packed: nn.Parameter
+    absmax: nn.Parameter
+    nested_absmax: nn.Parameter | None
+    nested_offset: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: torch.Tensor | None = None, *, double_quant: bool = True
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.double_quant = double_quant
+
+    def fill(self, weight: torch.Tensor) -> None:
+        functional = require("bitsandbytes.functional", "base.storage: nf4")
+        packed, state = functional.quantize_4bit(
+            weight.detach().contiguous(), blocksize=BLOCK, compress_statistics=self.double_quant, quant_type="nf4"
+        )
+        self.take(packed, state)
+
+    def take(self, packed: torch.Tensor, state: Any) -> None:
+        """Keep what bitsandbytes quantised: `packed` bytes and its QuantState, from here or from a checkpoint."""
+        self.packed = _frozen(packed.reshape(self.out_features, -1))
+        self.absmax = _frozen(state.absmax)
+        self.register_buffer("code", state.code, persistent=False)
+        self.nested_absmax = self.nested_offset = None
+        self.register_buffer("nested_code", None, persistent=False)
+        if state.nested:
+            self.nested_absmax = _frozen(state.state2.absmax)
+            self.nested_offset = _frozen(state.offset.reshape(()))
+            self.register_buffer("nested_code", state.state2.code, persistent=False)
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """packed, absmax, nested_absmax, nested_offset, code, nested_code: what `engine.weights.nf4` rebuilds from."""
+        return self.packed, self.absmax, self.nested_absmax, self.nested_offset, self.code, self.nested_code  # type: ignore[return-value]
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return rebuild_nf4([self.tensors()], dtype)
+
+
+class Fp8Linear(FrozenLinear):
+    """codes uint8 [N, K], the bytes of float8_e4m3fn; scale float32 [N]: weight = code * scale."""
+
+    storage = "fp8"
+    codes: nn.Parameter
+    scale: nn.Parameter
+
+    def fill(self, weight: torch.Tensor) -> None:
+        codes, scale = quantise_fp8(weight.detach())
+        self.codes, self.scale = _frozen(codes.view(torch.uint8)), _frozen(scale)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return (self.codes.view(torch.float8_e4m3fn).float() * self.scale[:, None]).to(dtype)
+
+
+class Int8Linear(FrozenLinear):
+    """codes int8 [N, K]; scale float32 [N]: weight = code * scale."""
+
+    storage = "int8"
+    codes: nn.Parameter
+    scale: nn.Parameter
+
+    def fill(self, weight: torch.Tensor) -> None:
+        wide = weight.detach().float()
+        scale = wide.abs().amax(1).clamp_min(1e-12) / INT8_MAX
+        self.codes = _frozen(torch.round(wide / scale[:, None]).to(torch.int8))
+        self.scale = _frozen(scale)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return (self.codes.float() * self.scale[:, None]).to(dtype)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x W^T + bias that keeps nothing for backward but the module: W is rebuilt, not saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: FrozenLinear) -> torch.Tensor:
+        ctx.module = module
+        return nn.functional.linear(x, module.dense(x.dtype), module.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor):
+        grad = grad_outputs[0]
+        return grad @ ctx.module.dense(grad.dtype), None
+
+
+def quantise_fp8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [M, K] as float8_e4m3fn [M, K] and their scales float32 [M]: row = codes * scale.
+
+    A row below 1e-33 becomes zeros; the bound lies far under gradients of tokens that are predicted almost surely.
+    """
+    wide = rows.float()
+    scale = wide.abs().amax(-1).clamp_min(1e-30) / FP8_MAX
+    return (wide / scale[:, None]).to(torch.float8_e4m3fn), scale
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def dense_weight(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out, in] of a plain or a frozen linear layer, in `dtype`."""
+    if isinstance(linear, FrozenLinear):
+        return linear.dense(dtype)
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.to(dtype)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Full names of the linear layers of a transformer, without its output head or classifier."""
+    from transformers.pytorch_utils import Conv1D
+
+    head, new = model.get_output_embeddings(), head_names(model)  # type: ignore[operator]
+    kinds = (nn.Linear, FrozenLinear, Conv1D)
+    return [
+        name for name, module in model.named_modules()
+        if isinstance(module, kinds) and module is not head and name.split(".")[0] not in new
+    ]  # fmt: skip
+
+
+def frozen_names(model: nn.Module) -> list[str]:
+    """Of these, the ones that a storage may take: not those that the architecture wants in full precision (T5's wo)."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return [name for name in linear_names(model) if kept.isdisjoint(name.split("."))]
+
+
+def hollow(linear: nn.Linear, storage: str, double_quant: bool = True) -> FrozenLinear | None:
+    """An empty frozen layer in the shape of `linear`, or None where its size does not fit the storage."""
+    columns, rows = linear.in_features, linear.out_features
+    bias = None if linear.bias is None else linear.bias.detach()
+    if storage == "nf4":
+        fits = columns * rows % BLOCK == 0 and columns % 2 == 0
+        return Nf4Linear(columns, rows, bias, double_quant=double_quant) if fits else None
+    if storage == "fp8":
+        return Fp8Linear(columns, rows, bias) if columns % 16 == 0 and rows % 16 == 0 else None
+    assert storage == "int8", storage
+    return Int8Linear(columns, rows, bias)
+
+
+def freeze(linear: nn.Linear, storage: str, double_quant: bool = True) -> FrozenLinear | None:
+    """The frozen form of one linear layer, or None where its size does not fit the storage."""
+    frozen = hollow(linear, storage, double_quant)
+    if frozen is not None:
+        frozen.fill(linear.weight)
+    return frozen
+
+
+def freeze_linears(model: nn.Module, storage: str, double_quant: bool = True) -> int:
+    """Replace every linear layer but the output head by its frozen form, on this instance; returns how many.
+
+    One layer at a time, so that dense and packed weights never stand side by side for more than one layer.
+    """
+    replaced = 0
+    for name in frozen_names(model):
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        linear = getattr(parent, child)
+        frozen = freeze(linear, storage, double_quant) if isinstance(linear, nn.Linear) else None
+        if frozen is not None:
+            setattr(parent, child, frozen)
+            replaced += 1
+    return replaced
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; a packed weight counts as the weights it stands for."""
+    packed: set[int] = set()
+    total = 0
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            total += module.in_features * module.out_features
+            packed |= {id(p) for name, p in module.named_parameters() if name != "bias"}
+    plain = [p for p in model.parameters() if id(p) not in packed]
+    trainable = sum(p.numel() for p in plain if p.requires_grad)
+    return trainable, total + sum(p.numel() for p in plain)

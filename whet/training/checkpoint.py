@@ -1,0 +1,189 @@
+"""Checkpoints that survive being killed at any moment, and resume to the bit.
+
+A checkpoint is written to a directory of its own beside the others, flushed, given a manifest (size and sha256 of
+every file) as the last thing, and renamed. So a directory called step-N is whole, or its manifest says that it is not;
+"latest" is the newest one whose manifest holds, never a pointer that could lie. An invalid one is named and passed
+over, not deleted. Tensors are safetensors, the rest is JSON: nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from whet.base.errors import UserError
+from whet.base.files import read_json, remove_tree, sync, whole_directory, write_json
+from whet.base.seed import random_state, restore_random_state
+from whet.engine.memory.host_adam import HostAdamW
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint belongs to: hashes of the recipe and of the training rows."""
+
+    recipe: str
+    data: str
+
+
+def save(
+    directory: Path,
+    step: int,
+    model: torch.nn.Module,
+    optimiser: torch.optim.Optimizer,
+    state: dict[str, Any],
+    identity: Identity,
+) -> Path:
+    """Write checkpoints/step-N of everything that continuing needs; returns it once it is on the disk."""
+    target = directory / f"step-{step}"
+    random_tensors, random_values = random_state()
+    optimiser_tensors, optimiser_values = _flattened(optimiser)
+    with whole_directory(target) as beside:
+        save_file(trainable(model, optimiser), beside / "model.safetensors")
+        save_file(optimiser_tensors, beside / "optimizer.safetensors")
+        save_file(random_tensors, beside / "random.safetensors")
+        values = state | {"step": step, "random": random_values, "optimizer": optimiser_values}
+        write_json(beside / "state.json", values)
+        files = {}
+        for file in sorted(beside.iterdir()):
+            sync(file)
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        write_json(beside / MANIFEST, {"recipe": identity.recipe, "data": identity.data, "files": files})
+    return target
+
+
+def latest(directory: Path, identity: Identity) -> tuple[Path | None, list[str]]:
+    """The newest valid checkpoint, and a sentence on each newer one that is not.
+
+    Raises UserError when the rows have changed since it was written.
+    """
+    complaints: list[str] = []
+    for path in sorted(directory.glob("step-*"), key=_step_of, reverse=True):
+        problem = _problem(path)
+        if problem is None:
+            manifest = read_json(path / MANIFEST)
+            if manifest["data"] != identity.data:
+                raise UserError(
+                    "the training rows have changed since this run began", file=str(path), field="data.dataset",
+                    found=f"sha256 {identity.data[:16]}…", expected=f"sha256 {manifest['data'][:16]}…",
+                    fix="put the data back, or start a new run with another output_dir",
+                )  # fmt: skip
+            return path, complaints
+        complaints.append(f"{path.name} is not used: {problem}")
+    return None, complaints
+
+
+def load(path: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore weights, optimiser and every random source from a checkpoint; returns its state."""
+    state = read_json(path / "state.json")
+    load_weights(path, model, optimiser)
+    _unflatten(optimiser, load_file(path / "optimizer.safetensors"), state["optimizer"])
+    restore_random_state(load_file(path / "random.safetensors"), state["random"])
+    return state
+
+
+def load_weights(path: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer | None = None) -> None:
+    """Restore the trainable weights alone. optimiser: needed where it holds weights of its own."""
+    saved = load_file(path / "model.safetensors")
+    current = trainable(model, optimiser)
+    assert saved.keys() == current.keys(), sorted(saved.keys() ^ current.keys())[:5]
+    with torch.no_grad():
+        for name, tensor in current.items():
+            tensor.copy_(saved[name])
+    if isinstance(optimiser, HostAdamW):
+        optimiser.agree()
+
+
+def prune(directory: Path, saved: int, keep: int, protected: Sequence[int]) -> None:
+    """Remove all but the newest `keep` checkpoints and the protected steps; call it after step `saved` was saved.
+
+    A later step is one that could not be resumed from: it neither counts nor goes.
+    """
+    found = [path for path in sorted(directory.glob("step-*"), key=_step_of, reverse=True) if _step_of(path) <= saved]
+    for path in found[keep:]:
+        if _step_of(path) not in protected:
+            remove_tree(path)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what a killed write left behind: it never got its name, so nobody can miss it."""
+    for path in directory.glob(".*"):
+        if path.suffix in (".tmp", ".old"):
+            remove_tree(path) if path.is_dir() else path.unlink()
+
+
+def trainable(model: torch.nn.Module, optimiser: torch.optim.Optimizer | None = None) -> dict[str, torch.Tensor]:
+    """Name to tensor of every trainable parameter, as exact as `optimiser` has it; tied ones once."""
+    exact = optimiser.exact if isinstance(optimiser, HostAdamW) else {}
+    return {name: exact.get(p, p).detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _flattened(optimiser: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Optimiser state as tensors by 'parameter/name', and what is no tensor."""
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, Any] = {}
+    seen: set[int] = set()
+
+    def walk(prefix: str, entries: dict[str, Any]) -> None:
+        for name, value in entries.items():
+            if isinstance(value, dict):  # bitsandbytes groups the tensors of a quantised moment
+                walk(f"{prefix}/{name}", value)
+            elif isinstance(value, torch.Tensor):
+                # One table of quantiles serves all 8-bit moments; a file wants each name to have its own.
+                shared = value.data_ptr() in seen
+                seen.add(value.data_ptr())
+                tensors[f"{prefix}/{name}"] = value.clone() if shared else value.contiguous()
+            else:
+                values[f"{prefix}/{name}"] = value
+
+    for index, entries in optimiser.state_dict()["state"].items():
+        walk(str(index), entries)
+    return tensors, values
+
+
+def _unflatten(optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **values}.items():
+        index, *groups, name = key.split("/")
+        place = state.setdefault(int(index), {})
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def _problem(path: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None."""
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        return "it has no manifest"
+    try:
+        files = read_json(manifest)["files"]
+    except (ValueError, KeyError):
+        return "its manifest is damaged"
+    for name, facts in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+        if _sha256(file) != facts["sha256"]:
+            return f"{name} does not match its sha256"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _step_of(path: Path) -> int:
+    tail = path.name.rpartition("-")[2]
+    return int(tail) if tail.isdigit() else -1

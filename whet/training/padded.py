@@ -1,0 +1,162 @@
+"""The plain route: tasks whose rows are padded, and methods that work through a wrapper around the model.
+
+LoRA groups are fused here too. Forms, compilation and graphs are for flat rows of text: padded batches have too many
+shapes to be prepared one by one. Their memory is not planned: `auto` keeps all activations, and running layers again is
+transformers' own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from whet.base.console import say
+from whet.base.errors import UserError
+from whet.data.batch.batches import Batches
+from whet.data.batch.rows import Rows
+from whet.data.batch.task_batches import TaskBatches
+from whet.data.config import Data
+from whet.engine.device import Placement
+from whet.engine.memory.host_tables import offload_embedding
+from whet.engine.task import Task, check_task, text_task
+from whet.recipe import Recipe
+from whet.settings import Train
+from whet.training.arrange import Arrangement, fused_groups, keeps_both, split_trained
+from whet.training.task_loss import TaskForward
+
+FLAT_ONLY = ("compile", "cuda_graphs", "fit_micro_batches", "activation_offload", "tile_mlp")
+
+
+def is_padded(recipe: Recipe, task: Task) -> bool:
+    """Whether a run takes this route."""
+    return task.name != "causal" or not recipe.method.can.inside
+
+
+def data_for(recipe: Recipe) -> Data:
+    """The data settings as the method allows them. Raises UserError for rows laid out as it cannot read them."""
+    data, method = recipe.data, recipe.method
+    if method.can.inside:
+        return data
+    for name in ("packing", "padding_free"):
+        if getattr(data, name):
+            raise UserError(
+                f"{method.name} puts its own tokens in front of each row, so no two documents can share one",
+                field=f"data.{name}", found="true", expected="false or auto", fix="remove the line",
+            )  # fmt: skip
+    return replace(data, packing=False, padding_free=False)
+
+
+def check_recipe(recipe: Recipe, config: Any, task: Task) -> None:
+    """Raise UserError where model, method or settings cannot be used for the task; loads nothing."""
+    check_task(task.name, config)
+    able = recipe.method.can.tasks
+    if task.name not in able:
+        raise UserError(
+            f"the method {recipe.method.name} cannot be used for this task", field="model.task", found=task.name,
+            expected=", ".join(able), fix="method=lora can",
+        )  # fmt: skip
+    if recipe.model.new_tokens and not recipe.method.can.new_tokens:
+        raise UserError(
+            f"{recipe.method.name} does not train the rows of new tokens, which would stay as they start",
+            field="model.new_tokens", found=", ".join(recipe.model.new_tokens), expected="[]",
+            fix="remove them, or method.name=lora",
+        )  # fmt: skip
+    if task.name != "causal" and recipe.model.chat_template is not None:
+        raise UserError(
+            f"rows of the task {task.name} are not rendered by a template", field="model.chat_template",
+            found=recipe.model.chat_template, expected="auto", fix="remove the line",
+        )  # fmt: skip
+    if recipe.train.gradient_checkpointing and not recipe.method.can.recomputes:
+        raise UserError(
+            f"{recipe.method.name} trains a cache, and layers that are run again have none",
+            field="train.gradient_checkpointing", found="true", expected="false or auto", fix="remove the line",
+        )  # fmt: skip
+    if recipe.train.compile and not recipe.method.can.compiles:
+        raise UserError(
+            f"the layers of {recipe.method.name} with these settings are not one graph", field="train.compile",
+            found="true", expected="auto or false", fix="remove the line",
+        )  # fmt: skip
+    if is_padded(recipe, task):
+        for name in FLAT_ONLY:
+            if getattr(recipe.train, name):
+                raise UserError(
+                    "this is for text in rows without padding", field=f"train.{name}",
+                    found=str(getattr(recipe.train, name)).lower(), expected="auto", fix="remove the line",
+                )  # fmt: skip
+        if recipe.base.fp8_head:
+            raise UserError(
+                "this is for the output head of text in rows without padding", field="base.fp8_head", found="true",
+                expected="false", fix="remove the line",
+            )  # fmt: skip
+
+
+def assumed_task(recipe: Recipe, config: Any) -> Task:
+    """The task of a recipe whose rows are not read: as it says, else what the model is built for; two classes."""
+    name = recipe.model.task or text_task(config)
+    return Task(name, ("0", "1") if name in ("classification", "multi_label") else ())
+
+
+def batches_for(
+    rows: Rows, data: Data, *, size: int, accumulate: int, seed: int, bins: Any = None
+) -> Batches | TaskBatches:
+    """Batches of `rows`, whatever they are."""
+    if rows.labels is not None or rows.answers is not None:
+        return TaskBatches(rows, size=size, accumulate=accumulate, seed=seed)
+    by_length = data.order == "short_first"
+    return Batches(
+        rows, bins, size=size, accumulate=accumulate, flat=bool(data.padding_free), seed=seed, by_length=by_length
+    )
+
+
+def arrange_padded(
+    train: Train, placement: Placement, model: nn.Module, network: Any, forward: TaskForward,
+    batches: Batches | TaskBatches,
+) -> Arrangement:  # fmt: skip
+    """Lay out `model` (with its method; `network` inside it) for padded batches; what is trained is kept in fp32."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    fused = fused_groups(train, placement, model, keeps_both(placement), Probe(model, forward))
+    matrices, vectors = split_trained(fused, model)
+    if placement.offload_embedding:
+        offload_embedding(network)
+    if fused is not None:
+        forward = replace(forward, prepare=fused.refresh)
+    if train.gradient_checkpointing:
+        if not network.supports_gradient_checkpointing:
+            raise UserError(
+                "this model's layers cannot be run again", field="train.gradient_checkpointing", found="true",
+                expected="auto", fix="remove the line",
+            )  # fmt: skip
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    facts: dict[str, Any] = {
+        "groups": 0 if fused is None else len(fused.groups), "compile": False, "cuda_graphs": False,
+        "micro_batches": batches.accumulate, "padded": True, "lean_activations": False, "forms": [],
+        "gradient_checkpointing": bool(train.gradient_checkpointing),
+    }  # fmt: skip
+    if placement.device.type == "cuda":
+        say(f"{batches.accumulate} forward pass(es) a step of {batches.size} padded rows", style="dim")
+    return Arrangement(forward, batches, matrices, vectors, False, facts, network)  # type: ignore[arg-type]
+
+
+class Probe(nn.Module):
+    """`model`, to be called with token ids alone, as the search for layers that share an input does."""
+
+    def __init__(self, model: nn.Module, forward: TaskForward) -> None:
+        super().__init__()
+        self.model, self.how = model, forward
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
+        """The model's own output."""
+        if self.how.end is not None:
+            input_ids = input_ids.index_fill(1, input_ids.new_tensor([input_ids.shape[1] - 1]), self.how.end)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        if self.how.task == "seq2seq":
+            inputs["decoder_input_ids"] = input_ids
+        if self.how.cached:
+            inputs["use_cache"] = use_cache
+        with torch.autocast(self.how.device.type, self.how.compute, enabled=self.how.autocast):
+            return self.model(**inputs)
