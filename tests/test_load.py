@@ -18,7 +18,7 @@ from torch import nn
 from whet.base.errors import UserError
 from whet.engine.compute import attention
 from whet.engine.config import Base, Model
-from whet.engine.device import Placement, place
+from whet.engine.device import Placement, resolve_placement
 from whet.engine.load.load import checkpoint_storage, load_model
 from whet.engine.load.open import answering, open_trained
 from whet.engine.weights.linear import FrozenLinear, Int8Linear, Nf4Linear, freeze_linears, linear_names
@@ -280,11 +280,11 @@ def test_auto_keeps_the_storage_of_the_checkpoint_from_plan_to_merge(
 
 
 def test_the_storage_of_the_checkpoint_gives_way_to_the_recipe_and_to_the_method() -> None:
-    fixed = place(Base(device="cpu", storage="int8", compute="fp32"), ("fp32", "int8", "nf4"), stored="nf4")
+    fixed = resolve_placement(Base(device="cpu", storage="int8", compute="fp32"), ("fp32", "int8", "nf4"), stored="nf4")
     assert fixed.storage == "int8"
-    assert place(Base(device="cpu", compute="fp32"), ("fp32", "int8", "nf4"), stored="nf4").storage == "nf4"
-    assert place(Base(device="cpu", compute="fp32"), ("fp32",), stored="nf4").storage == "fp32"
-    assert place(Base(device="cpu", compute="fp32"), ("fp32", "nf4"), stored=None).storage == "fp32"
+    assert resolve_placement(Base(device="cpu", compute="fp32"), ("fp32", "int8", "nf4"), stored="nf4").storage == "nf4"
+    assert resolve_placement(Base(device="cpu", compute="fp32"), ("fp32",), stored="nf4").storage == "fp32"
+    assert resolve_placement(Base(device="cpu", compute="fp32"), ("fp32", "nf4"), stored=None).storage == "fp32"
 
 
 def test_int8_codes_are_taken_as_they_are(checkpoints: dict[str, Path], tmp_path: Path) -> None:

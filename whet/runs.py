@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from whet.base.errors import UserError, nearest
 from whet.base.files import read_json, write_json, write_text
 from whet.engine.task import CAUSAL, Task, TaskName, text_task
-from whet.recipe import ON_THE_WAY, Parsed, Recipe, fingerprint, parse, resolve, to_tree, to_yaml
+from whet.recipe import ON_THE_WAY, Recipe, fingerprint, parse, to_tree, to_yaml
 
 if TYPE_CHECKING:
     from whet.data.prepare import Prepared
@@ -100,6 +100,15 @@ class Run:
         write_json(self.path / name, value)
         return self.path / name
 
+    def rewritten(self, recipe: Recipe, decided: Mapping[str, tuple[object, str]]) -> Run:
+        """The same run with another recipe; decided: dotted path to (value, reason) of what differs."""
+        write_text(self.path / "recipe.yaml", to_yaml(recipe))
+        origins = self.read("origins.json") or {}
+        for path, (value, reason) in decided.items():
+            origins[path] = {"value": value, "origin": "decided", "reason": reason}
+        self.write("origins.json", origins)
+        return Run(self.path, recipe)
+
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The records of a .jsonl file of the run; an unfinished last line is left out."""
         path = self.path / name
@@ -123,13 +132,14 @@ def prepared(recipe: Recipe, *, any_model: bool = False) -> Prepared:
     return prepare(recipe.data, tokenizer, readable, recipe.model.task, text_task(config))
 
 
-def start(parsed: Parsed, decided: Mapping[str, tuple[object, str]], facts: Mapping[str, Any]) -> tuple[Run, bool]:
-    """Create the run directory, or recognise the one of the same recipe; returns (run, whether it was there).
+def start(
+    recipe: Recipe, origins: Mapping[str, str], decided: Mapping[str, tuple[object, str]], facts: Mapping[str, Any]
+) -> Run:
+    """Create the run directory of a recipe without open settings, or recognise the one of the same recipe.
 
-    decided: dotted path to (value, reason) for what was auto. facts: JSON file name to content. Raises UserError when
-    the directory holds another run.
+    origins: dotted path to where a setting came from; decided: to (value, reason) for what was auto. facts: JSON file
+    name to content. Raises UserError when the directory holds another run.
     """
-    recipe = resolve(parsed.recipe, {path: value for path, (value, _) in decided.items()})
     run = Run(Path(recipe.output_dir or "runs/run"), recipe)
     existed = (run.path / "recipe.yaml").is_file()
     above = next((place for place in run.path.absolute().parents if place.exists()), run.path)
@@ -152,10 +162,10 @@ def start(parsed: Parsed, decided: Mapping[str, tuple[object, str]], facts: Mapp
         )  # fmt: skip
     if not existed:  # first of all: it makes the directory ours, so a start that is killed here can be repeated
         write_text(run.path / "recipe.yaml", to_yaml(recipe))
-    for name, value in {**facts, "origins.json": _origins(recipe, parsed.origins, decided)}.items():
+    for name, value in {**facts, "origins.json": _origins(recipe, origins, decided)}.items():
         if not (run.path / name).is_file():
             run.write(name, value)
-    return run, existed
+    return run
 
 
 def open_run(path: str | Path) -> Run:

@@ -53,7 +53,7 @@ def measure_speed(model: str, base: Any, train: Any, load: Load) -> dict[str, An
     import torch
 
     from whet.engine.config import Model
-    from whet.engine.device import device_name, place
+    from whet.engine.device import device_name, resolve_placement
     from whet.engine.load.load import load_config, load_model
     from whet.methods.lora import Lora
     from whet.training.arrange import check_arrangement
@@ -64,7 +64,7 @@ def measure_speed(model: str, base: Any, train: Any, load: Load) -> dict[str, An
     config = load_config(place_of)
     text = config.get_text_config()
     method = Lora(r=load.r)
-    placement = place(base, method.can.storages, getattr(text, "hidden_size", None))
+    placement = resolve_placement(base, method.can.storages, getattr(text, "hidden_size", None))
     check_optimiser(train, placement.device)
     check_arrangement(train, placement.device, padded=False)
     batches = _batches(load, min(30000, text.vocab_size))

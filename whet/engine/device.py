@@ -1,4 +1,4 @@
-"""Where the model runs and in which arithmetic: found, never assumed, and said with its reason."""
+"""The device a model runs on and its arithmetic: looked up, never assumed, and said with the reason."""
 
 from __future__ import annotations
 
@@ -43,16 +43,45 @@ class Placement:
         return "fp8" if self.fp8 else "fp32" if self.compute == torch.float32 else "bf16"
 
 
-def place(base: Base, storages: tuple[str, ...], width: int | None = None, *, stored: str | None = None) -> Placement:
-    """Resolve `base` on this machine for a method that trains on `storages` and a model of hidden size `width`.
+@dataclass(frozen=True)
+class Hardware:
+    """A device as a plan sees it. free_bytes, total_bytes: memory with a hard end (a CUDA GPU's), else None; reason: why
+    this device."""
 
-    stored: what the checkpoint is quantised as, if it is: kept where the recipe leaves it open.
-    Raises UserError for a device that is not there and for settings that cannot take effect together.
-    """
+    device: torch.device
+    name: str
+    has_bf16: bool
+    has_fp8: bool
+    free_bytes: int | None = None
+    total_bytes: int | None = None
+    reason: str = ""
+
+
+def find_hardware(wanted: str | None = None) -> Hardware:
+    """Look at the device that the recipe asks for, None: the best that is there. Raises UserError where it is not."""
     reasons: dict[str, str] = {}
-    device = torch.device(base.device or _found_device(reasons))
+    device = torch.device(wanted or _best_device(reasons))
     _check_device(device)
-    compute = base.compute or _compute(base, device, storages, width, reasons)
+    free = total = None
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    return Hardware(
+        device, device_name(device), _has_bf16(device), has_fp8(device), free, total, reasons.get("base.device", "")
+    )
+
+
+def resolve_placement(
+    base: Base, storages: tuple[str, ...], width: int | None = None, *, stored: str | None = None,
+    hardware: Hardware | None = None,
+) -> Placement:  # fmt: skip
+    """Resolve `base` for a method that trains on `storages` and a model of hidden size `width`.
+
+    stored: what the checkpoint is quantised as, if it is: kept where the recipe leaves it open. hardware: None looks at
+    this machine. Raises UserError for a device that is not there and for settings that cannot take effect together.
+    """
+    hardware = hardware or find_hardware(base.device)
+    reasons = {"base.device": hardware.reason} if hardware.reason else {}
+    compute = base.compute or _compute(base, hardware, storages, width, reasons)
     storage = base.storage
     if storage is None and stored in storages:
         storage = stored
@@ -61,10 +90,10 @@ def place(base: Base, storages: tuple[str, ...], width: int | None = None, *, st
         natural = "fp8" if compute == "fp8" else compute
         storage = natural if natural in storages else storages[0]
         reasons["base.storage"] = "suits the arithmetic" if storage == natural else "what the method trains on"
-    _check_pair(base, storage, compute, device, storages)
-    inner, _ = _natural_compute(device) if compute == "fp8" else (compute, "")
+    _check_pair(base, storage, compute, hardware, storages)
+    inner, _ = _natural_compute(hardware) if compute == "fp8" else (compute, "")
     return Placement(
-        device, storage, DTYPES[inner],
+        hardware.device, storage, DTYPES[inner],
         base.double_quant if base.double_quant is not None else storage == "nf4",
         reasons, compute == "fp8", base.keep_transposed, base.fp8_head, base.offload_embedding,
         base.offload_head,
@@ -72,24 +101,32 @@ def place(base: Base, storages: tuple[str, ...], width: int | None = None, *, st
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether the device multiplies FP8 in hardware."""
+    """Tell whether the device multiplies FP8 in hardware."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def _has_bf16(device: torch.device) -> bool:
+    """Tell whether the device computes in bf16 by itself; torch emulates it elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
 def _compute(
-    base: Base, device: torch.device, storages: tuple[str, ...], width: int | None, reasons: dict[str, str]
+    base: Base, hardware: Hardware, storages: tuple[str, ...], width: int | None, reasons: dict[str, str]
 ) -> str:
     """The arithmetic when the recipe leaves it open."""
     if base.storage in ("fp32", "bf16"):
         return base.storage
-    natural, reason = _natural_compute(device)
-    if has_fp8(device) and "fp8" in storages and natural == "bf16" and (width or 0) >= FP8_WIDTH:
+    natural, reason = _natural_compute(hardware)
+    if hardware.has_fp8 and "fp8" in storages and natural == "bf16" and (width or 0) >= FP8_WIDTH:
         natural, reason = "fp8", f"the GPU multiplies in FP8, and the model is {width} wide"
     reasons["base.compute"] = reason
     return natural
 
 
-def _check_pair(base: Base, storage: str, compute: str, device: torch.device, storages: tuple[str, ...]) -> None:
+def _check_pair(base: Base, storage: str, compute: str, hardware: Hardware, storages: tuple[str, ...]) -> None:
     """Refuse what cannot take effect together."""
     if storage not in storages:
         raise UserError(
@@ -109,9 +146,9 @@ def _check_pair(base: Base, storage: str, compute: str, device: torch.device, st
             expected="storage fp8, nf4 or int8" if packed else "fp32, bf16 or auto",
             fix=f"base.storage={packed[0]}" if packed else "base.compute=bf16",
         )  # fmt: skip
-    if compute == "fp8" and device.type != "cpu" and not has_fp8(device):  # a CPU emulates it: slow, for trying out
+    if compute == "fp8" and hardware.device.type != "cpu" and not hardware.has_fp8:  # a CPU emulates it, slowly
         raise UserError(
-            "this device has no FP8 arithmetic", field="base.compute", found=device_name(device),
+            "this device has no FP8 arithmetic", field="base.compute", found=hardware.name,
             expected="an NVIDIA GPU of compute capability 8.9 or newer", fix="base.compute=bf16",
         )  # fmt: skip
     for name, needs, holds in (
@@ -137,7 +174,7 @@ def device_name(device: torch.device) -> str:
     return device.type
 
 
-def _found_device(reasons: dict[str, str]) -> str:
+def _best_device(reasons: dict[str, str]) -> str:
     if torch.cuda.is_available():
         reasons["base.device"] = f"{torch.cuda.device_count()} CUDA device(s) found"
         return "cuda"
@@ -164,15 +201,12 @@ def _check_device(device: torch.device) -> None:
         )
 
 
-def _natural_compute(device: torch.device) -> tuple[str, str]:
+def _natural_compute(hardware: Hardware) -> tuple[str, str]:
     """The fastest type in which this hardware computes well, with the reason."""
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16", "the GPU computes in bf16"
-        return "fp32", "the GPU has no bf16"
-    if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        if found.get("amx_bf16") or found.get("avx512_bf16"):
-            return "bf16", "the CPU has bf16 instructions"
-        return "fp32", "the CPU has no bf16 instructions"
-    return "fp32", "the safe choice on this device"
+    if hardware.device.type == "cuda":
+        return ("bf16", "the GPU computes in bf16") if hardware.has_bf16 else ("fp32", "the GPU has no bf16")
+    if hardware.device.type != "cpu":
+        return "fp32", "the safe choice on this device"
+    if hardware.has_bf16:
+        return "bf16", "the CPU has bf16 instructions"
+    return "fp32", "the CPU has no bf16 instructions"

@@ -10,7 +10,7 @@ import torch
 
 from whet.engine.compute.head import HeadLoss
 from whet.engine.config import Base
-from whet.engine.device import device_name, place
+from whet.engine.device import device_name, resolve_placement
 
 NEEDED = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pydantic", "ruamel.yaml")
 OPTIONAL = {
@@ -23,7 +23,7 @@ OPTIONAL = {
 
 def examine() -> dict[str, Any]:
     """Packages, devices and the self-test, as `whet doctor --json` prints them."""
-    placement = place(Base(), ("fp32", "bf16", "nf4"))
+    placement = resolve_placement(Base(), ("fp32", "bf16", "nf4"))
     began = time.perf_counter()
     checks = self_test(placement.device)
     return {

@@ -133,7 +133,7 @@ class AdaLora(PeftMethod):
         with _without_alarm():
             return super().load(network, directory, task)
 
-    def settle(self, model: Any) -> None:
+    def finalize(self, model: Any) -> None:
         """What has E = 0 is not saved: the ranks are read off the weights, which may be those of an earlier step."""
         model.peft_config[NAME].rank_pattern = {
             name: (number.detach() != 0).flatten().tolist() for name, number in numbers(model).items()

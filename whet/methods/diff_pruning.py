@@ -107,10 +107,10 @@ class DiffPruning(InPlaceMethod):
             diff.bound()
         last_phase = bool(self.fixed_mask_ratio) and done >= 1 - self.fixed_mask_ratio
         if last_phase:
-            self.settle(model)
+            self.finalize(model)
         return last_phase
 
-    def settle(self, model: Any) -> None:
+    def finalize(self, model: Any) -> None:
         """Keep the largest differences, as many as the density allows; nothing happens when that is done."""
         from whet.methods.layers.gates import differences_of, keep_largest
 

@@ -128,6 +128,10 @@ class Lora(PeftMethod):
                 fix="remove the embedding from method.modules_to_save",
             )  # fmt: skip
 
+    def decided(self) -> dict[str, tuple[object, str]]:
+        """The scale of the update, where the recipe leaves it open."""
+        return {"lora_alpha": (2.0 * self.r, "2 * r")} if self.lora_alpha is None else {}
+
     @property
     def can(self) -> Capability:
         """DoRA, patterns and whatever lies outside of A and B cost some of what plain LoRA can."""
@@ -227,7 +231,7 @@ class Lora(PeftMethod):
         for name in self.modules_to_save:
             _check_trained_whole(network, name)
         self._check_tokens(network)
-        lora_alpha = self.lora_alpha if self.lora_alpha is not None else 2 * self.r
+        lora_alpha = self.lora_alpha if self.lora_alpha is not None else self.decided()["lora_alpha"][0]
         return peft.LoraConfig(
             r=self.r,
             lora_alpha=lora_alpha,  # type: ignore[arg-type]

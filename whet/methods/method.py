@@ -36,6 +36,10 @@ class Method:
         """The capability of the method with these settings."""
         return self.capability
 
+    def decided(self) -> dict[str, tuple[object, str]]:
+        """The settings that the recipe leaves open and the method itself decides: name to (value, reason)."""
+        return {}
+
     def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> nn.Module:
         """Freeze `network`, add what is trained, and return the model to train. Raises UserError."""
         raise NotImplementedError
@@ -84,7 +88,7 @@ class Method:
         """Whether something is added to the loss, which a captured step would leave out."""
         return type(self).penalty is not Method.penalty
 
-    def settle(self, model: Any) -> None:
+    def finalize(self, model: Any) -> None:
         """Called once after the last step, before the weights are written."""
 
 

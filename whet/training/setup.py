@@ -1,4 +1,4 @@
-"""What is settled before the first step: placement, rows, decisions, the model with its method attached.
+"""Everything that is known before a model is loaded: rows, settings, the plan with its layout, the run directory.
 
 The order is the contract of bad input: the recipe, then the hardware, then the data are checked before any model is
 loaded, and a run directory appears only when all of them are good.
@@ -6,9 +6,9 @@ loaded, and a run directory appears only when all of them are good.
 
 from __future__ import annotations
 
-import math
 import platform
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,204 +16,119 @@ import torch
 from whet import runs
 from whet.base.console import say
 from whet.base.errors import UserError
-from whet.base.files import write_text
-from whet.base.seed import seed_everything
-from whet.data.batch.batches import Batches
 from whet.data.batch.ledger import Ledger
-from whet.data.batch.task_batches import TaskBatches
+from whet.data.batch.make import make_batches
 from whet.data.labels import labels_text
 from whet.data.prepare import Prepared, prepare
 from whet.data.read.read import check_unchanged
 from whet.data.template.template import use_template
-from whet.engine.compute.head import find_head
-from whet.engine.compute.isolation import check_causality, check_isolation
-from whet.engine.device import Placement, device_name, place
-from whet.engine.load.load import checkpoint_storage, load_config, load_model, load_tokenizer, longest_input
-from whet.engine.memory.host_adam import halve
-from whet.engine.task import Task, text_task
-from whet.engine.weights.linear import count_parameters
-from whet.methods.method import Method
-from whet.recipe import Parsed, Recipe, to_yaml
+from whet.engine.device import Hardware, Placement
+from whet.engine.load.load import load_config, load_tokenizer, longest_input
+from whet.engine.task import text_task
+from whet.planning.facts import Work
+from whet.planning.plan import Plan, plan_run, resolve_base
+from whet.planning.rules import check, rows_for
+from whet.recipe import Parsed, Recipe, resolve
 from whet.runs import Run
-from whet.settings import Train
-from whet.training.arrange import Arrangement, arrange, check_arrangement
-from whet.training.loss import Forward
-from whet.training.optim import check_optimiser
-from whet.training.padded import arrange_padded, batches_for, check_recipe, data_for, is_padded
-from whet.training.plan import plan
-from whet.training.start import start_from_rows
-from whet.training.task_loss import task_forward
-
-DECAY_RATIO = 0.2
-SEES_AHEAD = 0.01  # of the largest logit; a causal model moves by 0, or by rounding
+from whet.training.auto import decide_settings
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A run that can begin: its rows, and how many steps they make."""
+    """A run that can begin: its rows, and how it will sit on the hardware."""
 
     run: Run
-    existed: bool
     prepared: Prepared
-    placement: Placement
+    plan: Plan
 
     @property
     def recipe(self) -> Recipe:
+        """The recipe with every open setting decided."""
         return self.run.recipe
+
+    @property
+    def batches(self) -> Any:
+        """The training batches as the recipe cuts them, in their order."""
+        return self.plan.facts.work.batches
+
+    def name_rows(self, rows: Sequence[int]) -> str:
+        """Where rows of the training data come from, by file and row."""
+        sources = self.prepared.train.sources
+        examples = [self.prepared.train_examples[int(sources[row])] for row in rows]
+        return "; ".join(f"{example.file} row {example.row}" for example in examples)
 
 
 def get_ready(parsed: Parsed) -> Ready:
-    """Check everything, decide what is auto, and open the run directory. Raises UserError; loads no model."""
+    """Check everything, decide what is open, and make the run directory. Raises UserError; loads no model."""
     recipe = parsed.recipe
     config = load_config(recipe.model)
-    width = getattr(config.get_text_config(), "hidden_size", None)
-    stored = checkpoint_storage(recipe.model)
-    placement = place(recipe.base, recipe.method.can.storages, width, stored=stored)
-    check_optimiser(recipe.train, placement.device)
-    check_arrangement(
-        recipe.train, placement.device, padded=recipe.data.padding_free is False, uncaptured=_uncaptured(recipe)
-    )
-    if recipe.train.offload_optimizer and _follows_updates(recipe):
-        raise UserError(
-            f"{recipe.method.name} reads the gradients on the device after each update",
-            field="train.offload_optimizer", found="true", expected="false or auto", fix="remove the line",
-        )  # fmt: skip
-    if recipe.model.task is not None:
-        check_recipe(recipe, config, Task(recipe.model.task))
-    data = data_for(recipe)
+    base = resolve_base(recipe, config)
+    _, placement = base
+    check(recipe, placement, config)
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.model.chat_template)
-    prepared = prepare(data, tokenizer, longest_input(config), recipe.model.task, text_task(config))
+    prepared = prepare(rows_for(recipe), tokenizer, longest_input(config), recipe.model.task, text_task(config))
     prepared.ledger.gate()
-    check_recipe(recipe, config, prepared.task)
-    decided = _decided(recipe, prepared, placement)
+    check(recipe, placement, config, prepared.task)
+    decided = decide_settings(recipe, prepared, placement)
+    resolved = resolve(recipe, {path: value for path, (value, _) in decided.items()})
+    plan = plan_of(resolved, prepared, base)
     facts = {
-        "environment.json": environment(placement),
-        "data.json": prepared.ledger.as_dict(),
-        "plan.json": plan(recipe, tokens=_most_tokens(recipe, prepared), task=prepared.task),
-    }
-    run, existed = runs.start(parsed, decided, facts)
+        "environment.json": environment(*base), "data.json": prepared.ledger.as_dict(), "plan.json": plan.as_dict(),
+    }  # fmt: skip
+    run = runs.start(resolved, parsed.origins, decided, facts)
+    _check_same_rows(run, prepared.ledger)
+    return Ready(run, prepared, plan)
+
+
+def plan_of(recipe: Recipe, prepared: Prepared, base: tuple[Hardware, Placement]) -> Plan:
+    """The plan of a recipe without open settings over its rows."""
+    train = recipe.train
+    batches = make_batches(
+        prepared.train, size=train.per_device_train_batch_size, accumulate=train.gradient_accumulation_steps,
+        seed=train.seed, flat=bool(recipe.data.padding_free), by_length=recipe.data.order == "short_first",
+        bins=prepared.bins,
+    )  # fmt: skip
+    return plan_run(recipe, base, prepared.task, Work(batches, train.max_steps or 1))
+
+
+def _check_same_rows(run: Run, ledger: Ledger) -> None:
+    """Raise UserError where the rows of an unfinished run have changed since it began."""
+    if run.finished is not None:
+        return
     began = run.read("data.json") or {}
-    if run.finished is None:
-        check_unchanged(began.get("files", []), prepared.ledger.files)
-    known = began.get("sha256")
-    if run.finished is None and known != prepared.ledger.sha256:
+    check_unchanged(began.get("files", []), ledger.files)
+    if began.get("sha256") != ledger.sha256:
         raise UserError(
             "the training rows have changed since this run began", file=str(run.path), field="data.dataset",
-            found=f"sha256 {prepared.ledger.sha256[:16]}…", expected=f"sha256 {str(known)[:16]}…",
+            found=f"sha256 {ledger.sha256[:16]}…", expected=f"sha256 {str(began.get('sha256'))[:16]}…",
             fix="put the data back, or start a new run with another output_dir",
         )  # fmt: skip
-    return Ready(run, existed, prepared, placement)
 
 
-def batches_of(ready: Ready) -> Batches | TaskBatches:
-    """The training batches in their order."""
-    train = ready.recipe.train
-    return batches_for(
-        ready.prepared.train, ready.recipe.data, size=train.per_device_train_batch_size,
-        accumulate=train.gradient_accumulation_steps, seed=train.seed, bins=ready.prepared.bins,
-    )  # fmt: skip
-
-
-def build_model(ready: Ready) -> tuple[torch.nn.Module, Ready, Arrangement]:
-    """Seed, load, attach the method, check isolation, arrange for speed; returns the model in training mode."""
-    recipe, placement = ready.recipe, ready.placement
-    seed_everything(recipe.train.seed)
-    task = ready.prepared.task
-    padded = is_padded(recipe, task)
-    halved = bool(recipe.train.offload_optimizer) and recipe.method.can.whole_model and placement.autocast
-    loaded = placement
-    if halved and not padded and not recipe.model.from_config:  # random weights are drawn where they always are
-        loaded = replace(placement, device=torch.device("cpu"))
-    network = load_model(recipe.model, loaded, task)
-    model = recipe.method.attach(network, task)
-    if padded:
-        return _padded(ready, network, model)
-    masters = {} if recipe.train.offload_optimizer else None
-    if halved:
-        masters = halve(network, placement.device, placement.compute)
-    ready = _isolated(ready, model, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
-    autocast = placement.compute if placement.autocast else None
-    forward = Forward(placement.device, placement.compute, placement.autocast, find_head(network, autocast=autocast))
-    _say_parameters(model)
-    model.train()
-    batches = batches_of(ready)
-    assert isinstance(batches, Batches)
-    start_from_rows(recipe.method, model, forward, batches)
-    train = _possible(recipe)
-    arranged = arrange(train, placement, model, network, forward, batches, steps=train.max_steps or 1, masters=masters)
-    ready.run.write("arrangement.json", arranged.facts)
-    return model, ready, arranged
-
-
-def _possible(recipe: Recipe) -> Train:
-    """The training settings with what the method rules out decided, where it was left open."""
-    train = recipe.train
-    if _uncaptured(recipe):
-        train = replace(train, cuda_graphs=False)
-    if _follows_updates(recipe):
-        train = replace(train, offload_optimizer=False)
-    return train if recipe.method.can.compiles else replace(train, compile=False)
-
-
-def _uncaptured(recipe: Recipe) -> str | None:
-    """Why no step of the method can be captured as a CUDA graph; None where it can."""
-    if recipe.method.penalised:
-        return "the method adds a penalty to the loss after the forward pass, which a captured step would leave out"
-    if recipe.model.new_tokens or getattr(recipe.method, "trainable_token_indices", None):
-        return "PEFT copies the places of the trained tokens from the host in every forward pass"
-    return None
-
-
-def _follows_updates(recipe: Recipe) -> bool:
-    """Whether the method hooks itself to the optimiser."""
-    return type(recipe.method).begin is not Method.begin
-
-
-def _padded(ready: Ready, network: Any, model: torch.nn.Module) -> tuple[torch.nn.Module, Ready, Arrangement]:
-    """The rest of `build_model` for tasks and methods whose rows are padded."""
-    recipe = ready.recipe
-    forward = task_forward(network, ready.placement, ready.prepared.task, virtual=not recipe.method.can.inside)
-    _say_parameters(model)
-    model.train()
-    batches = batches_of(ready)
-    start_from_rows(recipe.method, model, forward, batches)
-    arranged = arrange_padded(recipe.train, ready.placement, model, network, forward, batches)
-    on_host = bool(recipe.train.offload_optimizer)
-    facts = arranged.facts | {"offload_optimizer": on_host}
-    arranged = replace(arranged, facts=facts, masters={} if on_host else None)
-    ready.run.write("arrangement.json", arranged.facts)
-    return model, ready, arranged
-
-
-def _say_parameters(model: torch.nn.Module) -> None:
-    trainable, total = count_parameters(model)
-    say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
-
-
-def environment(placement: Placement) -> dict[str, Any]:
+def environment(hardware: Hardware, placement: Placement) -> dict[str, Any]:
     """Versions and hardware, flat."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
     for package in ("whet", "torch", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found | {
+            versions[package] = None
+    return versions | {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": placement.device.type,
-        "device_name": device_name(placement.device),
+        "device_name": hardware.name,
         "compute": placement.arithmetic,
         "storage": placement.storage,
         "threads": torch.get_num_threads(),
     }
 
 
-def show_ledger(ledger: Ledger) -> None:
-    """The lines of the ledger that a person should see before the first step."""
+def print_ledger(ledger: Ledger) -> None:
+    """Print the lines of the ledger that a person should see before the first step."""
     share = 100 * ledger.supervised_tokens / max(1, ledger.tokens)
     say(f"data: {ledger.rows_train:,} rows to learn from, {ledger.rows_eval:,} held out ({ledger.format})")
     if ledger.labels:
@@ -222,9 +137,9 @@ def show_ledger(ledger: Ledger) -> None:
         say(f"learned: {ledger.supervised_tokens:,} of {ledger.tokens:,} tokens ({share:.0f} %)")
     if ledger.added:
         say(f"added: {ledger.added['rows']:,} of the rows to learn from")
-    for name, found in ledger.benchmarks.items():
-        if found["rows_learned"]:
-            say(f"  {found['rows_learned']:,} rows to learn from stand in {name}", style="yellow")
+    for name, benchmark in ledger.benchmarks.items():
+        if benchmark["rows_learned"]:
+            say(f"  {benchmark['rows_learned']:,} rows to learn from stand in {name}", style="yellow")
     for count, text in (
         (len(ledger.dropped), "rows dropped (data.json names each)"),
         (ledger.tokens_lost, "tokens lost to data.max_length"),
@@ -234,92 +149,3 @@ def show_ledger(ledger: Ledger) -> None:
     ):
         if count:
             say(f"  {count:,} {text}", style="yellow")
-
-
-def _most_tokens(recipe: Recipe, prepared: Prepared) -> int:
-    """Tokens of the largest forward pass there can be: the longest rows together, or full packed rows."""
-    size = recipe.train.per_device_train_batch_size
-    if prepared.bins is not None:
-        return size * prepared.max_length
-    if prepared.train.labels is not None or prepared.train.answers is not None:
-        return TaskBatches(prepared.train, size=size, accumulate=1, seed=0).largest()
-    return int(sum(sorted(prepared.train.lengths.tolist(), reverse=True)[:size]))
-
-
-def _decided(recipe: Recipe, prepared: Prepared, placement: Placement) -> dict[str, tuple[object, str]]:
-    """Every auto setting with the value it gets and why."""
-    train, method, decided = recipe.train, recipe.method, dict(prepared.decided)
-    settled = {
-        "base.device": placement.device.type, "base.compute": placement.arithmetic, "base.storage": placement.storage,
-    }  # fmt: skip
-    for path, value in settled.items():
-        if getattr(recipe.base, path.partition(".")[2]) is None:
-            decided[path] = (value, placement.reasons.get(path, "follows from base.storage"))
-    if recipe.base.double_quant is None and placement.storage == "nf4":
-        decided["base.double_quant"] = (True, "usual for nf4")
-    if train.learning_rate is None:
-        decided["train.learning_rate"] = (method.can.learning_rate, f"usual for {method.name}")
-    if method.name == "lora" and method.lora_alpha is None:
-        decided["method.lora_alpha"] = (2.0 * method.r, "2 * r")
-    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    units = len(prepared.bins) if prepared.bins is not None else len(prepared.train)
-    per_epoch = math.ceil(units / per_step)
-    if train.max_steps is None:
-        decided["train.max_steps"] = (
-            math.ceil(per_epoch * train.num_train_epochs),
-            f"{train.num_train_epochs:g} epochs of {per_epoch} steps",
-        )
-    if train.eval_steps is None:
-        decided["train.eval_steps"] = (per_epoch, "once an epoch")
-    if train.save_steps is None:
-        every = train.eval_steps or per_epoch
-        decided["train.save_steps"] = (every, "with every evaluation")
-    if train.lr_scheduler_type == "warmup_stable_decay" and train.decay_ratio is None:
-        decided["train.decay_ratio"] = (DECAY_RATIO, "the last fifth")
-    decided |= {path: entry for path, entry in _layout(recipe).items() if path not in prepared.decided}
-    if not len(prepared.evaluation) and train.early_stopping_patience is not None:
-        raise UserError(
-            "early stopping needs held-out rows", field="train.early_stopping_patience", found="no held-out row",
-            expected="data.val_size above 0, or data.eval_dataset", fix="data.val_size=0.05",
-        )  # fmt: skip
-    return decided
-
-
-def _layout(recipe: Recipe) -> dict[str, tuple[object, str]]:
-    """How rows share a batch, where the recipe leaves it open."""
-    if recipe.method.can.inside:
-        usual = (True, "the model passed the isolation check")
-        return {} if recipe.data.padding_free is not None else {"data.padding_free": usual}
-    why = f"{recipe.method.name} puts tokens in front of each row"
-    return {f"data.{name}": (False, why) for name in ("packing", "padding_free")}
-
-
-def _isolated(ready: Ready, model: torch.nn.Module, vocabulary: int) -> Ready:
-    """Run the isolation check where documents share a row; fall back to padding where whet may decide."""
-    autocast = ready.placement.compute if ready.placement.autocast else None
-    flat = bool(ready.recipe.data.padding_free)
-    moved = check_causality(model, vocabulary, flat=flat, autocast=autocast)
-    if moved > SEES_AHEAD:
-        raise UserError(
-            "the model sees the tokens that it should predict: its attention has no causal mask", field="model.path",
-            found=f"earlier logits moved by {100 * moved:.2g} % when the last token changed", expected="0",
-            fix="give a decoder; for a family that should be one, please report it",
-        )  # fmt: skip
-    if not flat:
-        return ready
-    found = check_isolation(model, vocabulary, autocast=autocast)
-    if found.holds:
-        return ready
-    origins = ready.run.read("origins.json") or {}
-    if ready.prepared.bins is not None or origins["data.padding_free"]["origin"] != "decided":
-        raise UserError(
-            "the model lets documents that share a row see each other", field="data.packing",
-            found=f"logits moved by {found.moved:.2g}", expected="0", fix="data.packing=false data.padding_free=false",
-        )  # fmt: skip
-    say("the model's attention cannot keep documents apart in one row: training padded instead", style="yellow")
-    recipe = runs.resolve(ready.recipe, {"data.padding_free": False})
-    write_text(ready.run.path / "recipe.yaml", to_yaml(recipe))
-    why = "the model did not pass the isolation check"
-    origins["data.padding_free"] = {"value": False, "origin": "decided", "reason": why}
-    ready.run.write("origins.json", origins)
-    return Ready(Run(ready.run.path, recipe), ready.existed, ready.prepared, ready.placement)

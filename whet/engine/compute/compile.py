@@ -62,6 +62,13 @@ def forget_compilation(network: nn.Module) -> None:
         layer._compiled_call_impl = None
 
 
+def compile_errors() -> tuple[type[Exception], ...]:
+    """The errors of a layer that cannot be compiled."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException,)
+
+
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
     """Inside, compiled layers run as they were written: for shapes that would each be compiled anew."""

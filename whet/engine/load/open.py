@@ -11,7 +11,7 @@ import torch
 
 from whet.base.errors import UserError
 from whet.engine.config import Base, Model
-from whet.engine.device import PACKED, Placement, place
+from whet.engine.device import PACKED, Placement, resolve_placement
 from whet.engine.load.load import checkpoint_storage, load_model
 from whet.engine.task import CAUSAL, Task
 
@@ -54,7 +54,7 @@ def answering(model: Model, base: Base) -> Placement:
     """Where and how `model` answers: as it was trained, but in fp32 on a CPU, where exactness costs little."""
     compute = None if base.compute == "fp8" else base.compute
     open_settings = Base(device=base.device, storage=base.storage, compute=compute)
-    placement = place(open_settings, ANSWERING, stored=checkpoint_storage(model))
+    placement = resolve_placement(open_settings, ANSWERING, stored=checkpoint_storage(model))
     if placement.device.type != "cpu":
         return placement
     storage = placement.storage if placement.storage in PACKED else "fp32"

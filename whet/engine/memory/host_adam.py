@@ -1,13 +1,13 @@
 """AdamW on the host: weights in float32, moments and gradients stay in host memory, the update runs there.
 
 As in ZeRO-Offload (arXiv:2101.06840) the device keeps what the layers multiply with, and nothing of the optimiser:
-12 bytes a trained weight less, 14 where `halve` applies. A gradient leaves for the host as soon as it is complete and
+12 bytes a trained weight less, 14 where `shorten_weights` applies. A gradient leaves for the host as soon as it is complete and
 is added up there in float32, so micro-batches, clipping and weight decay are what they are on the device, and the
 update is torch's own fused AdamW: the same bits on a CPU. The tensors lie in ordinary host memory; only a small ring of
 chunks is pinned, and everything travels through it. Pinning all of it would take minutes for a large model, and torch
 rounds such requests up to a power of two.
 
-Under autocast the weights of linear layers are cast to bf16 in every product. `halve` keeps just that cast on the
+Under autocast the weights of linear layers are cast to bf16 in every product. `shorten_weights` keeps just that cast on the
 device, so the arithmetic does not change by a bit. Embeddings, the output head, norms and biases are read in float32,
 so they stay in it.
 
@@ -151,7 +151,7 @@ class Pair:
     room: torch.Tensor | None = None
 
     @property
-    def halved(self) -> bool:
+    def shortened(self) -> bool:
         """Whether the device keeps fewer bits than the master."""
         return self.parameter.dtype != self.master.dtype
 
@@ -160,7 +160,7 @@ class HostAdamW(torch.optim.AdamW):
     """AdamW whose parameters are the masters of `groups`' parameters; their state and its names are AdamW's.
 
     groups: as AdamW takes them, with the parameters of the model. masters: float32 host tensors that some of these
-    have already (see `halve`); the others get a copy of their own. Backward passes may follow each other; `collect`
+    have already (see `shorten_weights`); the others get a copy of their own. Backward passes may follow each other; `collect_gradients`
     ends them, then the gradients stand in `.grad` of the masters. A parameter needs `requires_grad` when it comes in.
     """
 
@@ -192,11 +192,15 @@ class HostAdamW(torch.optim.AdamW):
         self.ferry.fetch(grad, pair.room, add=pair.master.grad is not None)
         pair.master.grad = pair.room
 
-    def collect(self) -> None:
+    def collect_gradients(self) -> None:
         """Wait for all gradients; from here on they stand in `.grad` of the masters."""
         for pair in self.pairs:
             self._leave(pair, pair.parameter)  # one that no hook saw
         self.ferry.drain()
+
+    def forget_broken_step(self) -> None:
+        """Forget what a step that was broken off has left on the host."""
+        self.zero_grad()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, on the host and on the device."""
@@ -209,7 +213,7 @@ class HostAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the masters that have a gradient, and let the parameters follow; the gradients are used up."""
         assert closure is None
-        self.collect()
+        self.collect_gradients()
         grads = {id(pair): pair.master.grad for pair in self.pairs}
         super().zero_grad(set_to_none=True)
         for bucket in _buckets([pair for pair in self.pairs if grads[id(pair)] is not None]):
@@ -222,27 +226,27 @@ class HostAdamW(torch.optim.AdamW):
         self.ferry.land()
 
     @property
-    def exact(self) -> dict[nn.Parameter, torch.Tensor]:
+    def exact_weights(self) -> dict[nn.Parameter, torch.Tensor]:
         """The masters of the parameters that the device keeps in fewer bits."""
-        return {pair.parameter: pair.master for pair in self.pairs if pair.halved}
+        return {pair.parameter: pair.master for pair in self.pairs if pair.shortened}
 
     @torch.no_grad()
-    def agree(self) -> None:
-        """After weights were written: to masters in `exact`, their parameters follow; elsewhere the masters do."""
+    def follow_weights(self) -> None:
+        """After weights were written: to masters in `exact_weights`, their parameters follow; elsewhere the masters do."""
         for pair in self.pairs:
-            if pair.halved:
+            if pair.shortened:
                 self.ferry.send(pair.master, pair.parameter)
             else:
                 self.ferry.fetch(pair.parameter, pair.master, add=False)
         self.ferry.land()
         self.ferry.drain()
 
-    def release(self) -> None:
-        """Training is over: the model gets the masters in `exact` themselves, which stay on the host."""
+    def hand_back(self) -> None:
+        """Training is over: the model gets the masters in `exact_weights` themselves, which stay on the host."""
         self.ferry.drain()
         for hook in self._hooks:
             hook.remove()
-        for parameter, master in self.exact.items():
+        for parameter, master in self.exact_weights.items():
             parameter.data = master.data
 
 
@@ -268,7 +272,7 @@ def _buckets(pairs: Sequence[Pair]) -> list[list[Pair]]:
 
 
 @torch.no_grad()
-def halve(network: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[nn.Parameter, torch.Tensor]:
+def shorten_weights(network: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[nn.Parameter, torch.Tensor]:
     """Keep what autocast casts to `dtype` anyway, the trained weights of linear layers, as that on `device`.
 
     Returns their float32 values on the host, by parameter: the masters of a `HostAdamW`. The output head, a weight
@@ -287,8 +291,3 @@ def halve(network: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[
             weight.data = weight.detach().to(dtype).to(device)
     network.to(device)
     return masters
-
-
-def halves(network: nn.Module) -> bool:
-    """Whether `halve` applies to `network`: a plain model of which every weight is trained."""
-    return not hasattr(network, "peft_config") and all(p.requires_grad for p in network.parameters())

@@ -1,0 +1,174 @@
+"""The one place where it is decided how a run sits on the hardware: a pure function of settings and facts.
+
+Each setting that is left open (`auto`) gets the fastest choice that fits the memory which is free; a setting that says
+something is obeyed. The order is fixed: what costs no time first (larger or fewer forward passes), then what costs a
+little (lean activations), then gradient checkpointing, offloading, tiles. What cannot hold together was refused before
+(`planning.rules`). Gives up: nothing is tried out; where the arithmetic is wrong, training cuts the step when memory
+runs out (`training.launch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from whet.base.errors import UserError
+from whet.engine.compute.compile import worth_compiling
+from whet.planning import memory
+from whet.planning.costs import TILE_TOKENS, MemoryMode, fastest_mode
+from whet.planning.facts import Facts, Work
+from whet.planning.layout import Layout
+from whet.settings import Train
+
+MAX_FORMS, MAX_COMPILED_FORMS = 3, 2  # each form of a compiled layer costs its compilation
+FILL_MULTIPLE = 32  # tokens: on a CPU new shapes cost oneDNN half a millisecond a product
+SLACK_BYTES = 2 << 30
+LEAST_TOKENS = 4096  # a forward pass of fewer leaves a large model's products waiting
+TRANSPOSED_SHARE = 0.2  # fp8 bytes are kept in both orders where weights take less than this share of the free memory
+
+
+def decide(train: Train, facts: Facts) -> Layout:
+    """The layout that the settings allow and the memory holds. Raises UserError where nothing fits."""
+    work = facts.work
+    layout = Layout(
+        flat=facts.flat, size=work.batches.size, accumulate=work.batches.accumulate, tokens=work.largest_tokens,
+        optim=train.optim, group_lora=facts.model.has_peft and train.optim != "adafactor",
+    )  # fmt: skip
+    layout = replace(layout, compile_layers=_compiles(train, facts), keep_transposed=_keeps_transposed(facts, layout))
+    layout = _place_optimiser(train, facts, layout)
+    room = _room(facts, layout)
+    work = _cut(train, facts, layout, room)
+    layout = replace(layout, size=work.batches.size, accumulate=work.batches.accumulate, tokens=work.largest_tokens)
+    layout = _fill(facts, layout, work, room)
+    layout = _keep_activations(train, facts, layout, room)
+    layout = replace(layout, cuda_graphs=_captures(train, facts, layout))
+    classes = memory.weights_and_optimiser(facts, layout)
+    classes |= {"activations": memory.activations(facts, layout), "logits": memory.logits(facts)}
+    return replace(layout, memory=classes, host_bytes=memory.host_bytes(facts, layout))
+
+
+def asks_for_memory_mode(train: Train) -> bool:
+    """Tell whether the settings ask for gradient checkpointing, offloaded inputs or tiles."""
+    return bool(train.gradient_checkpointing or train.activation_offload or train.tile_mlp)
+
+
+def _compiles(train: Train, facts: Facts) -> bool:
+    """As set, else where the whole run is long enough."""
+    if not facts.method.compiles or facts.padded_task:
+        return False
+    if train.compile is not None or not facts.on_gpu or not facts.flat:
+        return bool(train.compile)
+    return worth_compiling(facts.model.total, facts.work.tokens)
+
+
+def _keeps_transposed(facts: Facts, layout: Layout) -> bool:
+    """As set, else where the weights are small beside the free memory."""
+    placement = facts.placement
+    if placement.offload_embedding or placement.offload_head:  # who asks for that wants the least memory
+        return False
+    if placement.keep_transposed is not None or not placement.fp8 or facts.hardware.free_bytes is None:
+        return bool(placement.keep_transposed)
+    held = memory.weights_and_optimiser(facts, layout)["frozen weights"]
+    return held < TRANSPOSED_SHARE * (facts.hardware.free_bytes - held)
+
+
+def _place_optimiser(train: Train, facts: Facts, layout: Layout) -> Layout:
+    """On the host where that is asked for, or where not even the leanest activations would fit beside it."""
+    wanted = train.offload_optimizer
+    if facts.method.follows_updates:
+        wanted = False
+    room = _room(facts, layout)
+    may = train.optim == "adamw" and not train.cuda_graphs and not facts.padded_task
+    if wanted is None and room is not None and may:
+        wanted = room < memory.activations(facts, _leanest(facts, layout))
+    if not wanted:
+        return layout
+    short = facts.placement.autocast and facts.model.short_numbers > 0 and not facts.padded_task
+    return replace(layout, offload_optimizer=True, short_weights=short)
+
+
+def _leanest(facts: Facts, layout: Layout) -> Layout:
+    """The layout that keeps the least activations of the same forward pass."""
+    mode = MemoryMode(facts.model.shape.layers - 1, True, TILE_TOKENS)
+    return replace(layout, mode=mode, compile_layers=True, lean=True)
+
+
+def _room(facts: Facts, layout: Layout) -> int | None:
+    """Bytes for activations: free memory less weights, gradients, moments, logits and slack; None without a bound."""
+    if facts.hardware.free_bytes is None:
+        return None
+    taken = sum(memory.weights_and_optimiser(facts, layout).values())
+    return facts.hardware.free_bytes - taken - memory.logits(facts) - SLACK_BYTES
+
+
+def _cut(train: Train, facts: Facts, layout: Layout, room: int | None) -> Work:
+    """Forward passes as few and large as fit with all activations kept, where whet may decide."""
+    if train.fit_micro_batches is False or not facts.flat or room is None or asks_for_memory_mode(train):
+        return facts.work
+
+    def fits(work: Work) -> bool:
+        return memory.activations(facts, replace(layout, tokens=work.largest_tokens)) <= room
+
+    return fewest_passes(facts.work, fits)
+
+
+def fewest_passes(work: Work, fits: Callable[[Work], bool]) -> Work:
+    """The steps in forward passes as few and large as fit: joined, or cut down to LEAST_TOKENS; the result is the same.
+
+    Where nothing fits they stay as they are, and a memory mode has to help.
+    """
+    given = work.batches.size
+    together = given * work.batches.accumulate
+    for size in (count for count in range(together, 0, -1) if together % count == 0):
+        candidate = work.cut(size)
+        if size < given and candidate.largest_tokens < LEAST_TOKENS:
+            break
+        if fits(candidate):
+            return candidate
+    return work
+
+
+def _fill(facts: Facts, layout: Layout, work: Work, room: int | None) -> Layout:
+    """What flat batches are filled up to: a few forms on a GPU, a multiple of tokens on a CPU."""
+    if not facts.on_gpu:
+        return replace(layout, fill_multiple=FILL_MULTIPLE)
+    if not facts.flat:
+        return layout
+    limit = MAX_COMPILED_FORMS if layout.compile_layers else MAX_FORMS
+    # A captured form holds its memory while another one runs uncaptured.
+    if room is not None and 2 * memory.activations(facts, layout) > room:
+        limit = 1
+    forms = work.forms(limit)
+    return replace(layout, forms=forms, tokens=forms[-1].tokens)
+
+
+def _keep_activations(train: Train, facts: Facts, layout: Layout, room: int | None) -> Layout:
+    """The memory mode that the settings ask for, and where they leave it open, the fastest that fits."""
+    layers = facts.model.shape.layers
+    if asks_for_memory_mode(train):
+        count = layers if facts.padded_task else layers - 1  # transformers' own switch knows no layer by itself
+        mode = MemoryMode(count, bool(train.activation_offload), train.tile_mlp or 0)
+        return replace(layout, mode=mode, lean=layout.compile_layers)
+    if room is None or facts.padded_task or memory.activations(facts, layout) <= room:
+        return layout
+    layout = replace(layout, lean=layout.compile_layers)
+    if train.gradient_checkpointing is False:
+        return layout
+    factor = memory.keeps(facts, compiled=layout.compile_layers, lean=layout.lean)
+    return replace(layout, mode=fastest_mode(int(room / factor), facts.model.shape, layout.tokens))
+
+
+def _captures(train: Train, facts: Facts, layout: Layout) -> bool:
+    """Whole steps as CUDA graphs: as set, else wherever they can be. Raises UserError where they are asked for and
+    cannot be."""
+    on_host = facts.placement.offload_embedding or facts.placement.offload_head or layout.offload_optimizer
+    possible = (
+        facts.on_gpu and train.optim == "adamw" and bool(layout.forms) and layout.mode == MemoryMode()
+        and facts.method.uncapturable is None and not on_host
+    )  # fmt: skip
+    if train.cuda_graphs and not possible:
+        raise UserError(
+            "this run's steps cannot be captured", field="train.cuda_graphs", found="true",
+            expected="padding-free rows, optim adamw, no checkpointed layers", fix="train.cuda_graphs=auto",
+        )  # fmt: skip
+    return possible and train.cuda_graphs is not False

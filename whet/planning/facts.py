@@ -1,0 +1,161 @@
+"""Everything that decides how a run sits on the hardware, as plain numbers: nothing here is loaded or measured later.
+
+`decide` reads these and nothing else, so a plan for another card, or for the least free memory of several, is the same
+function on other facts. The model is counted on the meta device, with its method attached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from whet.data.batch.forms import Form, choose_forms
+from whet.engine.device import PACKED, Hardware, Placement
+from whet.engine.weights.linear import BLOCK, NESTED_BLOCK, frozen_names
+from whet.methods.method import Method
+from whet.planning.costs import LayerShape, layer_shape
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Counts of a model with its method attached.
+
+    trainable, total: parameters. largest_trained: numbers of the largest trained tensor. frozen_bytes: frozen weights
+    on the device as they are stored; fp8_bytes: of these, codes that could be kept in both orders. table_bytes,
+    head_bytes: input embedding and output head, as far as frozen; head_numbers: weights of the head; tied: they are one
+    tensor. short_numbers: weights of linear layers of a model that is trained whole, which autocast casts to bf16
+    anyway; else 0. has_peft: PEFT wraps the model.
+    """
+
+    shape: LayerShape
+    trainable: int
+    total: int
+    largest_trained: int
+    frozen_bytes: int
+    fp8_bytes: int = 0
+    table_bytes: int = 0
+    head_bytes: int = 0
+    head_numbers: int = 0
+    tied: bool = False
+    short_numbers: int = 0
+    has_peft: bool = False
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """Limits that a method sets. uncapturable: why no step of it can be captured in a CUDA graph, or None; compiles:
+    its layers are one graph; follows_updates: it hooks itself to the optimiser on the device; whole_model: it saves a
+    model, not an adapter."""
+
+    uncapturable: str | None = None
+    compiles: bool = True
+    follows_updates: bool = False
+    whole_model: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """The batches of a run, and how many optimiser steps are made of them."""
+
+    batches: Any
+    steps: int
+
+    @cached_property
+    def largest_tokens(self) -> int:
+        """Tokens of the largest forward pass there is."""
+        return self.batches.largest_tokens(self.steps)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of the whole run, which repeats its first epoch."""
+        epoch = min(self.steps, self.batches.steps_per_epoch)
+        return int(self.batches.facts(epoch).tokens.sum()) * self.steps // max(1, epoch)
+
+    @cached_property
+    def is_dense(self) -> bool:
+        """All documents have one length."""
+        lengths = self.batches.rows.lengths
+        return bool(lengths.min() == lengths.max())
+
+    def cut(self, size: int) -> Work:
+        """The same steps in forward passes of `size` rows; `size` divides the rows of a step."""
+        return replace(self, batches=self.batches.recut(size))
+
+    def forms(self, limit: int) -> tuple[Form, ...]:
+        """At most `limit` fixed forms that hold every batch."""
+        return tuple(choose_forms(self.batches.facts(self.steps), limit))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `decide` knows. flat: documents share rows without padding; padded_task: labels, answers or virtual tokens,
+    for which the model is called as a whole on padded rows."""
+
+    hardware: Hardware
+    placement: Placement
+    model: ModelFacts
+    method: MethodFacts
+    work: Work
+    flat: bool
+    padded_task: bool
+
+    @property
+    def on_gpu(self) -> bool:
+        """The device is a CUDA GPU: memory has a hard end, and kernels can be compiled and captured."""
+        return self.hardware.device.type == "cuda"
+
+
+def method_facts(method: Any, *, new_tokens: bool) -> MethodFacts:
+    """The limits of a method with these settings; new_tokens: the recipe adds tokens."""
+    why = None
+    if method.penalised:
+        why = "the method adds a penalty to the loss after the forward pass, which a captured step would leave out"
+    elif new_tokens or getattr(method, "trainable_token_indices", None):
+        why = "PEFT copies the places of the trained tokens from the host in every forward pass"
+    follows = type(method).begin is not Method.begin
+    return MethodFacts(why, method.can.compiles, follows, method.can.whole_model)
+
+
+def count_model(model: Any, network: Any, placement: Placement) -> ModelFacts:
+    """Count `model` (a method around or in `network`, a transformers model), both without memory."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    linears = {f"{name}.weight": network.get_submodule(name).weight for name in frozen_names(network)}
+    packed = {id(p) for p in linears.values() if not p.requires_grad and p.numel() % BLOCK == 0}
+    packed = packed if placement.storage in PACKED else set()
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    dense = DTYPE_BYTES.get(placement.storage) or DTYPE_BYTES.get(placement.arithmetic, 2)
+    stored = sum(_packed_bytes(p, placement) if id(p) in packed else p.numel() * dense for p in frozen)
+    table, head = network.get_input_embeddings().weight, network.get_output_embeddings()
+    head = getattr(head, "weight", None)
+    whole = not hasattr(model, "peft_config") and not frozen
+    return ModelFacts(
+        shape=layer_shape(network.config, DTYPE_BYTES.get(placement.arithmetic, 2)),
+        trainable=sum(p.numel() for p in trained),
+        total=sum(p.numel() for p in model.parameters()),
+        largest_trained=max((p.numel() for p in trained), default=0),
+        frozen_bytes=stored,
+        fp8_bytes=sum(p.numel() for p in frozen if id(p) in packed) if placement.storage == "fp8" else 0,
+        table_bytes=0 if table.requires_grad else table.numel() * dense,
+        head_bytes=0 if head is None or head.requires_grad else head.numel() * dense,
+        head_numbers=0 if head is None else head.numel(),
+        tied=head is table,
+        short_numbers=sum(p.numel() for p in linears.values()) if whole else 0,
+        has_peft=hasattr(model, "peft_config"),
+    )
+
+
+def _packed_bytes(weight: Any, placement: Placement) -> int:
+    """nf4: half a byte a weight and its scales; fp8 and int8: a byte a weight and a float32 an output channel."""
+    if placement.storage == "nf4":
+        return nf4_bytes(weight.numel(), placement.double_quant)
+    return weight.numel() + 4 * weight.shape[0]
+
+
+def nf4_bytes(weights: int, double_quant: bool) -> int:
+    """Bytes of `weights` quantised to nf4: half a byte each and the scales of their blocks."""
+    blocks = -(-weights // BLOCK)
+    scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if double_quant else 4 * blocks
+    return weights // 2 + scales

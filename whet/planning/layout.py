@@ -1,0 +1,52 @@
+"""How a run sits on the hardware: every decision, taken once, before the model is loaded.
+
+`planning.decide` makes it, `training.apply` carries it out, `whet plan` prints it, and a run directory keeps it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from whet.data.batch.forms import Form
+from whet.planning.costs import MemoryMode
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to run the same steps; the result does not depend on it beyond rounding.
+
+    size, accumulate: rows of a forward pass and forward passes of an optimiser step. forms: fixed shapes that batches
+    are filled up to, else `fill_multiple` tokens. tokens: of the largest forward pass. group_lora: LoRA layers that
+    read one input are one product. keep_transposed: fp8 bytes in both orders. mode: what activations are kept; lean:
+    compiled layers keep less. compile_layers, cuda_graphs: decoder layers are compiled, whole steps captured.
+    offload_optimizer: moments, gradients and exact weights in host memory; short_weights: the device keeps linear
+    layers in bf16 then. memory: predicted bytes on the device by class; host_bytes: in host memory.
+    """
+
+    flat: bool
+    size: int
+    accumulate: int
+    tokens: int
+    optim: str = "adamw"
+    forms: tuple[Form, ...] = ()
+    fill_multiple: int = 1
+    group_lora: bool = False
+    keep_transposed: bool = False
+    mode: MemoryMode = field(default_factory=MemoryMode)
+    lean: bool = False
+    compile_layers: bool = False
+    cuda_graphs: bool = False
+    offload_optimizer: bool = False
+    short_weights: bool = False
+    memory: dict[str, int] = field(default_factory=dict)
+    host_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak on the device."""
+        return sum(self.memory.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as layout.json holds them."""
+        return asdict(self)

@@ -1,0 +1,174 @@
+"""`whet plan`: what a recipe will need, before any weight is loaded; a model's config.json is enough.
+
+The same facts and the same decision as in training: `plan_run` counts the model on the meta device with its method
+attached, looks at the hardware, and decides. Where the rows are not known, full rows are assumed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from whet.base.errors import UserError
+from whet.data.batch.batches import Batches
+from whet.data.batch.rows import Rows
+from whet.engine.device import PACKED, Hardware, Placement, find_hardware, resolve_placement
+from whet.engine.load.load import checkpoint_storage, empty_model, load_config, longest_input
+from whet.engine.memory.host_tables import check_embedding, check_head, is_tied
+from whet.engine.task import Task, text_task
+from whet.engine.weights.linear import frozen_names
+from whet.planning.decide import decide
+from whet.planning.facts import Facts, Work, count_model, method_facts
+from whet.planning.layout import Layout
+from whet.planning.rules import check
+from whet.recipe import Recipe
+
+USUAL_LENGTH = 2048
+ASSUMED_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a recipe would run: the facts, and the layout that follows from them. assumed: what was not known."""
+
+    recipe: Recipe
+    task: Task
+    facts: Facts
+    layout: Layout
+
+    def as_dict(self) -> dict[str, Any]:
+        """trainable_params, all_params, memory by class (bytes), peak_bytes, host_bytes, the layout, and what they rest
+        on."""
+        placement, model, layout = self.facts.placement, self.facts.model, self.layout
+        assumed: dict[str, Any] = {
+            "task": self.task.name,
+            "device": placement.device.type,
+            "storage": placement.storage,
+            "compute": placement.arithmetic,
+            "tokens_per_forward": layout.tokens,
+            "optimiser": layout.optim,
+            "gradient_checkpointing": layout.mode.checkpointed_layers > 0,
+        }
+        if self.task.labels:
+            assumed["labels"] = len(self.task.labels)
+        return {
+            "model": self.recipe.model.path, "method": self.recipe.method.name, "trainable_params": model.trainable,
+            "all_params": model.total, "memory": layout.memory, "peak_bytes": layout.peak_bytes,
+            "host_bytes": layout.host_bytes, "layout": layout.as_dict(), "assumed": assumed,
+        }  # fmt: skip
+
+
+def resolve_base(recipe: Recipe, config: Any) -> tuple[Hardware, Placement]:
+    """The device and the placement of a recipe's base model. Raises UserError."""
+    hardware = find_hardware(recipe.base.device)
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    stored = checkpoint_storage(recipe.model)
+    storages = recipe.method.can.storages
+    return hardware, resolve_placement(recipe.base, storages, width, stored=stored, hardware=hardware)
+
+
+def plan_recipe(recipe: Recipe) -> Plan:
+    """The plan of a recipe whose rows are not read. Raises UserError."""
+    config = load_config(recipe.model)
+    task = assumed_task(recipe, config)
+    hardware, placement = resolve_base(recipe, config)
+    check(recipe, placement, config, task)
+    return plan_run(recipe, (hardware, placement), task, assumed_work(recipe, config))
+
+
+def plan_run(recipe: Recipe, base: tuple[Hardware, Placement], task: Task, work: Work) -> Plan:
+    """The plan of a recipe over the batches of `work`; base: as `resolve_base` gives it. Raises UserError for what the
+    model's structure rules out."""
+    hardware, placement = base
+    network = empty_model(recipe.model, "fp32", task)
+    packed = frozen_names(network) if placement.storage in PACKED else []
+    with torch.device("meta"):
+        model = recipe.method.attach(network, task)
+    padded_task = is_padded_task(recipe, task)
+    _check_together(network, model, placement, packed)
+    if placement.offload_head:
+        check_head(network, flat=not padded_task)
+    facts = Facts(
+        hardware=hardware, placement=placement, model=count_model(model, network, placement),
+        method=method_facts(recipe.method, new_tokens=bool(recipe.model.new_tokens)), work=work,
+        flat=bool(work.batches.flat), padded_task=padded_task,
+    )  # fmt: skip
+    return Plan(recipe, task, facts, decide(recipe.train, facts))
+
+
+def is_padded_task(recipe: Recipe, task: Task) -> bool:
+    """Tell whether the model is called as a whole on padded rows: for labels, answers, and virtual tokens in front."""
+    return task.name != "causal" or not recipe.method.can.inside
+
+
+def assumed_task(recipe: Recipe, config: Any) -> Task:
+    """The task of a recipe whose rows are not read: as it says, else what the model is built for; two classes."""
+    name = recipe.model.task or text_task(config)
+    return Task(name, ("0", "1") if name in ("classification", "multi_label") else ())
+
+
+def assumed_work(recipe: Recipe, config: Any) -> Work:
+    """Full rows of data.max_length tokens (auto: up to 2,048), all learned."""
+    readable = longest_input(config)
+    length = recipe.data.max_length or min(readable or USUAL_LENGTH, USUAL_LENGTH)
+    train = recipe.train
+    count = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    rows = Rows.gather((index, np.zeros(length, np.int32), np.ones(length, bool)) for index in range(count))
+    batches = Batches(
+        rows, None, size=train.per_device_train_batch_size, accumulate=train.gradient_accumulation_steps,
+        flat=recipe.data.padding_free is not False, seed=0,
+    )  # fmt: skip
+    return Work(batches, train.max_steps or ASSUMED_STEPS)
+
+
+def _check_together(network: Any, model: torch.nn.Module, placement: Placement, packed: Collection[str]) -> None:
+    """Raise UserError where the method trains what the base settings need frozen.
+
+    network: the model inside of `model`, without weights; packed: names of its layers that the storage takes.
+    """
+    if placement.offload_embedding and not (placement.offload_head and is_tied(network)):
+        check_embedding(network)
+    head = network.get_output_embeddings()
+    trained = head is not None and any(parameter.requires_grad for parameter in head.parameters())
+    if placement.fp8_head and (trained or not isinstance(head, torch.nn.Linear)):
+        raise UserError(
+            "only an output head that stays frozen can be multiplied in FP8", field="base.fp8_head", found="true",
+            expected="false where the method trains the head", fix="base.fp8_head=false",
+        )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        owner = re.sub(r"\.modules_to_save\.\w+", "", name.removeprefix("base_model.model.")).rpartition(".")[0]
+        if parameter.requires_grad and ".modules_to_save." in name and owner in packed:
+            raise UserError(
+                "a quantised module cannot be trained whole", field="method.modules_to_save", found=owner,
+                expected="a module of dense weights", fix="base.storage=bf16, or train it with target_modules",
+            )  # fmt: skip
+
+
+def print_plan(found: dict[str, Any]) -> None:
+    """Print a plan for people."""
+    from rich.table import Table
+
+    from whet.base.console import bytes_text, console, say
+
+    trainable, total = found["trainable_params"], found["all_params"]
+    say(f"{found['model']}: {trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    for name, count in found["memory"].items():
+        table.add_row(name, bytes_text(count))
+    table.add_row("together", bytes_text(found["peak_bytes"]), style="bold")
+    if found["host_bytes"]:
+        table.add_row("in host memory", bytes_text(found["host_bytes"]))
+    console().print(table)
+    assumed = found["assumed"]
+    say(
+        f"an estimate for {assumed['tokens_per_forward']:,} tokens in a forward pass, {assumed['storage']} weights and "
+        f"{assumed['compute']} arithmetic on {assumed['device']}; what torch itself needs comes on top",
+        style="dim",
+    )

@@ -1,0 +1,161 @@
+"""Carrying out a layout on a loaded model: groups, tables on the host, gradient checkpointing, tiles, compilation.
+
+None of it changes what is computed. What is decided stands in the layout; here is no choice but where a layer turns out
+not to compile, which only trying can tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from whet.base.console import bytes_text, say
+from whet.base.errors import UserError
+from whet.engine.compute.attention import fastest_attention
+from whet.engine.compute.compile import compile_layers, compile_errors, forget_compilation, lean_activations
+from whet.engine.device import Placement
+from whet.engine.memory.checkpointing import checkpoint_layers
+from whet.engine.memory.host_tables import offload_embedding
+from whet.engine.memory.tiles import tile_mlp
+from whet.methods.layers.group import Groups, fuse
+from whet.planning.layout import Layout
+from whet.training.captured import side_stream
+from whet.training.objective.objective import Objective
+
+T = TypeVar("T")
+Masters = Mapping[torch.nn.Parameter, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory with its method attached. network: the transformers model; model: what the method made of it;
+    masters: exact weights that are on the host already."""
+
+    network: Any
+    model: torch.nn.Module
+    masters: Masters
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """A model that is laid out to be trained, its objective, and its batches in the layout's forms.
+
+    masters: None where the optimiser is on the device, else the exact weights that are on the host already. groups: how
+    many products the LoRA layers make, 0 where they stand alone.
+    """
+
+    layout: Layout
+    network: Any
+    model: torch.nn.Module
+    objective: Objective
+    batches: Any
+    masters: Masters | None
+    groups: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.objective.device
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The parameters that the optimiser updates."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """What holds while steps run: the fastest attention, a stream for capture, what compiled layers keep."""
+        with fastest_attention(self.device), side_stream(self.device), lean_activations(self.layout.lean):
+            yield
+
+    def first(self, step: Callable[[], T]) -> T:
+        """Run the first step of this process; where a layer cannot be compiled, say so and run it uncompiled."""
+        try:
+            return step()
+        except compile_errors() as problem:
+            if not self.layout.compile_layers:
+                raise
+            reason = str(problem).strip().splitlines()[0]
+            say(f"this model's layers cannot be compiled, so they run as they are ({reason})", style="yellow")
+            forget_compilation(self.network)
+            for parameter in self.trained:
+                parameter.grad = None
+            return step()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The layout as it was carried out, for layout.json."""
+        return self.layout.as_dict() | {"groups": self.groups}
+
+
+def apply(layout: Layout, placement: Placement, loaded: Loaded, objective: Objective, batches: Any) -> Arranged:
+    """Lay out a loaded model. Raises UserError where the model has no such layers or head."""
+    network, model = loaded.network, loaded.model
+    if not objective.is_text:
+        _train_in_fp32(model)
+    groups = _grouped(layout, placement, loaded, objective)
+    if groups is not None:
+        objective = replace(objective, refresh=groups.refresh)
+    if objective.is_text:
+        objective = objective.with_head(network, placement, both_orders=layout.keep_transposed)
+    if placement.offload_embedding:
+        offload_embedding(network)
+    _keep_less(layout, network, own_switch=not objective.is_text)
+    if layout.compile_layers:
+        compile_layers(network, tokens=layout.tokens, whole=not layout.mode.tile_tokens)
+    batches = batches.recut(layout.size).filled(layout.fill_multiple, layout.forms)
+    masters = loaded.masters if layout.offload_optimizer else None
+    arranged = Arranged(layout, network, model, objective, batches, masters, 0 if groups is None else len(groups))
+    if placement.device.type == "cuda":
+        _say(layout)
+    return arranged
+
+
+def _train_in_fp32(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+
+
+def _grouped(layout: Layout, placement: Placement, loaded: Loaded, objective: Objective) -> Groups | None:
+    """The LoRA layers in groups that read one input, or None where there are none."""
+    if not layout.group_lora:
+        return None
+    groups = fuse(
+        loaded.model, compute=placement.compute, fp8=placement.fp8, keep_transposed=layout.keep_transposed,
+        run=lambda: objective.run_once(loaded.model),
+    )  # fmt: skip
+    return groups if len(groups) else None
+
+
+def _keep_less(layout: Layout, network: Any, *, own_switch: bool) -> None:
+    """Gradient checkpointing and tiles. own_switch: by transformers' own gradient checkpointing, for all layers."""
+    mode = layout.mode
+    if mode.checkpointed_layers and own_switch:
+        if not network.supports_gradient_checkpointing:
+            raise UserError(
+                "this model's layers cannot be run again", field="train.gradient_checkpointing", found="true",
+                expected="auto", fix="remove the line",
+            )  # fmt: skip
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif mode.checkpointed_layers:
+        checkpoint_layers(network, range(mode.checkpointed_layers), offload=mode.offload)
+    if mode.tile_tokens:
+        tile_mlp(network, mode.tile_tokens)
+
+
+def _say(layout: Layout) -> None:
+    forms, mode = ", ".join(f"{form.tokens:,}" for form in layout.forms), layout.mode
+    words = [f"{layout.accumulate} forward pass(es) a step"]
+    words += [f"of {forms} tokens"] if forms else [] if layout.flat else [f"of {layout.size} padded rows"]
+    words += ["layers compiled (the first steps take long)"] if layout.compile_layers else []
+    words += ["steps captured as CUDA graphs"] if layout.cuda_graphs else []
+    words += [f"gradient checkpointing of {mode.checkpointed_layers} layers"] if mode.checkpointed_layers else []
+    words += ["their inputs in host memory"] if mode.offload else []
+    words += ["lean activations"] if layout.lean else []
+    words += ["the optimiser in host memory, so no CUDA graphs"] if layout.offload_optimizer else []
+    free, total = torch.cuda.mem_get_info()
+    say(", ".join(words) + f"; {bytes_text(total - free)} of {bytes_text(total)} in use", style="dim")

@@ -1,0 +1,58 @@
+"""The end of a run: the best weights, what is written for others, and the mark that it is finished as the last thing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from whet.base.console import say
+from whet.base.files import whole_directory, write_json
+from whet.data.template.goldens import FILE as CONTRACT
+from whet.data.template.goldens import write_contract
+from whet.engine.memory.used import peak_bytes
+from whet.engine.weights.linear import count_parameters
+from whet.runs import LABELS
+from whet.training.apply import Arranged
+from whet.training.resume import Checkpoints
+from whet.training.setup import Ready
+from whet.training.state import State
+
+
+def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: State, reason: str) -> None:
+    """Keep the best weights if wanted, write them, and mark the run finished. reason: why training ended."""
+    best, run = state.best_step, ready.run
+    keeps_best = ready.recipe.train.load_best_model_at_end and best is not None
+    if keeps_best and best != state.step:
+        checkpoints.load_weights(best)
+        say(f"keeping step {best}, the lowest held-out loss ({state.best_loss:.4f})")
+    checkpoints.optimiser.hand_back()
+    method = ready.recipe.method
+    method.finalize(arranged.model)  # after the best weights are back: they may be from before it would be decided
+    tokenizer, task = ready.prepared.tokeniser, ready.plan.task
+    with whole_directory(run.trained) as directory:
+        method.save(arranged.model, directory)  # type: ignore[arg-type]
+        tokenizer.tokenizer.save_pretrained(str(directory))
+        if task.name != "causal":
+            write_json(directory / LABELS, {"task": task.name, "labels": list(task.labels)})
+        if tokenizer.template is not None:
+            write_contract(tokenizer, directory / CONTRACT)
+    run.write("finished.json", _summary(arranged, state, reason, best if keeps_best else state.step))
+    say(f"trained {state.step} steps, {state.tokens:,} tokens in {state.seconds:.1f} s "
+        f"({state.tokens_per_second:,.0f} tok/s) -> {run.trained}")  # fmt: skip
+
+
+def _summary(arranged: Arranged, state: State, reason: str, kept_step: int | None) -> dict[str, Any]:
+    trainable, total = count_parameters(arranged.model)
+    return {
+        "steps": state.step,
+        "kept_step": kept_step,
+        "best_step": state.best_step,
+        "best_eval_loss": state.best_loss,
+        "stopped": reason,
+        "seconds": round(state.seconds, 3),
+        "tokens": state.tokens,
+        "supervised_tokens": state.targets,
+        "tokens_per_second": round(state.tokens_per_second, 1),
+        "trainable_params": trainable,
+        "all_params": total,
+        "peak_memory_bytes": peak_bytes(arranged.device),
+    }

@@ -1,0 +1,75 @@
+"""The model to train: seeded, loaded, its method attached, and its attention proven before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from whet.base.console import say
+from whet.base.errors import UserError
+from whet.base.seed import seed_everything
+from whet.engine.compute.isolation import check_causality, check_isolation
+from whet.engine.load.load import load_model
+from whet.engine.memory.host_adam import shorten_weights
+from whet.engine.weights.linear import count_parameters
+from whet.recipe import resolve
+from whet.training.apply import Loaded
+from whet.training.setup import Ready, plan_of
+
+SEES_AHEAD = 0.01  # of the largest logit; a causal model moves by 0, or by rounding
+
+
+def load(ready: Ready) -> tuple[Loaded, Ready]:
+    """Load the model of a run and attach its method; returns it with the run, which may have been laid out anew.
+
+    Raises UserError for weights that cannot be used, and for a model that sees the tokens that it should predict.
+    """
+    recipe, placement, layout = ready.recipe, ready.plan.facts.placement, ready.plan.layout
+    seed_everything(recipe.train.seed)
+    home = placement
+    if layout.short_weights and not recipe.model.from_config:  # random weights are drawn where they always are
+        home = replace(placement, device=torch.device("cpu"))
+    network = load_model(recipe.model, home, ready.plan.task)
+    model = recipe.method.attach(network, ready.plan.task)
+    masters = shorten_weights(network, placement.device, placement.compute) if layout.short_weights else {}
+    if not ready.plan.facts.padded_task:
+        ready = _with_proven_attention(ready, model, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+    trainable, total = count_parameters(model)
+    say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
+    return Loaded(network, model.train(), masters), ready
+
+
+def _with_proven_attention(ready: Ready, model: torch.nn.Module, vocabulary: int) -> Ready:
+    """Refuse a model that sees ahead; where documents share a row and see each other, fall back to padded rows."""
+    placement, flat = ready.plan.facts.placement, ready.plan.facts.flat
+    autocast = placement.compute if placement.autocast else None
+    moved = check_causality(model, vocabulary, flat=flat, autocast=autocast)
+    if moved > SEES_AHEAD:
+        raise UserError(
+            "the model sees the tokens that it should predict: its attention has no causal mask", field="model.path",
+            found=f"earlier logits moved by {100 * moved:.2g} % when the last token changed", expected="0",
+            fix="give a decoder; for a family that should be one, please report it",
+        )  # fmt: skip
+    if not flat:
+        return ready
+    isolation = check_isolation(model, vocabulary, autocast=autocast)
+    return ready if isolation.holds else _padded(ready, isolation.moved)
+
+
+def _padded(ready: Ready, moved: float) -> Ready:
+    """The same run with a row for each document. Raises UserError where the recipe asks for shared rows."""
+    origins = ready.run.read("origins.json") or {}
+    if ready.prepared.bins is not None or origins["data.padding_free"]["origin"] != "decided":
+        raise UserError(
+            "the model lets documents that share a row see each other", field="data.packing",
+            found=f"logits moved by {moved:.2g}", expected="0", fix="data.packing=false data.padding_free=false",
+        )  # fmt: skip
+    say("the model's attention cannot keep documents apart in one row: training padded instead", style="yellow")
+    recipe = resolve(ready.recipe, {"data.padding_free": False})
+    plan = plan_of(recipe, ready.prepared, (ready.plan.facts.hardware, ready.plan.facts.placement))
+    kept = {name: getattr(ready.plan.layout, name) for name in ("offload_optimizer", "short_weights")}  # done already
+    plan = replace(plan, layout=replace(plan.layout, **kept))
+    run = ready.run.rewritten(recipe, {"data.padding_free": (False, "the model did not pass the isolation check")})
+    run.write("plan.json", plan.as_dict())
+    return replace(ready, run=run, plan=plan)

@@ -1,0 +1,63 @@
+"""The checkpoints of a run: written, pruned, and continued from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from whet.base.console import say
+from whet.base.errors import UserError
+from whet.runs import Run
+from whet.settings import Train
+from whet.training import checkpoint
+from whet.training.checkpoint import Identity
+from whet.training.optim import Optimiser
+from whet.training.state import State
+
+
+class Checkpoints:
+    """The checkpoints of one run, of its model and optimiser. batches: as the recipe cuts them, not as they are run."""
+
+    def __init__(
+        self, run: Run, identity: Identity, model: torch.nn.Module, optimiser: Optimiser, batches: Any, settings: Train
+    ) -> None:
+        self.run, self.identity, self.model, self.optimiser = run, identity, model, optimiser
+        self.batches, self.settings = batches, settings
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint and remove those that are not kept."""
+        state.next_batch = self._next_batch(state)
+        checkpoint.save(self.run.checkpoints, state.step, self.model, self.optimiser, dict(vars(state)), self.identity)
+        best = [state.best_step] if state.best_step is not None else []
+        checkpoint.prune(self.run.checkpoints, state.step, self.settings.save_total_limit, best)
+
+    def resume(self) -> State | None:
+        """Restore the newest valid checkpoint; None where there is none. Raises UserError where other rows come next
+        than the checkpoint was about to train on."""
+        self.run.checkpoints.mkdir(parents=True, exist_ok=True)
+        for folder in (self.run.path, self.run.checkpoints):
+            checkpoint.sweep(folder)
+        path, complaints = checkpoint.latest(self.run.checkpoints, self.identity)
+        for complaint in complaints:
+            say(complaint, style="yellow")
+        if path is None:
+            return None
+        state = State.from_checkpoint(checkpoint.load(path, self.model, self.optimiser))
+        if self._next_batch(state) != state.next_batch:
+            raise UserError(
+                "the next batch is not the one that the checkpoint was about to train on", file=str(path),
+                fix="the rows or their order changed; start a new run with another output_dir",
+            )  # fmt: skip
+        say(f"continuing {self.run.path} after step {state.step} of {self.settings.max_steps}")
+        return state
+
+    def load_weights(self, step: int) -> None:
+        """Restore the trained weights alone, as they were after `step`."""
+        checkpoint.load_weights(self.run.checkpoints / f"step-{step}", self.model, self.optimiser)
+
+    def _next_batch(self, state: State) -> str:
+        """Hash of the rows that come next, however they are cut into forward passes."""
+        if state.step >= (self.settings.max_steps or 0):
+            return ""
+        return self.batches.step(state.step)[0].sha256()
