@@ -153,7 +153,7 @@ def moved(case: Case) -> Any:
     """A model that has learned a little, as it is saved."""
     model = case.attached()
     steps(case, model, 3, rate=max(1e-2, case.method.can.learning_rate))
-    case.method.settle(model)
+    case.method.finalize(model)
     return model.eval()
 
 

@@ -62,7 +62,7 @@ def by_seam() -> Any:
         METHOD.penalty(model).backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-    METHOD.settle(model)
+    METHOD.finalize(model)
     return model.eval()
 
 
@@ -151,7 +151,7 @@ def test_settings_that_leave_nothing_to_give_away_are_refused(model_dir: Path, d
 def test_planted_faults_are_seen(
     monkeypatch: pytest.MonkeyPatch, model_dir: Path, data_file: Path, tmp_path: Path
 ) -> None:
-    whole = AdaLora.settle
+    whole = AdaLora.finalize
 
     def forgets(model: Any, optimiser: torch.optim.Optimizer, step: int) -> None:
         allocate(model, optimiser, step)
@@ -161,7 +161,7 @@ def test_planted_faults_are_seen(
     def late(model: Any, optimiser: torch.optim.Optimizer, step: int) -> None:
         allocate(model, optimiser, step - 1)
 
-    def settle(self: AdaLora, model: Any) -> None:
+    def finalize(self: AdaLora, model: Any) -> None:
         whole(self, model)
         pattern = model.peft_config["default"].rank_pattern
         for kept in pattern.values():
@@ -172,7 +172,7 @@ def test_planted_faults_are_seen(
         (adalora, "allocate", late, lambda out: check_the_same()),
         (adalora, "allocate", forgets, lambda out: check_the_cut(5, model_dir, data_file, out)),
         (AdaLora, "penalty", lambda self, model: 0.9 * penalty(self, model), lambda out: check_the_same()),
-        (AdaLora, "settle", settle, check_the_ranks),
+        (AdaLora, "finalize", finalize, check_the_ranks),
         (AdaLora, "before_step", lambda self, model, done: False, lambda out: check_the_same()),
     ]  # fmt: skip
     penalty = AdaLora.penalty

@@ -138,7 +138,7 @@ def steps(model: Any, method: Method, kind: str, count: int, rate: float) -> flo
         if extra is not None:
             extra.backward()
         optimiser.step()
-    method.settle(model)
+    method.finalize(model)
     return float(loss(model, kind).detach())
 
 
@@ -233,7 +233,7 @@ def test_saved_it_opens_to_the_same_logits_and_switches_and_folds(method: Method
     base = logits(network(kind), kind)
     model = method.attach(network(kind), task_of(kind))
     nudge(model)
-    method.settle(model)
+    method.finalize(model)
     live = logits(model, kind)
     method.save(model, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {TENSORS, ABOUT}
@@ -300,7 +300,7 @@ def test_a_bf16_base_is_trained_in_fp32(method: Method, kind: str, tmp_path: Pat
     steps(model, method, kind, 2, 1e-5)  # too small a step for 8 bits
     assert any(not torch.equal(p, small[name]) for name, p in trained(model).items() if "gates" not in name)
     nudge(model)
-    method.settle(model)
+    method.finalize(model)
     method.save(model, tmp_path)
     opened = method.load(network(kind).bfloat16(), tmp_path, task)
     assert torch.equal(logits(opened, kind), logits(model, kind))
@@ -533,7 +533,7 @@ def test_bad_input_is_refused_with_what_would_do() -> None:
 def test_it_does_not_open_on_another_base(method: Method, tmp_path: Path) -> None:
     model = method.attach(network("Llama"))
     nudge(model)
-    method.settle(model)
+    method.finalize(model)
     method.save(model, tmp_path)
     assert "another base" in refused(lambda: method.load(network("Llama", seed=1), tmp_path)).problem
     refused(lambda: method.load(network("Bert"), tmp_path, task_of("Bert")))

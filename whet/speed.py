@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,12 @@ import numpy as np
 from whet.base.console import Progress
 from whet.base.errors import UserError
 from whet.base.seed import seed_everything
-from whet.data.batch.batches import Batches
+from whet.data.batch.batches import Cut, Order
 from whet.data.batch.pack import best_fit
 from whet.data.batch.rows import Rows
+from whet.data.batch.text_batches import TextBatches
 
-MODES = {
-    "auto": {}, "off": {"gradient_checkpointing": False}, "recompute": {"gradient_checkpointing": True},
-    "offload": {"gradient_checkpointing": True, "activation_offload": True},
-}  # fmt: skip
+RATE = 2e-4
 
 
 @dataclass(frozen=True)
@@ -49,40 +47,44 @@ class Load:
 
 
 def measure_speed(model: str, base: Any, train: Any, load: Load) -> dict[str, Any]:
-    """tokens_per_second (median of the timed steps) and what stands beside it; see the keys. Raises UserError."""
+    """tokens_per_second (median of the timed steps) and what stands beside it; see the keys. Raises UserError.
+
+    base, train: the sections of a recipe; where `train.compile` is open, layers are compiled wherever they can be.
+    """
     import torch
 
     from whet.engine.config import Model
-    from whet.engine.device import device_name, resolve_placement
-    from whet.engine.load.load import load_config, load_model
+    from whet.engine.load.load import load_config
+    from whet.engine.task import CAUSAL
     from whet.methods.lora import Lora
-    from whet.training.arrange import check_arrangement
-    from whet.training.optim import check_optimiser
+    from whet.planning.facts import Work
+    from whet.planning.plan import plan_run, resolve_base
+    from whet.planning.rules import check
+    from whet.recipe import Recipe
 
     seed_everything(0)
-    place_of = Model(path=model, from_config=model.endswith(".json"))
-    config = load_config(place_of)
-    text = config.get_text_config()
-    method = Lora(r=load.r)
-    placement = resolve_placement(base, method.can.storages, getattr(text, "hidden_size", None))
-    check_optimiser(train, placement.device)
-    check_arrangement(train, placement.device, padded=False)
-    batches = _batches(load, min(30000, text.vocab_size))
-    began = time.perf_counter()
-    with torch.device(placement.device):  # random weights of a config are drawn where they stay
-        network = load_model(place_of, placement)
-    loaded = time.perf_counter() - began
-    attached = method.attach(network)
-    found = _run(train, placement, attached.train(), network, batches, load)
+    settings = Model(path=model, from_config=model.endswith(".json"))
+    config = load_config(settings)
+    recipe = Recipe(model=settings, base=base, method=Lora(r=load.r), train=train)
+    placed = resolve_base(recipe, config)
+    hardware, placement = placed
+    check(recipe, placement, config, CAUSAL)
+    total = load.warm + load.steps
+    on_gpu = placement.device.type == "cuda"
+    train = replace(
+        train, compile=on_gpu if train.compile is None else train.compile, learning_rate=train.learning_rate or RATE,
+        max_steps=total,
+    )  # fmt: skip
+    recipe = replace(recipe, train=train)
+    batches = _batches(load, min(30000, config.get_text_config().vocab_size))
+    plan = plan_run(recipe, placed, CAUSAL, Work(batches, total))
     return {
-        "system": "whet", "model": Path(model).name, "device": device_name(placement.device),
-        "torch": torch.__version__, "storage": placement.storage, "compute": placement.arithmetic, **asdict(load),
-        "load_seconds": round(loaded, 3),
-        **found,
+        "system": "whet", "model": Path(model).name, "device": hardware.name, "torch": torch.__version__,
+        "storage": placement.storage, "compute": placement.arithmetic, **asdict(load), **_measure(plan, total, load),
     }  # fmt: skip
 
 
-def _batches(load: Load, vocabulary: int) -> Batches:
+def _batches(load: Load, vocabulary: int) -> TextBatches:
     """Random rows: four steps' worth of full ones, or all given lengths packed once."""
     bins, size = None, load.rows
     if load.lengths is None:
@@ -99,7 +101,7 @@ def _batches(load: Load, vocabulary: int) -> Batches:
         bins, size = best_fit(lengths, row), budget // row
     draw = np.random.default_rng(1)
     parts = ((i, draw.integers(3, vocabulary, n, dtype=np.int32), np.ones(n, bool)) for i, n in enumerate(lengths))
-    return Batches(Rows.gather(parts), bins, size=size, accumulate=load.accumulation, flat=True, seed=0)
+    return TextBatches(Rows.gather(parts), bins, flat=True, order=Order(0), cut=Cut(size, load.accumulation))
 
 
 def _read_lengths(file: str) -> list[int]:
@@ -119,40 +121,29 @@ def _read_lengths(file: str) -> list[int]:
     return found
 
 
-def _run(train: Any, placement: Any, model: Any, network: Any, batches: Batches, load: Load) -> dict[str, Any]:
+def _measure(plan: Any, total: int, load: Load) -> dict[str, Any]:
+    """Load, lay out and step as training does, and time it."""
     import torch
 
-    from whet.engine.compute.head import find_head
     from whet.engine.memory.used import peak_bytes
-    from whet.training.arrange import arrange
-    from whet.training.graph import GraphSteps
-    from whet.training.loss import Forward
+    from whet.training.captured import GraphSteps
     from whet.training.optim import build_optimiser
     from whet.training.step import Steps
 
-    autocast = placement.compute if placement.autocast else None
-    total = load.warm + load.steps
-    began = time.perf_counter()
-    # No name for what goes in: a head that gives way to its FP8 form must be let go.
-    arranged = arrange(
-        train, placement, model, network,
-        Forward(placement.device, placement.compute, placement.autocast, find_head(network, autocast=autocast)),
-        batches, steps=total,
-    )  # fmt: skip
-    optimiser = build_optimiser(
-        train, arranged.matrices, arranged.vectors, 2e-4, captured=arranged.graphs, masters=arranged.masters
-    )
-    kind = GraphSteps if arranged.graphs else Steps
-    runner = kind(model, optimiser, arranged.forward, train.max_grad_norm)
+    train, device = plan.recipe.train, plan.facts.placement.device
+    arranged, loaded, began = _arranged(plan)
+    optimiser = build_optimiser(train, arranged.trained, captured=arranged.layout.cuda_graphs, masters=arranged.masters)
+    kind = GraphSteps if arranged.layout.cuda_graphs else Steps
+    runner = kind(arranged.model, optimiser, arranged.objective, train.max_grad_norm)
     seconds, losses, tokens, first = [], [], [], None
     with arranged.running(), Progress("measuring", total) as bar:
         for index in range(total):
-            made = arranged.batches.step(index)
-            if index == 1 and placement.device.type == "cuda":  # after compilation, before anything is captured
+            batches = arranged.batches.step(index)
+            if index == 1 and device.type == "cuda":  # after compilation, before anything is captured
                 torch.cuda.reset_peak_memory_stats()
-            start = _now(placement.device)
-            stepped = arranged.first(partial(runner.step, made, index + 1)).read()
-            seconds.append(_now(placement.device) - start)
+            start = _now(device)
+            stepped = arranged.first(partial(runner.step, batches, index + 1)).read()
+            seconds.append(_now(device) - start)
             if first is None:
                 first = (_process_seconds(), time.perf_counter() - began)
             losses.append(stepped.loss)
@@ -161,18 +152,38 @@ def _run(train: Any, placement: Any, model: Any, network: Any, batches: Batches,
     timed = [count / second for count, second in zip(tokens[load.warm :], seconds[load.warm :], strict=True)]
     times = sorted(seconds[load.warm :])
     assert first is not None
-    found = {
-        "tokens_per_second": round(statistics.median(timed)), "median_seconds": round(statistics.median(times), 5),
-        "p10_seconds": round(times[len(times) // 10], 5), "p90_seconds": round(times[len(times) * 9 // 10], 5),
-        "loss": round(losses[-1], 5), "first_loss": round(losses[0], 5), "first_step_seconds": round(first[0], 2),
-        "compile_seconds": round(first[1], 2), "arrangement": arranged.facts,
-        "peak_allocated_gib": round(peak_bytes(placement.device) / 2**30, 3),
+    measured = {
+        "load_seconds": round(loaded, 3), "tokens_per_second": round(statistics.median(timed)),
+        "median_seconds": round(statistics.median(times), 5), "p10_seconds": round(times[len(times) // 10], 5),
+        "p90_seconds": round(times[len(times) * 9 // 10], 5), "loss": round(losses[-1], 5),
+        "first_loss": round(losses[0], 5), "first_step_seconds": round(first[0], 2),
+        "compile_seconds": round(first[1], 2), "layout": arranged.as_dict(),
+        "peak_allocated_gib": round(peak_bytes(device) / 2**30, 3),
     }  # fmt: skip
-    if placement.device.type == "cuda":
-        found["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
+    if device.type == "cuda":
+        measured["peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
         free, whole = torch.cuda.mem_get_info()
-        found["device_used_gib"] = round((whole - free) / 2**30, 3)
-    return found
+        measured["device_used_gib"] = round((whole - free) / 2**30, 3)
+    return measured
+
+
+def _arranged(plan: Any) -> tuple[Any, float, float]:
+    """(the model laid out, seconds to load it, the moment after that)."""
+    import torch
+
+    from whet.engine.load.load import load_model
+    from whet.training.apply import Loaded, apply
+    from whet.training.objective.choose import objective_for
+
+    recipe, placement = plan.recipe, plan.facts.placement
+    start = time.perf_counter()
+    with torch.device(placement.device):  # random weights of a config are drawn where they stay
+        network = load_model(recipe.model, placement)
+    loaded, began = time.perf_counter() - start, time.perf_counter()
+    model = recipe.method.attach(network).train()
+    objective = objective_for(network, placement, plan.task, padded=False, virtual=False)
+    # The objective is handed over: a head that gives way to its FP8 form must be let go.
+    return apply(plan.layout, placement, Loaded(network, model, {}), objective, plan.facts.work.batches), loaded, began
 
 
 def _now(device: Any) -> float:

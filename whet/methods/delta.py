@@ -177,7 +177,7 @@ def put(network: nn.Module, tensors: dict[str, torch.Tensor], directory: Path) -
     _changes[network] = changes
 
 
-def settle(network: nn.Module) -> None:
+def keep_changes(network: nn.Module) -> None:
     """What `put` changed is the network's own from now on: its base values are let go."""
     _changes.pop(network)
 

@@ -66,5 +66,5 @@ class InPlaceMethod(Method):
         from whet.methods import delta
 
         delta.put(network, delta.read(self.name, network, directory)[0], directory)
-        delta.settle(network)
+        delta.keep_changes(network)
         return network

@@ -9,19 +9,20 @@ runs out (`training.launch`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from whet.base.errors import UserError
+from whet.data.batch.batches import Batches
+from whet.data.batch.text_batches import TextBatches
 from whet.engine.compute.compile import worth_compiling
 from whet.planning import memory
 from whet.planning.costs import TILE_TOKENS, MemoryMode, fastest_mode
-from whet.planning.facts import Facts, Work
+from whet.planning.facts import Facts
 from whet.planning.layout import Layout
 from whet.settings import Train
 
 MAX_FORMS, MAX_COMPILED_FORMS = 3, 2  # each form of a compiled layer costs its compilation
-FILL_MULTIPLE = 32  # tokens: on a CPU new shapes cost oneDNN half a millisecond a product
 SLACK_BYTES = 2 << 30
 LEAST_TOKENS = 4096  # a forward pass of fewer leaves a large model's products waiting
 TRANSPOSED_SHARE = 0.2  # fp8 bytes are kept in both orders where weights take less than this share of the free memory
@@ -29,17 +30,15 @@ TRANSPOSED_SHARE = 0.2  # fp8 bytes are kept in both orders where weights take l
 
 def decide(train: Train, facts: Facts) -> Layout:
     """The layout that the settings allow and the memory holds. Raises UserError where nothing fits."""
-    work = facts.work
     layout = Layout(
-        flat=facts.flat, size=work.batches.size, accumulate=work.batches.accumulate, tokens=work.largest_tokens,
-        optim=train.optim, group_lora=facts.model.has_peft and train.optim != "adafactor",
+        flat=facts.flat, cut=facts.work.batches.cut, tokens=facts.work.largest_tokens, optim=train.optim,
+        group_lora=facts.model.has_peft and train.optim != "adafactor",
     )  # fmt: skip
     layout = replace(layout, compile_layers=_compiles(train, facts), keep_transposed=_keeps_transposed(facts, layout))
     layout = _place_optimiser(train, facts, layout)
     room = _room(facts, layout)
-    work = _cut(train, facts, layout, room)
-    layout = replace(layout, size=work.batches.size, accumulate=work.batches.accumulate, tokens=work.largest_tokens)
-    layout = _fill(facts, layout, work, room)
+    layout = _cut(train, facts, layout, room)
+    layout = _fill(facts, layout, room)
     layout = _keep_activations(train, facts, layout, room)
     layout = replace(layout, cuda_graphs=_captures(train, facts, layout))
     classes = memory.weights_and_optimiser(facts, layout)
@@ -101,45 +100,36 @@ def _room(facts: Facts, layout: Layout) -> int | None:
     return facts.hardware.free_bytes - taken - memory.logits(facts) - SLACK_BYTES
 
 
-def _cut(train: Train, facts: Facts, layout: Layout, room: int | None) -> Work:
+def _cut(train: Train, facts: Facts, layout: Layout, room: int | None) -> Layout:
     """Forward passes as few and large as fit with all activations kept, where whet may decide."""
     if train.fit_micro_batches is False or not facts.flat or room is None or asks_for_memory_mode(train):
-        return facts.work
+        return layout
+    work = facts.work
 
-    def fits(work: Work) -> bool:
-        return memory.activations(facts, replace(layout, tokens=work.largest_tokens)) <= room
+    def fits(batches: TextBatches) -> bool:
+        candidate = replace(layout, tokens=batches.largest_tokens(work.steps))
+        return memory.activations(facts, candidate) <= room
 
-    return fewest_passes(facts.work, fits)
-
-
-def fewest_passes(work: Work, fits: Callable[[Work], bool]) -> Work:
-    """The steps in forward passes as few and large as fit: joined, or cut down to LEAST_TOKENS; the result is the same.
-
-    Where nothing fits they stay as they are, and a memory mode has to help.
-    """
-    given = work.batches.size
-    together = given * work.batches.accumulate
-    for size in (count for count in range(together, 0, -1) if together % count == 0):
-        candidate = work.cut(size)
-        if size < given and candidate.largest_tokens < LEAST_TOKENS:
-            break
-        if fits(candidate):
-            return candidate
-    return work
+    assert isinstance(work.batches, TextBatches), "only text is flat"
+    return _with_batches(layout, work.batches.fewest(fits, work.steps, least_tokens=LEAST_TOKENS), work.steps)
 
 
-def _fill(facts: Facts, layout: Layout, work: Work, room: int | None) -> Layout:
-    """What flat batches are filled up to: a few forms on a GPU, a multiple of tokens on a CPU."""
-    if not facts.on_gpu:
-        return replace(layout, fill_multiple=FILL_MULTIPLE)
+def _fill(facts: Facts, layout: Layout, room: int | None) -> Layout:
+    """Fill flat batches up: to a few forms on a GPU, to a multiple of tokens on a CPU."""
     if not facts.flat:
         return layout
-    limit = MAX_COMPILED_FORMS if layout.compile_layers else MAX_FORMS
-    # A captured form holds its memory while another one runs uncaptured.
-    if room is not None and 2 * memory.activations(facts, layout) > room:
-        limit = 1
-    forms = work.forms(limit)
-    return replace(layout, forms=forms, tokens=forms[-1].tokens)
+    most_forms = 0
+    if facts.on_gpu:
+        most_forms = MAX_COMPILED_FORMS if layout.compile_layers else MAX_FORMS
+        # A captured form holds its memory while another one runs uncaptured.
+        if room is not None and 2 * memory.activations(facts, layout) > room:
+            most_forms = 1
+    steps, batches = facts.work.steps, facts.work.batches.with_cut(layout.cut)
+    return _with_batches(layout, batches.filled(steps, most_forms=most_forms), steps)
+
+
+def _with_batches(layout: Layout, batches: Batches[Any], steps: int) -> Layout:
+    return replace(layout, cut=batches.cut, tokens=batches.largest_tokens(steps))
 
 
 def _keep_activations(train: Train, facts: Facts, layout: Layout, room: int | None) -> Layout:
@@ -163,7 +153,7 @@ def _captures(train: Train, facts: Facts, layout: Layout) -> bool:
     cannot be."""
     on_host = facts.placement.offload_embedding or facts.placement.offload_head or layout.offload_optimizer
     possible = (
-        facts.on_gpu and train.optim == "adamw" and bool(layout.forms) and layout.mode == MemoryMode()
+        facts.on_gpu and train.optim == "adamw" and bool(layout.cut.forms) and layout.mode == MemoryMode()
         and facts.method.uncapturable is None and not on_host
     )  # fmt: skip
     if train.cuda_graphs and not possible:

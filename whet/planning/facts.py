@@ -6,11 +6,11 @@ function on other facts. The model is counted on the meta device, with its metho
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from whet.data.batch.forms import Form, choose_forms
+from whet.data.batch.batches import Batches
 from whet.engine.device import PACKED, Hardware, Placement
 from whet.engine.weights.linear import BLOCK, NESTED_BLOCK, frozen_names
 from whet.methods.method import Method
@@ -60,7 +60,7 @@ class MethodFacts:
 class Work:
     """The batches of a run, and how many optimiser steps are made of them."""
 
-    batches: Any
+    batches: Batches[Any]
     steps: int
 
     @cached_property
@@ -72,21 +72,13 @@ class Work:
     def tokens(self) -> int:
         """Tokens of the whole run, which repeats its first epoch."""
         epoch = min(self.steps, self.batches.steps_per_epoch)
-        return int(self.batches.facts(epoch).tokens.sum()) * self.steps // max(1, epoch)
+        return self.batches.tokens_of(epoch) * self.steps // max(1, epoch)
 
     @cached_property
     def is_dense(self) -> bool:
         """All documents have one length."""
         lengths = self.batches.rows.lengths
         return bool(lengths.min() == lengths.max())
-
-    def cut(self, size: int) -> Work:
-        """The same steps in forward passes of `size` rows; `size` divides the rows of a step."""
-        return replace(self, batches=self.batches.recut(size))
-
-    def forms(self, limit: int) -> tuple[Form, ...]:
-        """At most `limit` fixed forms that hold every batch."""
-        return tuple(choose_forms(self.batches.facts(self.steps), limit))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from whet.data.batch.forms import Form
+from whet.data.batch.batches import Cut
 from whet.planning.costs import MemoryMode
 
 
@@ -16,8 +16,8 @@ from whet.planning.costs import MemoryMode
 class Layout:
     """One way to run the same steps; the result does not depend on it beyond rounding.
 
-    size, accumulate: rows of a forward pass and forward passes of an optimiser step. forms: fixed shapes that batches
-    are filled up to, else `fill_multiple` tokens. tokens: of the largest forward pass. group_lora: LoRA layers that
+    cut: rows of a forward pass, forward passes of an optimiser step, and the fixed forms that batches are filled up to.
+    tokens: of the largest forward pass. group_lora: LoRA layers that
     read one input are one product. keep_transposed: fp8 bytes in both orders. mode: what activations are kept; lean:
     compiled layers keep less. compile_layers, cuda_graphs: decoder layers are compiled, whole steps captured.
     offload_optimizer: moments, gradients and exact weights in host memory; short_weights: the device keeps linear
@@ -25,12 +25,9 @@ class Layout:
     """
 
     flat: bool
-    size: int
-    accumulate: int
+    cut: Cut
     tokens: int
     optim: str = "adamw"
-    forms: tuple[Form, ...] = ()
-    fill_multiple: int = 1
     group_lora: bool = False
     keep_transposed: bool = False
     mode: MemoryMode = field(default_factory=MemoryMode)

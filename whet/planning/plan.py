@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from whet.base.errors import UserError
-from whet.data.batch.batches import Batches
+from whet.data.batch.batches import Cut, Order
 from whet.data.batch.rows import Rows
+from whet.data.batch.text_batches import TextBatches
 from whet.engine.device import PACKED, Hardware, Placement, find_hardware, resolve_placement
 from whet.engine.load.load import checkpoint_storage, empty_model, load_config, longest_input
 from whet.engine.memory.host_tables import check_embedding, check_head, is_tied
@@ -78,7 +79,7 @@ def plan_recipe(recipe: Recipe) -> Plan:
     task = assumed_task(recipe, config)
     hardware, placement = resolve_base(recipe, config)
     check(recipe, placement, config, task)
-    return plan_run(recipe, (hardware, placement), task, assumed_work(recipe, config))
+    return plan_run(recipe, (hardware, placement), task, assumed_work(recipe, config, task))
 
 
 def plan_run(recipe: Recipe, base: tuple[Hardware, Placement], task: Task, work: Work) -> Plan:
@@ -112,18 +113,16 @@ def assumed_task(recipe: Recipe, config: Any) -> Task:
     return Task(name, ("0", "1") if name in ("classification", "multi_label") else ())
 
 
-def assumed_work(recipe: Recipe, config: Any) -> Work:
+def assumed_work(recipe: Recipe, config: Any, task: Task) -> Work:
     """Full rows of data.max_length tokens (auto: up to 2,048), all learned."""
     readable = longest_input(config)
     length = recipe.data.max_length or min(readable or USUAL_LENGTH, USUAL_LENGTH)
     train = recipe.train
     count = train.per_device_train_batch_size * train.gradient_accumulation_steps
     rows = Rows.gather((index, np.zeros(length, np.int32), np.ones(length, bool)) for index in range(count))
-    batches = Batches(
-        rows, None, size=train.per_device_train_batch_size, accumulate=train.gradient_accumulation_steps,
-        flat=recipe.data.padding_free is not False, seed=0,
-    )  # fmt: skip
-    return Work(batches, train.max_steps or ASSUMED_STEPS)
+    cut = Cut(train.per_device_train_batch_size, train.gradient_accumulation_steps)
+    flat = recipe.data.padding_free is not False and not is_padded_task(recipe, task)
+    return Work(TextBatches(rows, flat=flat, order=Order(0), cut=cut), train.max_steps or ASSUMED_STEPS)
 
 
 def _check_together(network: Any, model: torch.nn.Module, placement: Placement, packed: Collection[str]) -> None:

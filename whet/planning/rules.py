@@ -11,7 +11,6 @@ from whet.base.errors import UserError
 from whet.data.config import Data
 from whet.engine.device import Placement
 from whet.engine.task import Task, check_task
-from whet.methods.method import Method
 from whet.planning.facts import method_facts
 from whet.recipe import Recipe
 from whet.settings import Train
@@ -148,7 +147,7 @@ def check_recipe(recipe: Recipe, config: Any, task: Task) -> None:
             f"the layers of {recipe.method.name} with these settings are not one graph", field="train.compile",
             found="true", expected="auto or false", fix="remove the line",
         )  # fmt: skip
-    if (task.name != "causal" or not recipe.method.can.inside):
+    if task.name != "causal" or not recipe.method.can.inside:
         for name in FLAT_ONLY:
             if getattr(recipe.train, name):
                 raise UserError(

@@ -16,7 +16,7 @@ import torch
 from whet.base.console import bytes_text, say
 from whet.base.errors import UserError
 from whet.engine.compute.attention import fastest_attention
-from whet.engine.compute.compile import compile_layers, compile_errors, forget_compilation, lean_activations
+from whet.engine.compute.compile import compile_errors, compile_layers, forget_compilation, lean_activations
 from whet.engine.device import Placement
 from whet.engine.memory.checkpointing import checkpoint_layers
 from whet.engine.memory.host_tables import offload_embedding
@@ -25,6 +25,7 @@ from whet.methods.layers.group import Groups, fuse
 from whet.planning.layout import Layout
 from whet.training.captured import side_stream
 from whet.training.objective.objective import Objective
+from whet.training.objective.text import TextObjective
 
 T = TypeVar("T")
 Masters = Mapping[torch.nn.Parameter, torch.Tensor]
@@ -94,19 +95,19 @@ class Arranged:
 def apply(layout: Layout, placement: Placement, loaded: Loaded, objective: Objective, batches: Any) -> Arranged:
     """Lay out a loaded model. Raises UserError where the model has no such layers or head."""
     network, model = loaded.network, loaded.model
-    if not objective.is_text:
+    if not isinstance(objective, TextObjective):
         _train_in_fp32(model)
     groups = _grouped(layout, placement, loaded, objective)
     if groups is not None:
         objective = replace(objective, refresh=groups.refresh)
-    if objective.is_text:
+    if isinstance(objective, TextObjective):
         objective = objective.with_head(network, placement, both_orders=layout.keep_transposed)
     if placement.offload_embedding:
         offload_embedding(network)
-    _keep_less(layout, network, own_switch=not objective.is_text)
+    _keep_less(layout, network, own_switch=not isinstance(objective, TextObjective))
     if layout.compile_layers:
         compile_layers(network, tokens=layout.tokens, whole=not layout.mode.tile_tokens)
-    batches = batches.recut(layout.size).filled(layout.fill_multiple, layout.forms)
+    batches = batches.with_cut(layout.cut)
     masters = loaded.masters if layout.offload_optimizer else None
     arranged = Arranged(layout, network, model, objective, batches, masters, 0 if groups is None else len(groups))
     if placement.device.type == "cuda":
@@ -148,9 +149,9 @@ def _keep_less(layout: Layout, network: Any, *, own_switch: bool) -> None:
 
 
 def _say(layout: Layout) -> None:
-    forms, mode = ", ".join(f"{form.tokens:,}" for form in layout.forms), layout.mode
-    words = [f"{layout.accumulate} forward pass(es) a step"]
-    words += [f"of {forms} tokens"] if forms else [] if layout.flat else [f"of {layout.size} padded rows"]
+    forms, mode = ", ".join(f"{form.tokens:,}" for form in layout.cut.forms), layout.mode
+    words = [f"{layout.cut.accumulate} forward pass(es) a step"]
+    words += [f"of {forms} tokens"] if forms else [] if layout.flat else [f"of {layout.cut.size} padded rows"]
     words += ["layers compiled (the first steps take long)"] if layout.compile_layers else []
     words += ["steps captured as CUDA graphs"] if layout.cuda_graphs else []
     words += [f"gradient checkpointing of {mode.checkpointed_layers} layers"] if mode.checkpointed_layers else []

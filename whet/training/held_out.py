@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from whet.base.errors import UserError
+from whet.data.batch.batches import Cut
 from whet.data.batch.make import make_batches
 from whet.training.objective.objective import Objective
 from whet.training.setup import Ready
@@ -42,10 +43,8 @@ def held_out_of(ready: Ready) -> HeldOut:
     rows, recipe = ready.prepared.evaluation, ready.recipe
     chosen, tokens = [], 0
     if len(rows):
-        batches = make_batches(
-            rows, size=recipe.train.per_device_train_batch_size, accumulate=1, seed=0,
-            flat=bool(recipe.data.padding_free),
-        )  # fmt: skip
+        cut = Cut(recipe.train.per_device_train_batch_size)
+        batches = make_batches(rows, recipe.data, seed=0, cut=cut)
         for units in batches.all():
             tokens += int(rows.lengths[units].sum())
             if tokens > MAX_TOKENS:

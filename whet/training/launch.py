@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -94,13 +95,11 @@ class Launcher:
         facts = self.run.read("layout.json") or {}
         cuts = [*facts.get("out_of_memory", []), {"step": index + 1, "micro_batches": smaller.accumulate}]
         self.run.write("layout.json", facts | {
-            "size": smaller.size, "accumulate": smaller.accumulate, "cuda_graphs": False, "out_of_memory": cuts,
+            "cut": asdict(smaller.cut), "cuda_graphs": False, "out_of_memory": cuts,
         })  # fmt: skip
 
     def _plain_steps(self) -> Steps:
-        return Steps(
-            self.arranged.model, self.optimiser, self.arranged.objective, self.max_grad_norm, self.penalty
-        )
+        return Steps(self.arranged.model, self.optimiser, self.arranged.objective, self.max_grad_norm, self.penalty)
 
     def _try_out(self, batches: Sequence[Any]) -> None:
         """Forward and backward pass of the largest of `batches`; nothing is learned, no random number is used up."""

@@ -9,17 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from whet.engine.memory.used import used_bytes
 from whet.methods.method import Method
 from whet.settings import Train
-from whet.training.resume import Checkpoints
 from whet.training.held_out import HeldOut
 from whet.training.interrupt import CtrlC
 from whet.training.launch import Launcher
 from whet.training.observers import Observer
 from whet.training.optim import set_rate
+from whet.training.resume import Checkpoints
 from whet.training.schedule import learning_rate
 from whet.training.state import EvaluationReport, State, StepReport
 from whet.training.step import Pending

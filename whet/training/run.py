@@ -16,7 +16,6 @@ from whet.recipe import Parsed, fingerprint
 from whet.runs import Run
 from whet.training.apply import Arranged, apply
 from whet.training.checkpoint import Identity
-from whet.training.resume import Checkpoints
 from whet.training.finish import finish
 from whet.training.held_out import held_out_of
 from whet.training.launch import Launcher
@@ -25,6 +24,7 @@ from whet.training.loop import Loop
 from whet.training.objective.choose import objective_for
 from whet.training.observers import MetricsLog, Observer, ProgressBar
 from whet.training.optim import build_optimiser
+from whet.training.resume import Checkpoints
 from whet.training.setup import Ready, get_ready, print_ledger
 from whet.training.start import start_from_rows
 from whet.training.step import NotFinite
@@ -66,9 +66,7 @@ def make_loop(ready: Ready, arranged: Arranged, observers: Sequence[Observer]) -
     """The loop over a model that is laid out."""
     recipe = ready.recipe
     train, method = recipe.train, recipe.method
-    optimiser = build_optimiser(
-        train, arranged.trained, captured=arranged.layout.cuda_graphs, masters=arranged.masters
-    )
+    optimiser = build_optimiser(train, arranged.trained, captured=arranged.layout.cuda_graphs, masters=arranged.masters)
     launcher = Launcher(
         arranged, optimiser, ready.run, total=train.max_steps or 0, max_grad_norm=train.max_grad_norm,
         penalty=partial(method.penalty, arranged.model) if method.penalised else None, name_rows=ready.name_rows,

@@ -16,6 +16,7 @@ import torch
 from whet import runs
 from whet.base.console import say
 from whet.base.errors import UserError
+from whet.data.batch.batches import Batches, Cut
 from whet.data.batch.ledger import Ledger
 from whet.data.batch.make import make_batches
 from whet.data.labels import labels_text
@@ -47,7 +48,7 @@ class Ready:
         return self.run.recipe
 
     @property
-    def batches(self) -> Any:
+    def batches(self) -> Batches[Any]:
         """The training batches as the recipe cuts them, in their order."""
         return self.plan.facts.work.batches
 
@@ -84,11 +85,8 @@ def get_ready(parsed: Parsed) -> Ready:
 def plan_of(recipe: Recipe, prepared: Prepared, base: tuple[Hardware, Placement]) -> Plan:
     """The plan of a recipe without open settings over its rows."""
     train = recipe.train
-    batches = make_batches(
-        prepared.train, size=train.per_device_train_batch_size, accumulate=train.gradient_accumulation_steps,
-        seed=train.seed, flat=bool(recipe.data.padding_free), by_length=recipe.data.order == "short_first",
-        bins=prepared.bins,
-    )  # fmt: skip
+    cut = Cut(train.per_device_train_batch_size, train.gradient_accumulation_steps)
+    batches = make_batches(prepared.train, recipe.data, seed=train.seed, cut=cut, bins=prepared.bins)
     return plan_run(recipe, base, prepared.task, Work(batches, train.max_steps or 1))
 
 

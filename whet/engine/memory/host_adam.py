@@ -90,7 +90,7 @@ class HostLink:
     def drain(self) -> None:
         """Wait until everything has arrived."""
         while self._under_way:
-            self._settle()
+            self._complete_oldest()
 
     def _pieces(
         self, source: torch.Tensor, target: torch.Tensor, dtype: torch.dtype
@@ -101,7 +101,7 @@ class HostLink:
     def _chunk(self) -> torch.Tensor:
         """A chunk; waits for the oldest one where all are on their way."""
         while len(self._under_way) >= self.ring:
-            self._settle()
+            self._complete_oldest()
         (chunk,) = self.pool.take(self.pool.chunk_bytes)
         return chunk
 
@@ -117,7 +117,7 @@ class HostLink:
                 done = self.stream.record_event()
         self._under_way.append(Transfer(chunk, done, source, arrived))
 
-    def _settle(self) -> None:
+    def _complete_oldest(self) -> None:
         crossing = self._under_way.popleft()
         if crossing.done is not None:
             crossing.done.synchronize()

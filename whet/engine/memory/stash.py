@@ -80,7 +80,7 @@ class Stash:
         while self._order and self._order[-1]() is None:
             self._order.pop()
         while len(self._leaving) >= LEAVING:
-            self._settle()
+            self._release_oldest()
         tensor = tensor.detach().contiguous()
         stowed = StashedTensor(tensor, self.pool)
         if self._streams is None:
@@ -103,7 +103,7 @@ class Stash:
         if not stowed.free.alive:
             raise RuntimeError("an offloaded input is given back once: backward ran twice over the same graph")
         while self._leaving:
-            self._settle()
+            self._release_oldest()
         self._fetch(stowed)
         tensor, stowed.returned = stowed.returned, None
         assert tensor is not None
@@ -116,7 +116,7 @@ class Stash:
     def expect(self) -> None:
         """Start the return of the tensor that was put last: its layer is the next one."""
         while self._leaving:
-            self._settle()
+            self._release_oldest()
         last = next((stowed for ref in reversed(self._order) if (stowed := ref()) is not None), None)
         if last is not None:
             self._fetch(last)
@@ -127,7 +127,7 @@ class Stash:
             if device.type == "cuda":
                 self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device))
 
-    def _settle(self) -> None:
+    def _release_oldest(self) -> None:
         """Let go of the oldest tensor whose copy may be running: what computes next waits for that copy."""
         tensor, event = self._leaving.popleft()
         if event is not None:
