@@ -18,7 +18,7 @@ from whet.engine.compute.attention import fastest_attention
 from whet.engine.compute.compile import compile_layers
 from whet.engine.compute.head import Head, find_head
 from whet.engine.memory import host_adam
-from whet.engine.memory.host_adam import HostAdamW, HostLink, halve
+from whet.engine.memory.host_adam import HostAdamW, HostLink, shorten_weights
 from whet.engine.memory.host_tables import HostTensors
 from whet.methods.layers.group import fuse
 from whet.recipe import Parsed
@@ -46,7 +46,7 @@ class Full:
 
     def __init__(self, *, hosted: bool, compiled: bool = False) -> None:
         net = nets.network("Llama", device="cuda", **SIZES).eval()
-        masters = halve(net, CUDA, torch.bfloat16) if hosted else None
+        masters = shorten_weights(net, CUDA, torch.bfloat16) if hosted else None
         self.model = net.train()
         self.forward = Forward(CUDA, torch.bfloat16, True, find_head(net, autocast=torch.bfloat16))
         assert self.forward.head is not None
@@ -91,11 +91,11 @@ def test_steps_with_the_optimiser_on_the_host_are_the_same(compiled: bool, monke
             assert abs(loss - right) < 3e-3 * right
             assert abs(norm - right_norm) < 0.03 * right_norm
         assert nets.relative(hosted.weights() - start, plain.weights() - start) < (0.1 if compiled else 0.05)
-        exact = hosted.optimiser.exact
+        exact = hosted.optimiser.exact_weights
         assert len(exact) == 7 * 4
         assert all(torch.equal(p.cpu(), master.to(torch.bfloat16)) for p, master in exact.items())
         assert all(p.grad is None for p in hosted.model.parameters())
-        assert hosted.optimiser.ferry.pool.made == 4
+        assert hosted.optimiser.link.pool.made == 4
         assert {t.device.type for state in hosted.optimiser.state.values() for t in state.values()} == {"cpu"}
 
 
@@ -116,23 +116,23 @@ def test_the_device_keeps_the_weights_alone() -> None:
 
 
 def test_a_ferry_carries_whole_tensors_while_the_device_is_busy() -> None:
-    ferry = HostLink(CUDA, 1 << 16, ring=3)
+    link = HostLink(CUDA, 1 << 16, ring=3)
     tensors = [torch.randn(100_003, device=CUDA).to(kind) for kind in (torch.float32, torch.bfloat16)]
     for tensor in tensors:
         sums = torch.zeros(tensor.numel())
         for add in (False, True, True):
             torch.cuda._sleep(2_000_000)
             late = tensor * 2
-            ferry.fetch(late, sums, add=add)
+            link.to_host(late, sums, add=add)
             del late
             torch.empty_like(tensor).fill_(float("nan"))  # takes the memory that was let go, were it let go too early
-        ferry.drain()
+        link.wait_on_host()
         assert torch.equal(sums, tensor.float().cpu() * 6)
         back = torch.full_like(tensor, float("nan"))
         torch.cuda._sleep(2_000_000)
         held = back * 0  # reads what was there before
-        ferry.send(sums, back)
-        ferry.land()
+        link.to_device(sums, back)
+        link.wait_on_device()
         assert torch.equal((back * 1).cpu(), sums.to(tensor.dtype))
         assert bool(held.isnan().all())
 

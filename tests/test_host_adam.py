@@ -17,7 +17,7 @@ from whet.data.batch.batches import Batches
 from whet.engine.compute.head import find_head
 from whet.engine.device import Placement
 from whet.engine.memory import host_adam
-from whet.engine.memory.host_adam import HostAdamW, HostLink, halve, halves
+from whet.engine.memory.host_adam import HostAdamW, HostLink, shorten_weights
 from whet.methods.layers.group import fuse, set_rate_ratio
 from whet.methods.lora import Lora
 from whet.recipe import Parsed
@@ -49,7 +49,7 @@ class Trained:
                     set_rate_ratio(parameter, 16.0)
             fused = fuse(self.model, compute=compute)
         elif hosted and compute != torch.float32:
-            masters = halve(net, CPU, compute)
+            masters = shorten_weights(net, CPU, compute)
         autocast = compute if compute != torch.float32 else None
         head = find_head(net, autocast=autocast)
         assert head is not None
@@ -114,11 +114,11 @@ def test_steps_are_the_same_to_the_bit(kind: str, full: bool, compute: torch.dty
     assert len({loss for loss, _ in plain.losses}) == STEPS
     assert all(norm > 0.5 for _, norm in plain.losses), "nothing was clipped"
     assert all(p.grad is None for p in hosted.model.parameters())
-    linears = hosted.optimiser.exact
+    linears = hosted.optimiser.exact_weights
     assert bool(linears) == (compute == torch.bfloat16)
     assert all(p.dtype == compute for p in linears)
     assert all(torch.equal(p, master.to(compute)) for p, master in linears.items())
-    assert hosted.optimiser.ferry.pool.made == 3
+    assert hosted.optimiser.link.pool.made == 3
 
 
 def _drop_one(patch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         host_adam, "_put", lambda staged, target, add: target.add_(staged)
     ),
     "the weights stay as they were": lambda patch: patch.setattr(HostLink, "send", lambda self, tensor, into: None),
-    "nobody waits for the gradients": lambda patch: patch.setattr(HostLink, "drain", lambda self: None),
+    "nobody waits for the gradients": lambda patch: patch.setattr(HostLink, "wait_on_host", lambda self: None),
     "the masters are made of the rounded weights": lambda patch: patch.setattr(
         host_adam, "_master",
         lambda parameter, known: torch.nn.Parameter(parameter.detach().float().clone()),
@@ -242,15 +242,15 @@ def test_a_run_ends_with_the_same_bytes_also_when_it_was_cut_off(settings: dict[
     assert files(train(recipe("cut", **hosted)).path) == expected
 
 
-@pytest.mark.parametrize("fault", ["agree", "exact"])
+@pytest.mark.parametrize("fault", ["follow_weights", "exact_weights"])
 def test_what_a_resume_forgets_is_seen(fault: str, recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     hosted = SHORT | {"train__offload_optimizer": True}
     expected = files(train(recipe("whole", **hosted)).path)
-    if fault == "exact":
-        monkeypatch.setattr(HostAdamW, "exact", {})
+    if fault == "exact_weights":
+        monkeypatch.setattr(HostAdamW, "exact_weights", {})
     killed_before(recipe("cut", **hosted), 5)
-    if fault == "agree":
-        monkeypatch.setattr(HostAdamW, "agree", lambda self: None)
+    if fault == "follow_weights":
+        monkeypatch.setattr(HostAdamW, "follow_weights", lambda self: None)
     assert files(train(recipe("cut", **hosted)).path) != expected
 
 
@@ -258,14 +258,14 @@ def test_only_a_model_trained_whole_is_halved() -> None:
     net = nets.network("Llama", tie_word_embeddings=True)
     assert halves(net)
     assert not halves(nets.adapted(nets.network("Llama")))
-    masters = halve(net, CPU, torch.bfloat16)
+    masters = shorten_weights(net, CPU, torch.bfloat16)
     short = {name for name, p in net.named_parameters() if p.dtype == torch.bfloat16}
     assert len(short) == len(masters) == 14
     assert all("proj" in name for name in short), "embedding, head and norms are read in float32"
     layer = net.get_decoder().layers[0].mlp
     shared = nets.network("Llama")
     shared.get_decoder().layers[1].mlp.up_proj.weight = shared.get_decoder().layers[0].mlp.up_proj.weight
-    assert len(halve(shared, CPU, torch.bfloat16)) == 12
+    assert len(shorten_weights(shared, CPU, torch.bfloat16)) == 12
     assert layer.up_proj.weight in masters
 
 

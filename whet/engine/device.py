@@ -45,8 +45,10 @@ class Placement:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device as a plan sees it. free_bytes, total_bytes: memory with a hard end (a CUDA GPU's), else None; reason: why
-    this device."""
+    """A device as a plan sees it.
+
+    free_bytes, total_bytes: memory with a hard end (a CUDA GPU's), else None; reason: why this device.
+    """
 
     device: torch.device
     name: str

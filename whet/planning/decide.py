@@ -31,8 +31,8 @@ TRANSPOSED_SHARE = 0.2  # fp8 bytes are kept in both orders where weights take l
 def decide(train: Train, facts: Facts) -> Layout:
     """The layout that the settings allow and the memory holds. Raises UserError where nothing fits."""
     layout = Layout(
-        flat=facts.flat, cut=facts.work.batches.cut, tokens=facts.work.largest_tokens, optim=train.optim,
-        group_lora=facts.model.has_peft and train.optim != "adafactor",
+        flat=facts.flat, padded_task=facts.padded_task, cut=facts.work.batches.cut, tokens=facts.work.largest_tokens,
+        optim=train.optim, group_lora=facts.model.has_peft and train.optim != "adafactor",
     )  # fmt: skip
     layout = replace(layout, compile_layers=_compiles(train, facts), keep_transposed=_keeps_transposed(facts, layout))
     layout = _place_optimiser(train, facts, layout)

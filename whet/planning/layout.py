@@ -16,15 +16,17 @@ from whet.planning.costs import MemoryMode
 class Layout:
     """One way to run the same steps; the result does not depend on it beyond rounding.
 
-    cut: rows of a forward pass, forward passes of an optimiser step, and the fixed forms that batches are filled up to.
-    tokens: of the largest forward pass. group_lora: LoRA layers that
-    read one input are one product. keep_transposed: fp8 bytes in both orders. mode: what activations are kept; lean:
-    compiled layers keep less. compile_layers, cuda_graphs: decoder layers are compiled, whole steps captured.
-    offload_optimizer: moments, gradients and exact weights in host memory; short_weights: the device keeps linear
-    layers in bf16 then. memory: predicted bytes on the device by class; host_bytes: in host memory.
+    flat: documents share rows without padding. padded_task: labels, answers or virtual tokens, for which the model is
+    called as a whole. cut: rows of a forward pass, forward passes of an optimiser step, and the forms that batches are
+    filled up to. tokens: of the largest forward pass. group_lora: LoRA layers that read one input are one product.
+    keep_transposed: fp8 bytes in both orders. mode: how activations are kept; lean: compiled layers keep less.
+    compile_layers, cuda_graphs: decoder layers are compiled, whole steps captured. offload_optimizer: moments,
+    gradients and exact weights in host memory; short_weights: the device keeps linear layers in bf16 then. memory:
+    predicted bytes on the device by class; host_bytes: in host memory.
     """
 
     flat: bool
+    padded_task: bool
     cut: Cut
     tokens: int
     optim: str = "adamw"

@@ -78,7 +78,7 @@ def check_arrangement(train: Train, device: torch.device, *, padded: bool, uncap
             (train.optim != "adamw", "train.optim", "only adamw can be captured in a CUDA graph", "train.optim=adamw"),
             (train.offload_optimizer, "train.cuda_graphs", "an update on the host cannot be captured",
              "train.cuda_graphs=auto"),
-            (asks_for_memory_mode(train), "train.cuda_graphs", "steps that run layers again or in tiles cannot be captured",
+            (asks_for_memory_mode(train), "train.cuda_graphs", "steps that run layers again or in tiles cannot be captured",  # noqa: E501
              "train.cuda_graphs=auto"),
         ):  # fmt: skip
             if holds:

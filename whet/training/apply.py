@@ -17,6 +17,7 @@ from whet.base.console import bytes_text, say
 from whet.base.errors import UserError
 from whet.engine.compute.attention import fastest_attention
 from whet.engine.compute.compile import compile_errors, compile_layers, forget_compilation, lean_activations
+from whet.engine.compute.head import Head
 from whet.engine.device import Placement
 from whet.engine.memory.checkpointing import checkpoint_layers
 from whet.engine.memory.host_tables import offload_embedding
@@ -95,16 +96,17 @@ class Arranged:
 def apply(layout: Layout, placement: Placement, loaded: Loaded, objective: Objective, batches: Any) -> Arranged:
     """Lay out a loaded model. Raises UserError where the model has no such layers or head."""
     network, model = loaded.network, loaded.model
-    if not isinstance(objective, TextObjective):
+    if layout.padded_task:
         _train_in_fp32(model)
     groups = _grouped(layout, placement, loaded, objective)
     if groups is not None:
         objective = replace(objective, refresh=groups.refresh)
     if isinstance(objective, TextObjective):
-        objective = objective.with_head(network, placement, both_orders=layout.keep_transposed)
+        head = _placed_head(objective.head, placement, network, both_orders=layout.keep_transposed)
+        objective = replace(objective, head=head)
     if placement.offload_embedding:
         offload_embedding(network)
-    _keep_less(layout, network, own_switch=not isinstance(objective, TextObjective))
+    _keep_less(layout, network)
     if layout.compile_layers:
         compile_layers(network, tokens=layout.tokens, whole=not layout.mode.tile_tokens)
     batches = batches.with_cut(layout.cut)
@@ -132,10 +134,26 @@ def _grouped(layout: Layout, placement: Placement, loaded: Loaded, objective: Ob
     return groups if len(groups) else None
 
 
-def _keep_less(layout: Layout, network: Any, *, own_switch: bool) -> None:
-    """Gradient checkpointing and tiles. own_switch: by transformers' own gradient checkpointing, for all layers."""
+def _placed_head(head: Head | None, placement: Placement, network: Any, *, both_orders: bool) -> Head | None:
+    """The output head in FP8 and on the host, where that is asked for. Raises UserError where it cannot be."""
+    if head is not None and placement.fp8_head:
+        head = head.in_fp8(network, both_orders=both_orders)
+    for wanted, there, what, field in (
+        (placement.fp8_head, head is not None and head.fp8 is not None, "multiplied in FP8", "base.fp8_head"),
+        (placement.offload_head, head is not None, "kept on the host", "base.offload_head"),
+    ):
+        if wanted and not there:
+            raise UserError(
+                f"this model's output head cannot be {what}", field=field, found="true", expected="false",
+                fix=f"{field}=false",
+            )  # fmt: skip
+    return head.on_host(network) if head is not None and placement.offload_head else head
+
+
+def _keep_less(layout: Layout, network: Any) -> None:
+    """Gradient checkpointing and tiles; padded tasks have transformers' own switch, for all layers."""
     mode = layout.mode
-    if mode.checkpointed_layers and own_switch:
+    if mode.checkpointed_layers and layout.padded_task:
         if not network.supports_gradient_checkpointing:
             raise UserError(
                 "this model's layers cannot be run again", field="train.gradient_checkpointing", found="true",

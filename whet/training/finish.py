@@ -1,4 +1,4 @@
-"""The end of a run: the best weights, what is written for others, and the mark that it is finished as the last thing."""
+"""The end of a run: the best weights, the files for others, and as the last thing the mark that it is finished."""
 
 from __future__ import annotations
 

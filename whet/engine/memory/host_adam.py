@@ -1,15 +1,15 @@
 """AdamW on the host: weights in float32, moments and gradients stay in host memory, the update runs there.
 
 As in ZeRO-Offload (arXiv:2101.06840) the device keeps what the layers multiply with, and nothing of the optimiser:
-12 bytes a trained weight less, 14 where `shorten_weights` applies. A gradient leaves for the host as soon as it is complete and
-is added up there in float32, so micro-batches, clipping and weight decay are what they are on the device, and the
-update is torch's own fused AdamW: the same bits on a CPU. The tensors lie in ordinary host memory; only a small ring of
-chunks is pinned, and everything travels through it. Pinning all of it would take minutes for a large model, and torch
-rounds such requests up to a power of two.
+12 bytes a trained weight less, 14 where `shorten_weights` applies. A gradient leaves for the host as soon as it is
+complete and is added up there in float32, so micro-batches, clipping and weight decay are what they are on the device,
+and the update is torch's own fused AdamW: the same bits on a CPU. The tensors lie in ordinary host memory; only a small
+ring of chunks is pinned, and everything travels through it. Pinning all of it would take minutes for a large model, and
+torch rounds such requests up to a power of two.
 
-Under autocast the weights of linear layers are cast to bf16 in every product. `shorten_weights` keeps just that cast on the
-device, so the arithmetic does not change by a bit. Embeddings, the output head, norms and biases are read in float32,
-so they stay in it.
+Under autocast the weights of linear layers are cast to bf16 in every product. `shorten_weights` keeps just that cast on
+the device, so the arithmetic does not change by a bit. Embeddings, the output head, norms and biases are read in
+float32, so they stay in it.
 
 Gives up: time. 28 bytes a weight pass through the host's memory in an update, and the device waits for it. A step
 cannot be a CUDA graph.
@@ -58,10 +58,10 @@ class HostLink:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._under_way: deque[Transfer] = deque()
 
-    def fetch(self, tensor: torch.Tensor, into: torch.Tensor, *, add: bool) -> None:
+    def to_host(self, tensor: torch.Tensor, into: torch.Tensor, *, add: bool) -> None:
         """Start to copy `tensor` to `into` on the host, of as many numbers; add: to what is there.
 
-        `into` is complete after `drain`; `tensor` may be dropped at once.
+        `into` is complete after `wait_on_host`; `tensor` may be dropped at once.
         """
         flat = tensor.detach().reshape(-1)
         self._follow()
@@ -70,10 +70,10 @@ class HostLink:
             staged = _as(chunk, piece)
             self._cross(chunk, piece, staged, partial(_put, staged, target, add))
 
-    def send(self, tensor: torch.Tensor, into: torch.Tensor) -> None:
+    def to_device(self, tensor: torch.Tensor, into: torch.Tensor) -> None:
         """Start to copy `tensor` from the host to `into` on the device, in its type. `tensor` may change at once.
 
-        What the device computes after `land` sees it.
+        What the device computes after `wait_on_device` sees it.
         """
         self._follow()
         for piece, target in self._pieces(tensor.view(-1), into.view(-1), into.dtype):
@@ -82,12 +82,12 @@ class HostLink:
             staged.copy_(piece)
             self._cross(chunk, staged, target, None)
 
-    def land(self) -> None:
+    def wait_on_device(self) -> None:
         """Let what the device does next wait for all copies."""
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
-    def drain(self) -> None:
+    def wait_on_host(self) -> None:
         """Wait until everything has arrived."""
         while self._under_way:
             self._complete_oldest()
@@ -160,8 +160,9 @@ class HostAdamW(torch.optim.AdamW):
     """AdamW whose parameters are the masters of `groups`' parameters; their state and its names are AdamW's.
 
     groups: as AdamW takes them, with the parameters of the model. masters: float32 host tensors that some of these
-    have already (see `shorten_weights`); the others get a copy of their own. Backward passes may follow each other; `collect_gradients`
-    ends them, then the gradients stand in `.grad` of the masters. A parameter needs `requires_grad` when it comes in.
+    have already (see `shorten_weights`); the others get a copy of their own. Backward passes may follow each other;
+    `collect_gradients` ends them, then the gradients stand in `.grad` of the masters. A parameter needs `requires_grad`
+    when it comes in.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class HostAdamW(torch.optim.AdamW):
             hosted.append({**group, "params": [pair.master for pair in pairs]})
             self.pairs += pairs
         super().__init__(hosted, fused=True, **adam)
-        self.ferry = HostLink(self.pairs[0].parameter.device, chunk_bytes)
+        self.link = HostLink(self.pairs[0].parameter.device, chunk_bytes)
         self._hooks = [
             pair.parameter.register_post_accumulate_grad_hook(partial(self._leave, pair)) for pair in self.pairs
         ]
@@ -189,14 +190,14 @@ class HostAdamW(torch.optim.AdamW):
         parameter.grad = None
         if pair.room is None:
             pair.room = torch.empty_like(pair.master)
-        self.ferry.fetch(grad, pair.room, add=pair.master.grad is not None)
+        self.link.to_host(grad, pair.room, add=pair.master.grad is not None)
         pair.master.grad = pair.room
 
     def collect_gradients(self) -> None:
         """Wait for all gradients; from here on they stand in `.grad` of the masters."""
         for pair in self.pairs:
             self._leave(pair, pair.parameter)  # one that no hook saw
-        self.ferry.drain()
+        self.link.wait_on_host()
 
     def forget_broken_step(self) -> None:
         """Forget what a step that was broken off has left on the host."""
@@ -204,7 +205,7 @@ class HostAdamW(torch.optim.AdamW):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, on the host and on the device."""
-        self.ferry.drain()
+        self.link.wait_on_host()
         for pair in self.pairs:
             pair.parameter.grad = None
         super().zero_grad(set_to_none=True)
@@ -222,8 +223,8 @@ class HostAdamW(torch.optim.AdamW):
             super().step()
             super().zero_grad(set_to_none=True)
             for pair in bucket:
-                self.ferry.send(pair.master, pair.parameter)
-        self.ferry.land()
+                self.link.to_device(pair.master, pair.parameter)
+        self.link.wait_on_device()
 
     @property
     def exact_weights(self) -> dict[nn.Parameter, torch.Tensor]:
@@ -232,18 +233,18 @@ class HostAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def follow_weights(self) -> None:
-        """After weights were written: to masters in `exact_weights`, their parameters follow; elsewhere the masters do."""
+        """Take over weights that were written: to masters in `exact_weights`, else to the parameters."""
         for pair in self.pairs:
             if pair.shortened:
-                self.ferry.send(pair.master, pair.parameter)
+                self.link.to_device(pair.master, pair.parameter)
             else:
-                self.ferry.fetch(pair.parameter, pair.master, add=False)
-        self.ferry.land()
-        self.ferry.drain()
+                self.link.to_host(pair.parameter, pair.master, add=False)
+        self.link.wait_on_device()
+        self.link.wait_on_host()
 
     def hand_back(self) -> None:
         """Training is over: the model gets the masters in `exact_weights` themselves, which stay on the host."""
-        self.ferry.drain()
+        self.link.wait_on_host()
         for hook in self._hooks:
             hook.remove()
         for parameter, master in self.exact_weights.items():
