@@ -22,9 +22,10 @@ import numpy as np
 from whet.base.console import Progress
 from whet.base.errors import UserError
 from whet.base.seed import seed_everything
-from whet.data.batch.batches import Batches
+from whet.data.batch.batches import Cut, Order
 from whet.data.batch.pack import best_fit
 from whet.data.batch.rows import Rows
+from whet.data.batch.text_batches import TextBatches
 
 MODES = {
     "auto": {}, "off": {"gradient_checkpointing": False}, "recompute": {"gradient_checkpointing": True},
@@ -82,7 +83,7 @@ def measure_speed(model: str, base: Any, train: Any, load: Load) -> dict[str, An
     }  # fmt: skip
 
 
-def _batches(load: Load, vocabulary: int) -> Batches:
+def _batches(load: Load, vocabulary: int) -> TextBatches:
     """Random rows: four steps' worth of full ones, or all given lengths packed once."""
     bins, size = None, load.rows
     if load.lengths is None:
@@ -99,7 +100,7 @@ def _batches(load: Load, vocabulary: int) -> Batches:
         bins, size = best_fit(lengths, row), budget // row
     draw = np.random.default_rng(1)
     parts = ((i, draw.integers(3, vocabulary, n, dtype=np.int32), np.ones(n, bool)) for i, n in enumerate(lengths))
-    return Batches(Rows.gather(parts), bins, size=size, accumulate=load.accumulation, flat=True, seed=0)
+    return TextBatches(Rows.gather(parts), bins, flat=True, order=Order(0), cut=Cut(size, load.accumulation))
 
 
 def _read_lengths(file: str) -> list[int]:
@@ -119,31 +120,28 @@ def _read_lengths(file: str) -> list[int]:
     return found
 
 
-def _run(train: Any, placement: Any, model: Any, network: Any, batches: Batches, load: Load) -> dict[str, Any]:
+def _run(train: Any, placement: Any, model: Any, network: Any, batches: TextBatches, load: Load) -> dict[str, Any]:
     import torch
 
-    from whet.engine.compute.head import find_head
     from whet.engine.memory.used import peak_bytes
     from whet.training.arrange import arrange
-    from whet.training.graph import GraphSteps
-    from whet.training.loss import Forward
+    from whet.training.captured import GraphSteps
+    from whet.training.objective.choose import text_objective
     from whet.training.optim import build_optimiser
     from whet.training.step import Steps
 
-    autocast = placement.compute if placement.autocast else None
     total = load.warm + load.steps
     began = time.perf_counter()
     # No name for what goes in: a head that gives way to its FP8 form must be let go.
     arranged = arrange(
-        train, placement, model, network,
-        Forward(placement.device, placement.compute, placement.autocast, find_head(network, autocast=autocast)),
+        train, placement, model, network, text_objective(network, placement),
         batches, steps=total,
     )  # fmt: skip
     optimiser = build_optimiser(
         train, arranged.matrices, arranged.vectors, 2e-4, captured=arranged.graphs, masters=arranged.masters
     )
     kind = GraphSteps if arranged.graphs else Steps
-    runner = kind(model, optimiser, arranged.forward, train.max_grad_norm)
+    runner = kind(model, optimiser, arranged.objective, train.max_grad_norm)
     seconds, losses, tokens, first = [], [], [], None
     with arranged.running(), Progress("measuring", total) as bar:
         for index in range(total):

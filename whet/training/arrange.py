@@ -17,7 +17,7 @@ from torch._dynamo.exc import TorchDynamoException
 from whet.base.console import bytes_text, say
 from whet.base.errors import UserError
 from whet.data.batch.batches import Batches
-from whet.data.batch.forms import choose_forms
+from whet.data.batch.text_batches import TextBatches
 from whet.engine.compute.attention import fastest_attention
 from whet.engine.compute.compile import compile_layers, forget_compilation, lean_activations, worth_compiling
 from whet.engine.compute.head import CHUNK_LOGITS, Head
@@ -30,13 +30,13 @@ from whet.engine.memory.tiles import tile_mlp
 from whet.methods.layers.group import Fused, fuse
 from whet.planning.costs import Mode, choose, keep_bytes, peak_bytes, sizes_of
 from whet.settings import Train
-from whet.training.graph import side_stream
-from whet.training.loss import Forward
+from whet.training.captured import side_stream
+from whet.training.objective.objective import Objective
+from whet.training.objective.text import TextObjective
 
 T = TypeVar("T")
 Masters = dict[torch.nn.Parameter, torch.Tensor]
 MAX_FORMS, MAX_COMPILED_FORMS = 3, 2  # each form of a compiled layer costs its compilation
-CPU_MULTIPLE = 32
 # Times the least that a layer must keep. The last two are measured on an H100 (docs/log.md), the first is assumed.
 EAGER_KEEPS, COMPILED_KEEPS, LEAN_KEEPS = 2.6, 1.6, 1.15
 SLACK_BYTES = 2 << 30
@@ -52,8 +52,8 @@ class Arrangement:
     masters: None where the optimiser is on the device, else the exact weights that are on the host already.
     """
 
-    forward: Forward
-    batches: Batches
+    objective: Objective[Any, Any]
+    batches: Batches[Any]
     matrices: list[torch.nn.Parameter]
     vectors: list[torch.nn.Parameter]
     graphs: bool
@@ -64,7 +64,7 @@ class Arrangement:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """What holds while steps run: the fastest attention, a stream for capture, what compiled layers keep."""
-        device = self.forward.device
+        device = self.objective.device
         with fastest_attention(device), side_stream(device), lean_activations(self.facts["lean_activations"]):
             yield
 
@@ -92,8 +92,8 @@ class Memory:
 
 
 def arrange(
-    train: Train, placement: Placement, model: torch.nn.Module, network: torch.nn.Module, forward: Forward,
-    batches: Batches, *, steps: int, masters: Masters | None = None,
+    train: Train, placement: Placement, model: torch.nn.Module, network: torch.nn.Module,
+    objective: TextObjective, batches: TextBatches, *, steps: int, masters: Masters | None = None,
 ) -> Arrangement:  # fmt: skip
     """Lay out `model` (with its method; `network` inside it) for `steps` steps over `batches`.
 
@@ -105,16 +105,17 @@ def arrange(
     both = keeps_both(placement)
     fused = fused_groups(train, placement, model, both)
     matrices, vectors = split_trained(fused, model)
-    forward = replace(forward, head=_head(forward.head, placement, network, both))
+    objective = replace(objective, head=_head(objective.head, placement, network, both))
     if placement.offload_embedding:
         offload_embedding(network)
     if fused is not None:
-        forward = replace(forward, prepare=fused.refresh)
+        objective = replace(objective, refresh=fused.refresh)
     free, masters = _with_optimiser(train, placement, network, batches, (matrices + vectors, masters), steps)
     batches = _fitted(train, batches, network, free, compiled, steps)
-    batches = formed(batches, steps, on_gpu, _most_forms(batches, network, free, compiled, steps))
+    most_forms = _most_forms(batches, network, free, compiled, steps) if on_gpu else 0
+    batches = batches.filled(steps, most_forms=most_forms)
     memory = _memory(train, batches, network, free, compiled, steps)
-    tokens = _largest(batches, steps)
+    tokens = batches.largest_tokens(steps)
     if memory.mode.recompute:
         checkpoint_layers(network, range(memory.mode.recompute), offload=memory.mode.offload)
     if memory.mode.tile_tokens:
@@ -131,7 +132,7 @@ def arrange(
     }  # fmt: skip
     if on_gpu:
         _say(facts, memory.mode)
-    return Arrangement(forward, batches, matrices, vectors, graphs, facts, network, masters)
+    return Arrangement(objective, batches, matrices, vectors, graphs, facts, network, masters)
 
 
 def _head(head: Head | None, placement: Placement, network: torch.nn.Module, both: bool) -> Head | None:
@@ -187,7 +188,7 @@ def check_arrangement(train: Train, device: torch.device, *, padded: bool, uncap
         )  # fmt: skip
 
 
-def _compiled(train: Train, network: torch.nn.Module, batches: Batches, steps: int, on_gpu: bool) -> bool:
+def _compiled(train: Train, network: torch.nn.Module, batches: TextBatches, steps: int, on_gpu: bool) -> bool:
     """Whether layers are compiled: as set, else where the whole run is long enough."""
     if train.compile is not None or not on_gpu or not batches.flat:
         return bool(train.compile)
@@ -241,7 +242,7 @@ def _free_bytes(trained: list[torch.nn.Parameter], device: torch.device, *, on_h
 
 
 def _with_optimiser(
-    train: Train, placement: Placement, network: torch.nn.Module, batches: Batches,
+    train: Train, placement: Placement, network: torch.nn.Module, batches: TextBatches,
     trained: tuple[list[torch.nn.Parameter], Masters | None], steps: int,
 ) -> tuple[int | None, Masters | None]:  # fmt: skip
     """(bytes for activations, None on a CPU; masters, None where the optimiser stays on the device).
@@ -261,42 +262,23 @@ def _with_optimiser(
     return (_free_bytes(parameters, device, on_host=True) if on_gpu else None), masters
 
 
-def least_bytes(network: torch.nn.Module, batches: Batches, steps: int) -> float:
+def least_bytes(network: torch.nn.Module, batches: TextBatches, steps: int) -> float:
     """Activations of the largest batch in the leanest mode; only when that does not fit, something else must help."""
     sizes = sizes_of(network.config)  # type: ignore[arg-type]
-    return LEAN_KEEPS * peak_bytes(sizes, _largest(batches, steps), Mode(sizes.layers - 1, True, TILE_TOKENS))
-
-
-def _largest(batches: Batches, steps: int) -> int:
-    if batches.forms:
-        return batches.forms[-1].tokens
-    return int(batches.facts(min(steps, batches.steps_per_epoch)).tokens.max())
-
-
-def cut(batches: Batches, fits: Callable[[Batches], bool], steps: int) -> Batches:
-    """The micro-batches of a step as few and large as fit: joined, or cut down to LEAST_TOKENS; the result is the same.
-
-    Where nothing fits they stay as they are, and a memory mode has to help.
-    """
-    together = batches.size * batches.accumulate
-    for size in (n for n in range(together, 0, -1) if together % n == 0):
-        found = replace_sizes(batches, size, together // size)
-        if size < batches.size and _largest(found, steps) < LEAST_TOKENS:
-            break
-        if fits(found):
-            return found
-    return batches
+    return LEAN_KEEPS * peak_bytes(sizes, batches.largest_tokens(steps), Mode(sizes.layers - 1, True, TILE_TOKENS))
 
 
 def _fitted(
-    train: Train, batches: Batches, network: torch.nn.Module, free: int | None, compiled: bool, steps: int
-) -> Batches:
+    train: Train, batches: TextBatches, network: torch.nn.Module, free: int | None, compiled: bool, steps: int
+) -> TextBatches:
     """Batches cut to what fits with all activations kept, where whet may decide."""
     if train.fit_micro_batches is False or not batches.flat or free is None or _asked(train):
         return batches
     sizes = sizes_of(network.config)  # type: ignore[arg-type]
     keeps, _ = _keeps(batches, compiled)
-    return cut(batches, lambda found: keeps * keep_bytes(sizes, _largest(found, steps)) <= free, steps)
+    return batches.fewest(
+        lambda found: keeps * keep_bytes(sizes, found.largest_tokens(steps)) <= free, steps, least_tokens=LEAST_TOKENS
+    )
 
 
 def _asked(train: Train) -> bool:
@@ -304,34 +286,18 @@ def _asked(train: Train) -> bool:
     return bool(train.gradient_checkpointing or train.activation_offload or train.tile_mlp)
 
 
-def replace_sizes(batches: Batches, size: int, accumulate: int, multiple: int = 1, forms: Any = ()) -> Batches:
-    """The same units in the same order, cut otherwise."""
-    return Batches(
-        batches.rows, batches.units, size=size, accumulate=accumulate, flat=batches.flat, seed=batches.seed,
-        multiple=multiple, forms=forms, by_length=batches.by_length,
-    )  # fmt: skip
-
-
-def _most_forms(batches: Batches, network: torch.nn.Module, free: int | None, compiled: bool, steps: int) -> int:
+def _most_forms(batches: TextBatches, network: torch.nn.Module, free: int | None, compiled: bool, steps: int) -> int:
     """One where two do not fit: a captured form holds its memory while another one runs uncaptured."""
     if free is None or not batches.flat:
         return MAX_FORMS
-    most = _keeps(batches, compiled)[0] * keep_bytes(sizes_of(network.config), _largest(batches, steps))  # type: ignore[arg-type]
+    most = _keeps(batches, compiled)[0] * keep_bytes(sizes_of(network.config), batches.largest_tokens(steps))  # type: ignore[arg-type]
     if 2 * most > free:
         return 1
     return MAX_COMPILED_FORMS if compiled else MAX_FORMS
 
 
-def formed(batches: Batches, steps: int, on_gpu: bool, limit: int) -> Batches:
-    """Batches that are filled up: to a few forms on a GPU, to a multiple on a CPU."""
-    if not on_gpu or not batches.flat:
-        return replace_sizes(batches, batches.size, batches.accumulate, 1 if on_gpu else CPU_MULTIPLE)
-    forms = choose_forms(batches.facts(steps), limit)
-    return replace_sizes(batches, batches.size, batches.accumulate, 1, forms)
-
-
 def _memory(
-    train: Train, batches: Batches, network: torch.nn.Module, free: int | None, compiled: bool, steps: int
+    train: Train, batches: TextBatches, network: torch.nn.Module, free: int | None, compiled: bool, steps: int
 ) -> Memory:
     """What the settings ask for, and where they leave it open, the fastest that fits."""
     wanted = train.gradient_checkpointing
@@ -340,7 +306,7 @@ def _memory(
         return Memory(mode, lean=compiled)
     if free is None:
         return Memory(Mode(), lean=False)
-    sizes, tokens = sizes_of(network.config), _largest(batches, steps)  # type: ignore[arg-type]
+    sizes, tokens = sizes_of(network.config), batches.largest_tokens(steps)  # type: ignore[arg-type]
     full, lean = _keeps(batches, compiled)
     if full * keep_bytes(sizes, tokens) <= free:
         return Memory(Mode(), lean=False)
@@ -349,7 +315,7 @@ def _memory(
     return Memory(choose(int(free / lean), sizes, tokens, tokens, tile_tokens=TILE_TOKENS).mode, lean=compiled)
 
 
-def _keeps(batches: Batches, compiled: bool) -> tuple[float, float]:
+def _keeps(batches: TextBatches, compiled: bool) -> tuple[float, float]:
     """What a layer keeps, as a multiple of the least, with everything kept and at its leanest."""
     if not compiled:
         return EAGER_KEEPS, EAGER_KEEPS
@@ -358,7 +324,7 @@ def _keeps(batches: Batches, compiled: bool) -> tuple[float, float]:
     return (COMPILED_KEEPS, LEAN_KEEPS) if dense else (1.15 * COMPILED_KEEPS, 1.2 * LEAN_KEEPS)
 
 
-def _graphs(train: Train, batches: Batches, mode: Mode, on_gpu: bool) -> bool:
+def _graphs(train: Train, batches: TextBatches, mode: Mode, on_gpu: bool) -> bool:
     """Whether steps can be captured; a setting that asks for the impossible is refused."""
     possible = on_gpu and train.optim == "adamw" and bool(batches.forms) and not mode.recompute and not mode.tile_tokens
     if train.cuda_graphs and not possible:

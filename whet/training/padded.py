@@ -16,8 +16,6 @@ from torch import nn
 from whet.base.console import say
 from whet.base.errors import UserError
 from whet.data.batch.batches import Batches
-from whet.data.batch.rows import Rows
-from whet.data.batch.task_batches import TaskBatches
 from whet.data.config import Data
 from whet.engine.device import Placement
 from whet.engine.memory.host_tables import offload_embedding
@@ -25,7 +23,7 @@ from whet.engine.task import Task, check_task, text_task
 from whet.recipe import Recipe
 from whet.settings import Train
 from whet.training.arrange import Arrangement, fused_groups, keeps_both, split_trained
-from whet.training.task_loss import TaskForward
+from whet.training.objective.objective import Objective
 
 FLAT_ONLY = ("compile", "cuda_graphs", "fit_micro_batches", "activation_offload", "tile_mlp")
 
@@ -99,32 +97,20 @@ def assumed_task(recipe: Recipe, config: Any) -> Task:
     return Task(name, ("0", "1") if name in ("classification", "multi_label") else ())
 
 
-def batches_for(
-    rows: Rows, data: Data, *, size: int, accumulate: int, seed: int, bins: Any = None
-) -> Batches | TaskBatches:
-    """Batches of `rows`, whatever they are."""
-    if rows.labels is not None or rows.answers is not None:
-        return TaskBatches(rows, size=size, accumulate=accumulate, seed=seed)
-    by_length = data.order == "short_first"
-    return Batches(
-        rows, bins, size=size, accumulate=accumulate, flat=bool(data.padding_free), seed=seed, by_length=by_length
-    )
-
-
 def arrange_padded(
-    train: Train, placement: Placement, model: nn.Module, network: Any, forward: TaskForward,
-    batches: Batches | TaskBatches,
+    train: Train, placement: Placement, model: nn.Module, network: Any, objective: Objective[Any, Any],
+    batches: Batches[Any],
 ) -> Arrangement:  # fmt: skip
     """Lay out `model` (with its method; `network` inside it) for padded batches; what is trained is kept in fp32."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
-    fused = fused_groups(train, placement, model, keeps_both(placement), Probe(model, forward))
+    fused = fused_groups(train, placement, model, keeps_both(placement), Probe(model, objective))
     matrices, vectors = split_trained(fused, model)
     if placement.offload_embedding:
         offload_embedding(network)
     if fused is not None:
-        forward = replace(forward, prepare=fused.refresh)
+        objective = replace(objective, refresh=fused.refresh)
     if train.gradient_checkpointing:
         if not network.supports_gradient_checkpointing:
             raise UserError(
@@ -139,24 +125,16 @@ def arrange_padded(
     }  # fmt: skip
     if placement.device.type == "cuda":
         say(f"{batches.accumulate} forward pass(es) a step of {batches.size} padded rows", style="dim")
-    return Arrangement(forward, batches, matrices, vectors, False, facts, network)  # type: ignore[arg-type]
+    return Arrangement(objective, batches, matrices, vectors, False, facts, network)
 
 
 class Probe(nn.Module):
-    """`model`, to be called with token ids alone, as the search for layers that share an input does."""
+    """`model`, to be called as the search for layers that share an input does, but run as its objective runs it."""
 
-    def __init__(self, model: nn.Module, forward: TaskForward) -> None:
+    def __init__(self, model: nn.Module, objective: Objective[Any, Any]) -> None:
         super().__init__()
-        self.model, self.how = model, forward
+        self.model, self.objective = model, objective
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
-        """The model's own output."""
-        if self.how.end is not None:
-            input_ids = input_ids.index_fill(1, input_ids.new_tensor([input_ids.shape[1] - 1]), self.how.end)
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-        if self.how.task == "seq2seq":
-            inputs["decoder_input_ids"] = input_ids
-        if self.how.cached:
-            inputs["use_cache"] = use_cache
-        with torch.autocast(self.how.device.type, self.how.compute, enabled=self.how.autocast):
-            return self.model(**inputs)
+    def forward(self, **inputs: Any) -> None:
+        """Run the model once, whatever the inputs."""
+        self.objective.run_once(self.model)

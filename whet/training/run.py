@@ -17,6 +17,8 @@ import torch
 from whet.base.console import Progress, bytes_text, say
 from whet.base.errors import UserError
 from whet.base.files import whole_directory, write_json
+from whet.data.batch.batches import Cut
+from whet.data.batch.make import make_batches
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import write_contract
 from whet.engine.memory.host_adam import HostAdamW
@@ -25,15 +27,14 @@ from whet.recipe import Parsed, fingerprint
 from whet.runs import LABELS, Run
 from whet.training import checkpoint
 from whet.training.arrange import Arrangement
+from whet.training.captured import GraphSteps
 from whet.training.checkpoint import Identity
-from whet.training.graph import GraphSteps
 from whet.training.interrupt import CtrlC
 from whet.training.optim import build_optimiser, set_rate
-from whet.training.padded import batches_for
 from whet.training.record import Recorder
 from whet.training.schedule import learning_rate
 from whet.training.setup import Ready, batches_of, build_model, get_ready, show_ledger
-from whet.training.shrink import TRIED_ON, free_memory, largest_step, no_room, ran_out, smaller, try_out
+from whet.training.shrink import TRIED_ON, free_memory, no_room, ran_out, try_out
 from whet.training.step import NotFinite, Pending, Steps, held_out_loss
 
 MAX_EVAL_TOKENS = 500_000
@@ -95,7 +96,7 @@ class Loop:
     """The state of a run in progress and the few things that are done with it."""
 
     def __init__(self, ready: Ready, model: torch.nn.Module, arranged: Arrangement) -> None:
-        self.ready, self.model, self.arranged, self.forward = ready, model, arranged, arranged.forward
+        self.ready, self.model, self.arranged, self.objective = ready, model, arranged, arranged.objective
         self.run, self.settings = ready.run, ready.recipe.train
         self.batches, self.plain_batches = arranged.batches, batches_of(ready)
         self.total = self.settings.max_steps or 0
@@ -112,7 +113,7 @@ class Loop:
         )
         self.steps: GraphSteps | Steps
         if arranged.graphs:
-            self.steps = GraphSteps(model, self.optimiser, self.forward, self.settings.max_grad_norm)
+            self.steps = GraphSteps(model, self.optimiser, self.objective, self.settings.max_grad_norm)
         else:
             self.steps = self._plain_steps()
         self.identity = Identity(fingerprint(ready.recipe), ready.prepared.ledger.sha256)
@@ -171,7 +172,7 @@ class Loop:
         self.state.tokens += sum(batch.tokens for batch in batches)
         self.state.targets += sum(len(batch.targets) for batch in batches)
         self.launched = Launched(pending, rate, self.state.step, self.state.tokens, self.state.targets)
-        if self.forward.device.type == "cpu":  # it is done by now, and the next launch would count as its time
+        if self.objective.device.type == "cpu":  # it is done by now, and the next launch would count as its time
             self._settle(bar)
 
     def _launch(self, index: int) -> tuple[Pending, list[Any]]:
@@ -190,7 +191,7 @@ class Loop:
         """Continue in smaller micro-batches. Raises UserError where a single row does not fit."""
         free_memory(self.optimiser)
         before = self.batches.step(index)
-        found = smaller(self.batches, self.total, self.forward.device)
+        found = self.batches.smaller(self.total)
         if found is None:
             largest = max(before, key=lambda batch: batch.ids.size)
             raise no_room(before, _places(largest.sources[:3], self.ready))
@@ -207,16 +208,16 @@ class Loop:
 
     def _plain_steps(self) -> Steps:
         penalty = partial(self.method.penalty, self.model) if self.method.penalised else None
-        return Steps(self.model, self.optimiser, self.forward, self.settings.max_grad_norm, penalty)
+        return Steps(self.model, self.optimiser, self.objective, self.settings.max_grad_norm, penalty)
 
     def _try_largest(self) -> None:
         """Run the largest batch of the run once, so that memory runs out now or never."""
-        while self.forward.device.type in TRIED_ON:
-            step = largest_step(self.batches, self.total)
+        while self.objective.device.type in TRIED_ON:
+            step = self.batches.largest_step(self.total)
             if step is None:
                 break
             try:
-                try_out(self.model, self.optimiser, self.batches.step(step), self.forward)
+                try_out(self.model, self.optimiser, self.batches.step(step), self.objective)
                 break
             except RuntimeError as error:
                 if not ran_out(error):
@@ -232,7 +233,7 @@ class Loop:
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         self.state.seconds += seconds
-        step, device = launched.step, self.forward.device
+        step, device = launched.step, self.objective.device
         if step % self.settings.logging_steps == 0 or step == self.total:
             self.recorder.metric(
                 kind="train", step=step, epoch=round(step / self.batches.steps_per_epoch, 6), loss=stepped.loss,
@@ -256,7 +257,7 @@ class Loop:
     def _evaluate(self) -> None:
         """Measure and record the held-out loss."""
         step = self.state.step
-        loss, targets = held_out_loss(self.model, self.held_out, self.forward)
+        loss, targets = held_out_loss(self.model, self.held_out, self.objective)
         if not math.isfinite(loss):
             raise UserError(
                 f"the held-out loss after step {step} is not finite", file=str(self.run.path), found=str(loss),
@@ -345,7 +346,7 @@ class Loop:
             "tokens_per_second": round(self.state.tokens / max(self.state.seconds, 1e-9), 1),
             "trainable_params": trainable,
             "all_params": total,
-            "peak_memory_bytes": peak_bytes(self.forward.device),
+            "peak_memory_bytes": peak_bytes(self.objective.device),
         }
 
 
@@ -353,7 +354,7 @@ def _evaluation_batches(ready: Ready) -> list[Any]:
     """The held-out rows in batches of similar length, up to a bound on their tokens; each row stands alone."""
     rows = ready.prepared.evaluation
     settings, data = ready.recipe.train, ready.recipe.data
-    batches = batches_for(rows, data, size=settings.per_device_train_batch_size, accumulate=1, seed=0)
+    batches = make_batches(rows, data, seed=0, cut=Cut(settings.per_device_train_batch_size))
     chosen, tokens = [], 0
     for units in batches.all() if len(rows) else []:
         tokens += int(rows.lengths[units].sum())

@@ -18,14 +18,14 @@ from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.files import write_text
 from whet.base.seed import seed_everything
-from whet.data.batch.batches import Batches
+from whet.data.batch.batches import Batches, Cut
 from whet.data.batch.ledger import Ledger
-from whet.data.batch.task_batches import TaskBatches
+from whet.data.batch.make import make_batches
+from whet.data.batch.text_batches import TextBatches
 from whet.data.labels import labels_text
 from whet.data.prepare import Prepared, prepare
 from whet.data.read.read import check_unchanged
 from whet.data.template.template import use_template
-from whet.engine.compute.head import find_head
 from whet.engine.compute.isolation import check_causality, check_isolation
 from whet.engine.device import Placement, device_name, place
 from whet.engine.load.load import checkpoint_storage, load_config, load_model, load_tokenizer, longest_input
@@ -37,12 +37,12 @@ from whet.recipe import Parsed, Recipe, to_yaml
 from whet.runs import Run
 from whet.settings import Train
 from whet.training.arrange import Arrangement, arrange, check_arrangement
-from whet.training.loss import Forward
+from whet.training.objective.choose import objective_for
+from whet.training.objective.text import TextObjective
 from whet.training.optim import check_optimiser
-from whet.training.padded import arrange_padded, batches_for, check_recipe, data_for, is_padded
+from whet.training.padded import arrange_padded, check_recipe, data_for, is_padded
 from whet.training.plan import plan
 from whet.training.start import start_from_rows
-from whet.training.task_loss import task_forward
 
 DECAY_RATIO = 0.2
 SEES_AHEAD = 0.01  # of the largest logit; a causal model moves by 0, or by rounding
@@ -106,13 +106,11 @@ def get_ready(parsed: Parsed) -> Ready:
     return Ready(run, existed, prepared, placement)
 
 
-def batches_of(ready: Ready) -> Batches | TaskBatches:
+def batches_of(ready: Ready) -> Batches[Any]:
     """The training batches in their order."""
-    train = ready.recipe.train
-    return batches_for(
-        ready.prepared.train, ready.recipe.data, size=train.per_device_train_batch_size,
-        accumulate=train.gradient_accumulation_steps, seed=train.seed, bins=ready.prepared.bins,
-    )  # fmt: skip
+    train, prepared = ready.recipe.train, ready.prepared
+    cut = Cut(train.per_device_train_batch_size, train.gradient_accumulation_steps)
+    return make_batches(prepared.train, ready.recipe.data, seed=train.seed, cut=cut, bins=prepared.bins)
 
 
 def build_model(ready: Ready) -> tuple[torch.nn.Module, Ready, Arrangement]:
@@ -133,15 +131,16 @@ def build_model(ready: Ready) -> tuple[torch.nn.Module, Ready, Arrangement]:
     if halved:
         masters = halve(network, placement.device, placement.compute)
     ready = _isolated(ready, model, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
-    autocast = placement.compute if placement.autocast else None
-    forward = Forward(placement.device, placement.compute, placement.autocast, find_head(network, autocast=autocast))
+    objective = objective_for(network, placement, task, padded=False, virtual=False)
     _say_parameters(model)
     model.train()
     batches = batches_of(ready)
-    assert isinstance(batches, Batches)
-    start_from_rows(recipe.method, model, forward, batches)
+    assert isinstance(batches, TextBatches)
+    assert isinstance(objective, TextObjective)
+    start_from_rows(recipe.method, model, objective, batches)
     train = _possible(recipe)
-    arranged = arrange(train, placement, model, network, forward, batches, steps=train.max_steps or 1, masters=masters)
+    steps = train.max_steps or 1
+    arranged = arrange(train, placement, model, network, objective, batches, steps=steps, masters=masters)
     ready.run.write("arrangement.json", arranged.facts)
     return model, ready, arranged
 
@@ -173,12 +172,13 @@ def _follows_updates(recipe: Recipe) -> bool:
 def _padded(ready: Ready, network: Any, model: torch.nn.Module) -> tuple[torch.nn.Module, Ready, Arrangement]:
     """The rest of `build_model` for tasks and methods whose rows are padded."""
     recipe = ready.recipe
-    forward = task_forward(network, ready.placement, ready.prepared.task, virtual=not recipe.method.can.inside)
+    task, virtual = ready.prepared.task, not recipe.method.can.inside
+    objective = objective_for(network, ready.placement, task, padded=True, virtual=virtual)
     _say_parameters(model)
     model.train()
     batches = batches_of(ready)
-    start_from_rows(recipe.method, model, forward, batches)
-    arranged = arrange_padded(recipe.train, ready.placement, model, network, forward, batches)
+    start_from_rows(recipe.method, model, objective, batches)
+    arranged = arrange_padded(recipe.train, ready.placement, model, network, objective, batches)
     on_host = bool(recipe.train.offload_optimizer)
     facts = arranged.facts | {"offload_optimizer": on_host}
     arranged = replace(arranged, facts=facts, masters={} if on_host else None)
@@ -241,9 +241,7 @@ def _most_tokens(recipe: Recipe, prepared: Prepared) -> int:
     size = recipe.train.per_device_train_batch_size
     if prepared.bins is not None:
         return size * prepared.max_length
-    if prepared.train.labels is not None or prepared.train.answers is not None:
-        return TaskBatches(prepared.train, size=size, accumulate=1, seed=0).largest()
-    return int(sum(sorted(prepared.train.lengths.tolist(), reverse=True)[:size]))
+    return make_batches(prepared.train, recipe.data, seed=0, cut=Cut(size)).most_tokens()
 
 
 def _decided(recipe: Recipe, prepared: Prepared, placement: Placement) -> dict[str, tuple[object, str]]:

@@ -19,10 +19,7 @@ import torch
 
 from whet.base.errors import UserError
 from whet.base.seed import random_state, restore_random_state
-from whet.data.batch.batches import Batches
-from whet.data.batch.task_batches import TaskBatches
-from whet.training.arrange import formed, replace_sizes
-from whet.training.loss import Forward
+from whet.training.objective.objective import Objective
 
 TRIED_ON = ("cuda",)  # devices whose memory has a hard end
 
@@ -44,37 +41,13 @@ def free_memory(optimiser: torch.optim.Optimizer) -> None:
         torch.cuda.empty_cache()
 
 
-def smaller(batches: Any, steps: int, device: torch.device) -> Any:
-    """The same steps in micro-batches of at most half the size, or None where they hold one row each."""
-    together = batches.size * batches.accumulate
-    size = next((n for n in range(batches.size // 2, 0, -1) if together % n == 0), None)
-    if size is None:
-        return None
-    if isinstance(batches, TaskBatches):
-        return TaskBatches(batches.rows, size=size, accumulate=together // size, seed=batches.seed)
-    found = replace_sizes(batches, size, together // size)
-    return formed(found, steps, device.type == "cuda", max(1, len(batches.forms)))
-
-
-def largest_step(batches: Any, steps: int) -> int | None:
-    """The first step with the largest forward pass, if that is larger than all of the first step; else None."""
-    if not isinstance(batches, Batches):
-        return None
-    per_epoch = -(-len(batches.units) // batches.size)
-    epochs, more = divmod(steps, batches.steps_per_epoch)
-    tokens = batches.facts(steps).tokens[: epochs * per_epoch + more * batches.accumulate]
-    largest = int(tokens.argmax())
-    step = largest // per_epoch * batches.steps_per_epoch + largest % per_epoch // batches.accumulate
-    first = max(batch.ids.size for batch in batches.step(0))
-    return step if max(batch.ids.size for batch in batches.step(step)) > first else None
-
-
-def try_out(model: torch.nn.Module, optimiser: torch.optim.Optimizer, batches: Sequence[Any], forward: Forward) -> None:
+def try_out(
+    model: torch.nn.Module, optimiser: torch.optim.Optimizer, batches: Sequence[Any], objective: Objective[Any, Any]
+) -> None:
     """Forward and backward of the largest of `batches`; nothing is learned, and no random number is used up."""
     state = random_state()
-    if forward.prepare is not None:
-        forward.prepare()
-    forward.loss(model, max(batches, key=lambda batch: batch.ids.size)).backward()
+    objective.before_step()
+    objective.loss(model, max(batches, key=lambda batch: batch.ids.size)).backward()
     optimiser.zero_grad(set_to_none=True)
     restore_random_state(*state)
 
