@@ -69,12 +69,13 @@ def recipe(seed: int, steps: int, out: str) -> list[str]:
 def whet_rows(seed: int, steps: int) -> tuple[list[Any], ...]:
     """The rows of `steps` steps in whet's order, and the held-out rows: (ids, labels) each, -100 = not learned."""
     from whet.api import prepared
-    from whet.data.batch.batches import Batches
+    from whet.data.batch.batches import Cut, Order
+    from whet.data.batch.text_batches import TextBatches
     from whet.recipe import parse
 
     ready = prepared(parse(None, recipe(seed, steps, "run")))
     assert steps * ROWS <= len(ready.train), "more steps than the data have rows for"
-    order = Batches(ready.train, None, size=ROWS, accumulate=1, flat=True, seed=seed)
+    order = TextBatches(ready.train, flat=True, order=Order(seed), cut=Cut(ROWS))
     train = [source for step in range(steps) for source in order.step(step)[0].sources]
     sides = ((ready.train, train), (ready.evaluation, range(len(ready.evaluation))))
     pairs = [[rows.row(index) for index in chosen] for rows, chosen in sides]

@@ -14,23 +14,25 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import LlamaForCausalLM
 
 from whet.base.errors import UserError
-from whet.data.batch.batches import Batches
+from whet.data.batch.batches import Cut, Order
 from whet.data.batch.rows import Rows
+from whet.data.batch.text_batches import TextBatches
 from whet.engine.compute.compile import compile_layers
-from whet.engine.memory.checkpointing import Checkpoint, decoder_layers
+from whet.engine.layers import decoder_layers
+from whet.engine.memory.checkpointing import CheckpointedCall
 from whet.methods.layers.group import Group
 from whet.methods.layers.lora_layer import LoraLinear
 from whet.planning.costs import keep_bytes, sizes_of
 from whet.recipe import Parsed
 from whet.settings import Train
 from whet.training.arrange import (
+    LEAST_TOKENS,
     MAX_COMPILED_FORMS,
     MAX_FORMS,
     Arrangement,
     _keeps,
     _most_forms,
     check_arrangement,
-    cut,
 )
 from whet.training.setup import build_model, get_ready
 
@@ -47,9 +49,9 @@ def built(parsed: Parsed) -> tuple[Any, Arrangement]:
 def step(parsed: Parsed) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss of the first batch, and its gradients."""
     model, arranged = built(parsed)
-    assert arranged.forward.prepare is not None
-    arranged.forward.prepare()
-    loss = arranged.forward.loss(model, arranged.batches.step(0)[0])
+    assert arranged.objective.refresh is not None
+    arranged.objective.before_step()
+    loss = arranged.objective.loss(model, arranged.batches.step(0)[0])
     loss.backward()
     return float(loss), tiny.gradients(model, arranged.matrices)
 
@@ -74,7 +76,7 @@ def test_the_memory_mode_is_the_one_that_is_asked_for(
     layers: list[Any] = decoder_layers(model.base_model.model)
     calls = [layer._gradient_checkpointing_func for layer in layers if layer.gradient_checkpointing]
     assert len(calls) == mode[0]
-    assert all(isinstance(call, Checkpoint) and (call.stash is not None) == mode[1] for call in calls)
+    assert all(isinstance(call, CheckpointedCall) and (call.stash is not None) == mode[1] for call in calls)
     assert all(type(layer.mlp).__name__.startswith("Tiled") == bool(mode[2]) for layer in layers)
 
 
@@ -114,8 +116,8 @@ def test_the_head_in_fp8_is_another_head(recipe: Make) -> None:
 )  # fmt: skip
 def test_a_step_is_cut_into_what_fits(size: int, accumulate: int, room: int, expected: tuple[int, int]) -> None:
     parts = ((index, np.full(2048, 5, np.int32), np.ones(2048, bool)) for index in range(20))
-    batches = Batches(Rows.gather(parts), None, size=size, accumulate=accumulate, flat=True, seed=3)
-    found = cut(batches, lambda candidate: int(candidate.facts(1).tokens.max()) <= room, 2)
+    batches = TextBatches(Rows.gather(parts), flat=True, order=Order(3), cut=Cut(size, accumulate))
+    found = batches.fewest(lambda candidate: int(candidate.facts(1).tokens.max()) <= room, 2, least_tokens=LEAST_TOKENS)
     assert (found.size, found.accumulate) == expected
     for step in range(3):  # the last window holds four rows alone
         before, after = ([source for batch in made.step(step) for source in batch.sources] for made in (batches, found))
@@ -126,7 +128,7 @@ def test_one_form_where_the_memory_of_two_is_not_there() -> None:
     """Sixteen rows of unequal length are wanted in two forms; what they keep fits once, twice, or not at all."""
     lengths = [256] * 8 + [2048] * 8
     parts = ((i, np.full(n, 5, np.int32), np.ones(n, bool)) for i, n in enumerate(lengths))
-    batches = Batches(Rows.gather(parts), None, size=1, accumulate=1, flat=True, seed=3)
+    batches = TextBatches(Rows.gather(parts), flat=True, order=Order(3), cut=Cut(1))
     network = LlamaForCausalLM(tiny.llama())
     once = int(_keeps(batches, True)[0] * keep_bytes(sizes_of(network.config), 2048))
     found = [_most_forms(batches, network, free, True, 16) for free in (None, 3 * once, once + 1, 0)]

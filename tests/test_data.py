@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from whet.base.errors import UserError
-from whet.data.batch.batches import Batch, Batches
+from whet.data.batch.batches import Cut, Order
 from whet.data.batch.ledger import Ledger
 from whet.data.batch.pack import best_fit
 from whet.data.batch.rows import Rows
+from whet.data.batch.text_batches import TextBatch, TextBatches
 from whet.data.config import Data
 from whet.data.prepare import Prepared, prepare
 from whet.data.sides.split import held_out
@@ -123,7 +124,7 @@ def random_rows(count: int, seed: int = 0, longest: int = 12) -> Rows:
     return Rows.gather(parts)
 
 
-def questions(batch: Batch) -> Counter[tuple[int, int, int]]:
+def questions(batch: TextBatch) -> Counter[tuple[int, int, int]]:
     """(token, its position, the token to predict from there) of every target."""
     ids, positions = batch.ids[batch.rows, batch.places], batch.positions[batch.rows, batch.places]
     return Counter(zip(ids.tolist(), positions.tolist(), batch.targets.tolist(), strict=True))
@@ -137,7 +138,7 @@ LAYOUTS = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2), (3, 5)]
 def test_every_row_is_seen_once_an_epoch_and_again_in_another_order(size: int, accumulate: int, packed: bool) -> None:
     rows = random_rows(37)
     bins = best_fit(rows.lengths.tolist(), 30) if packed else None
-    batches = Batches(rows, bins, size=size, accumulate=accumulate, flat=True, seed=3)
+    batches = TextBatches(rows, bins, flat=True, order=Order(3), cut=Cut(size, accumulate))
     orders = []
     for epoch in range(3):
         steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
@@ -145,14 +146,14 @@ def test_every_row_is_seen_once_an_epoch_and_again_in_another_order(size: int, a
         assert sorted(seen) == list(range(37))
         orders.append(seen)
     assert len({tuple(order) for order in orders}) == 3
-    other = Batches(rows, bins, size=size, accumulate=accumulate, flat=True, seed=4)
+    other = TextBatches(rows, bins, flat=True, order=Order(4), cut=Cut(size, accumulate))
     assert [row for batch in other.step(0) for row in batch.sources] != orders[0][: len(other.step(0)[0].sources)]
 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_resuming_at_any_step_is_looking_it_up(flat: bool) -> None:
-    def fresh() -> Batches:
-        return Batches(random_rows(23), None, size=2, accumulate=3, flat=flat, seed=7)
+    def fresh() -> TextBatches:
+        return TextBatches(random_rows(23), flat=flat, order=Order(7), cut=Cut(2, 3))
 
     whole = fresh()
     hashes = [[batch.sha256() for batch in whole.step(step)] for step in range(3 * whole.steps_per_epoch)]
@@ -174,7 +175,7 @@ def test_a_step_asks_the_same_however_it_is_cut_and_laid_out(packed: bool) -> No
     for size, accumulate in LAYOUTS[1:5]:
         for flat in (True, False):
             for multiple in (1, 16):
-                made = Batches(rows, bins, size=size, accumulate=accumulate, flat=flat, seed=1, multiple=multiple)
+                made = TextBatches(rows, bins, flat=flat, order=Order(1), cut=Cut(size, accumulate, multiple))
                 steps = [made.step(step) for step in range(2 * made.steps_per_epoch)]
                 asked = [sum((questions(batch) for batch in step), Counter()) for step in steps]
                 reference = reference or asked
@@ -193,7 +194,7 @@ def test_a_step_asks_the_same_however_it_is_cut_and_laid_out(packed: bool) -> No
 def test_a_flat_row_says_where_its_documents_begin() -> None:
     rows = random_rows(9)
     for multiple in (1, 16):
-        batch = Batches(rows, None, size=9, accumulate=1, flat=True, seed=0, multiple=multiple).step(0)[0]
+        batch = TextBatches(rows, flat=True, order=Order(0), cut=Cut(9, multiple=multiple)).step(0)[0]
         assert batch.bounds is not None
         assert batch.ids.shape[1] % multiple == 0
         assert batch.bounds[-1] == batch.ids.shape[1]
@@ -206,7 +207,7 @@ def test_a_flat_row_says_where_its_documents_begin() -> None:
 
 
 def test_evaluation_sees_every_row_once() -> None:
-    batches = Batches(random_rows(37), None, size=5, accumulate=1, flat=True, seed=0)
+    batches = TextBatches(random_rows(37), flat=True, order=Order(0), cut=Cut(5))
     groups = batches.all()
     assert sorted(unit for group in groups for unit in group) == list(range(37))
     assert max(map(len, groups)) == 5

@@ -12,14 +12,17 @@ import pytest
 import torch
 from nets import rows_of
 
-from whet.data.batch.batches import Batch, Batches
+from whet.data.batch.batches import Cut, Order
 from whet.data.batch.forms import FORM_SAVES, TOKEN_MULTIPLE, Facts, Form, choose_forms, fitting
 from whet.data.batch.forms import _best_sizes as best_sizes
 from whet.data.batch.pack import best_fit
+from whet.data.batch.text_batches import TextBatch, TextBatches
 from whet.engine.compute.head import find_head
-from whet.training.arrange import replace_sizes
-from whet.training.loss import Forward, show
+from whet.training.objective.objective import Arithmetic
+from whet.training.objective.text import TextObjective
 from whet.training.step import train_step
+
+CPU = Arithmetic(torch.device("cpu"))
 
 
 def uneven(count: int, seed: int = 1, longest: int = 400) -> list[int]:
@@ -29,13 +32,13 @@ def uneven(count: int, seed: int = 1, longest: int = 400) -> list[int]:
 
 def batches_of(
     lengths: Sequence[int], *, size: int = 4, accumulate: int = 1, capacity: int = 0, epochs: int = 3, limit: int = 3
-) -> tuple[Batches, int]:
+) -> tuple[TextBatches, int]:
     """Batches with forms for some epochs, and the number of steps; capacity: of packed rows, if they are packed."""
     rows = rows_of(lengths)
     bins = best_fit(lengths, capacity) if capacity else None
-    plain = Batches(rows, bins, size=size, accumulate=accumulate, flat=True, seed=5)
+    plain = TextBatches(rows, bins, flat=True, order=Order(5), cut=Cut(size, accumulate))
     steps = epochs * plain.steps_per_epoch
-    return replace_sizes(plain, size, accumulate, 1, choose_forms(plain.facts(steps), limit)), steps
+    return plain.filled(steps, most_forms=limit), steps
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -53,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def drawn(case: str) -> tuple[Batches, list[Batch]]:
+def drawn(case: str) -> tuple[TextBatches, list[TextBatch]]:
     batches, steps = batches_of(**CASES[case])
     return batches, [batch for step in range(steps) for batch in batches.step(step)]
 
@@ -79,7 +82,7 @@ def test_every_batch_of_a_run_fits_its_form(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_shown_has_the_size_of_the_form(case: str) -> None:
     for batch in drawn(case)[1]:
-        form, shown = batch.form, show(batch, torch.device("cpu"))
+        form, shown = batch.form, TextObjective(CPU).to_device(batch)
         assert form is not None
         assert shown.documents is not None
         assert shown.documents.cu.shape == (form.documents + 1,)
@@ -96,7 +99,7 @@ def test_what_is_shown_has_the_size_of_the_form(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_filler_is_never_counted(case: str) -> None:
     batches, every = drawn(case)
-    plain = replace_sizes(batches, batches.size, batches.accumulate)
+    plain = batches.recut(batches.size)
     count = 0
     for step in range(len(every)):
         if count == len(every):
@@ -186,18 +189,18 @@ def test_the_smallest_form_that_holds_is_taken() -> None:
     assert fitting(forms, 513) is None
 
 
-def measured(kind: str, batches: Sequence[Batch]) -> tuple[Any, dict[str, torch.Tensor]]:
+def measured(kind: str, batches: Sequence[TextBatch]) -> tuple[Any, dict[str, torch.Tensor]]:
     """One optimiser step of a small model on the CPU: what it says of itself, and the weights after it."""
     model = nets.made(kind)
     trained = [p for p in model.parameters() if p.requires_grad]
     head = find_head(model.get_base_model())
     assert head is not None
-    forward = Forward(torch.device("cpu"), torch.float32, False, head)
-    done = train_step(model, torch.optim.SGD(trained, lr=1.0), batches, forward, max_grad_norm=0.0, step=1)
+    objective = TextObjective(CPU, head=head)
+    done = train_step(model, torch.optim.SGD(trained, lr=1.0), batches, objective, max_grad_norm=0.0, step=1)
     return done, {name: p.detach().clone() for name, p in nets.lora_parameters(model).items()}
 
 
-def assert_same_step(kind: str, one: Sequence[Batch], other: Sequence[Batch]) -> None:
+def assert_same_step(kind: str, one: Sequence[TextBatch], other: Sequence[TextBatch]) -> None:
     (a, weights), (b, others) = measured(kind, one), measured(kind, other)
     assert a.tokens == b.tokens
     assert a.targets == b.targets
@@ -212,7 +215,7 @@ def assert_same_step(kind: str, one: Sequence[Batch], other: Sequence[Batch]) ->
 @pytest.mark.parametrize("case", ["rows", "packed", "all alike", "all alike, not a multiple"])
 def test_a_step_filled_up_to_its_form_is_the_same_step(kind: str, case: str) -> None:
     batches, _ = batches_of(**(CASES[case] | {"lengths": CASES[case]["lengths"][:12]}))
-    plain = replace_sizes(batches, batches.size, batches.accumulate)
+    plain = batches.recut(batches.size)
     filled = batches.step(0)
     assert filled[0].ids.shape[1] > plain.step(0)[0].ids.shape[1] or filled[0].form.row  # type: ignore[union-attr]
     assert_same_step(kind, filled, plain.step(0))
@@ -222,7 +225,7 @@ def test_filler_that_is_learned_would_be_seen() -> None:
     import dataclasses
 
     batches, _ = batches_of(CASES["rows"]["lengths"][:12])
-    plain, filled = replace_sizes(batches, 4, 1).step(0), batches.step(0)[0]
+    plain, filled = batches.recut(4).step(0), batches.step(0)[0]
     last = filled.ids.shape[1] - 2
     wrong = dataclasses.replace(
         filled, form=None, targets=np.append(filled.targets, 0), places=np.append(filled.places, last),
@@ -235,9 +238,9 @@ def test_filler_that_is_learned_would_be_seen() -> None:
 @pytest.mark.parametrize("formed", [False, True])
 def test_joined_micro_batches_make_the_same_step(formed: bool) -> None:
     batches, steps = batches_of(uneven(22), size=2, accumulate=4)
-    joined = replace_sizes(batches, 8, 1)
+    joined = batches.recut(8)
     if formed:
-        joined = replace_sizes(joined, 8, 1, 1, choose_forms(joined.facts(steps), 2))
+        joined = joined.filled(steps, most_forms=2)
     assert joined.steps_per_epoch == batches.steps_per_epoch
     for step in (0, batches.steps_per_epoch - 1, batches.steps_per_epoch):  # full, partial, of the next epoch
         parts, (whole,) = batches.step(step), joined.step(step)
@@ -248,7 +251,7 @@ def test_joined_micro_batches_make_the_same_step(formed: bool) -> None:
 def test_facts_are_those_of_the_batches() -> None:
     for case in CASES.values():
         batches, steps = batches_of(**case)
-        plain = replace_sizes(batches, batches.size, batches.accumulate)
+        plain = batches.recut(batches.size)
         facts = plain.facts(steps)
         every = [batch for step in range(steps) for batch in plain.step(step)]
         lengths = [np.diff(batch.bounds) for batch in every]  # type: ignore[arg-type]

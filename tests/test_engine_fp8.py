@@ -261,7 +261,7 @@ def head_losses(targets: torch.Tensor, softcap: float | None, both_orders: bool,
     hidden, output = draw(len(targets), 64, seed=1).requires_grad_(), nn.Linear(64, 512, bias=False)
     output.weight.requires_grad_(False)
     kept = fp8_head(output.weight, both_orders)
-    loss = HeadLoss.apply(hidden, kept[0], None, targets, softcap, kept)
+    loss = HeadLoss.apply(hidden, kept[0], None, targets, softcap, kept).sum()
     loss.backward()
     wide = hidden.detach().double().requires_grad_()
     logits = wide @ output.weight.double().t()
@@ -297,7 +297,7 @@ def test_a_target_below_zero_counts_for_nothing(fp8: bool, monkeypatch: pytest.M
         hidden = draw(len(targets), 64, seed=1)[places].requires_grad_()
         given = output.weight if kept is None else kept[0]
         weight, bias = (tensor.detach().clone().requires_grad_(not fp8) for tensor in (given, output.bias))
-        loss = HeadLoss.apply(hidden, weight, bias, targets[places], None, kept)
+        loss = HeadLoss.apply(hidden, weight, bias, targets[places], None, kept).sum()
         loss.backward()
         results.append((loss.detach(), hidden.grad, weight.grad, bias.grad))
     filled, alone = results

@@ -204,7 +204,7 @@ def test_fp8_head(both_orders: bool) -> None:
     codes = codes.view(torch.uint8)
     hidden = (0.1 * draw(300, 256, seed=2)).requires_grad_()
     kept = (codes, scale, codes.t().contiguous()) if both_orders else (codes, scale)
-    loss = HeadLoss.apply(hidden, codes, None, targets, None, kept)
+    loss = HeadLoss.apply(hidden, codes, None, targets, None, kept).sum()
     loss.backward()
     wide = hidden.detach().double().requires_grad_()
     exact = cross_entropy(wide @ weight.double().t(), targets, reduction="sum", ignore_index=-1)

@@ -13,7 +13,8 @@ import tiny
 import torch
 from test_shrink import apart
 
-from whet.data.batch.batches import Batches
+from whet.data.batch.batches import Cut, Order
+from whet.data.batch.text_batches import TextBatches
 from whet.engine.compute.attention import fastest_attention
 from whet.engine.compute.compile import compile_layers
 from whet.engine.compute.head import Head, find_head
@@ -24,9 +25,10 @@ from whet.methods.layers.group import fuse
 from whet.recipe import Parsed
 from whet.runs import Run
 from whet.settings import Train
+from whet.training.captured import side_stream
 from whet.training.checkpoint import trainable
-from whet.training.graph import side_stream
-from whet.training.loss import Forward
+from whet.training.objective.objective import Arithmetic
+from whet.training.objective.text import TextObjective
 from whet.training.optim import build_optimiser
 from whet.training.run import Loop, train
 from whet.training.step import train_step
@@ -48,8 +50,9 @@ class Full:
         net = nets.network("Llama", device="cuda", **SIZES).eval()
         masters = shorten_weights(net, CUDA, torch.bfloat16) if hosted else None
         self.model = net.train()
-        self.forward = Forward(CUDA, torch.bfloat16, True, find_head(net, autocast=torch.bfloat16))
-        assert self.forward.head is not None
+        arithmetic = Arithmetic(CUDA, torch.bfloat16, autocast=True)
+        self.objective = TextObjective(arithmetic, head=find_head(net, autocast=torch.bfloat16))
+        assert self.objective.head is not None
         if compiled:
             compile_layers(net)
         trained = list(net.parameters())
@@ -58,13 +61,13 @@ class Full:
             Train(weight_decay=0.1, adam_epsilon=0.01), matrices, vectors, 0.02, masters=masters
         )
         rows = nets.rows_of([70, 300, 170, 230, 120, 280, 400, 90])
-        self.batches = Batches(rows, None, size=2, accumulate=2, flat=True, seed=1)
+        self.batches = TextBatches(rows, flat=True, order=Order(1), cut=Cut(2, 2))
 
     def run(self) -> list[tuple[float, float]]:
         found = []
         for step in range(STEPS):
             done = train_step(
-                self.model, self.optimiser, self.batches.step(step), self.forward, max_grad_norm=0.5, step=step + 1
+                self.model, self.optimiser, self.batches.step(step), self.objective, max_grad_norm=0.5, step=step + 1
             )
             found.append((done.loss, done.grad_norm))
         return found
@@ -164,7 +167,7 @@ def test_a_head_on_the_host_changes_no_bit(fp8: bool) -> None:
         losses = []
         with fastest_attention(CUDA), side_stream(CUDA):
             for _ in range(3):
-                loss = head.loss({"input_ids": tokens, "use_cache": False}, places, targets)
+                loss = head.losses({"input_ids": tokens, "use_cache": False}, places, targets).sum()
                 loss.backward()
                 losses.append(loss.item())
         results.append((losses, {name: g.clone() for name, g in nets.gradients(model, fused).items()}))

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from whet.data.batch.batches import Batches
-from whet.data.batch.forms import choose_forms
+from whet.data.batch.batches import Cut, Order
 from whet.data.batch.rows import Rows
+from whet.data.batch.text_batches import TextBatches
 from whet.engine.compute.attention import fastest_attention
 from whet.engine.compute.compile import compile_layers
 from whet.engine.compute.head import find_head
 from whet.methods.layers.group import fuse
 from whet.settings import Train
 from whet.training import checkpoint
-from whet.training.arrange import replace_sizes
+from whet.training.captured import WARM_STEPS, GraphSteps, Replayed, side_stream
 from whet.training.checkpoint import Identity
-from whet.training.graph import WARM_STEPS, GraphSteps, Replayed, side_stream
-from whet.training.loss import Forward
+from whet.training.objective.objective import Arithmetic
+from whet.training.objective.text import TextObjective
 from whet.training.optim import build_optimiser
 from whet.training.step import NotFinite, Pending, Steps
 
@@ -46,13 +46,13 @@ class Made:
             net.get_input_embeddings().weight[POISON] = float("nan")
         self.model = nets.adapted(net)
         self.fused = fuse(self.model, compute=torch.bfloat16)
-        forward = Forward(CUDA, torch.bfloat16, False, find_head(net), self.fused.refresh)
-        assert forward.head is not None
+        objective = TextObjective(Arithmetic(CUDA, torch.bfloat16), self.fused.refresh, find_head(net))
+        assert objective.head is not None
         if compiled:
             compile_layers(net)
         train = Train(adam_epsilon=0.01)
         self.optimiser = build_optimiser(train, self.fused.leaves, [], 0.02, captured=captured)
-        self.steps = (GraphSteps if captured else Steps)(self.model, self.optimiser, forward, 1.0)
+        self.steps = (GraphSteps if captured else Steps)(self.model, self.optimiser, objective, 1.0)
 
     def weights(self) -> torch.Tensor:
         torch.cuda.synchronize()
@@ -62,7 +62,7 @@ class Made:
         torch.cuda.synchronize()
         return [value.clone() for state in self.optimiser.state.values() for value in state.values()]
 
-    def run(self, batches: Batches, steps: range) -> tuple[list[tuple[float, float]], int]:
+    def run(self, batches: TextBatches, steps: range) -> tuple[list[tuple[float, float]], int]:
         """(loss, norm) of each step, read one step late as in a run, and how many were replayed."""
         found, replayed = [], 0
         last: Pending | None = None
@@ -77,12 +77,13 @@ class Made:
         return [(done.loss, done.grad_norm) for done in found], replayed
 
 
-def rows_and_batches(count: int, *, accumulate: int = 1, alike: bool = False, forms: int = 2) -> tuple[Rows, Batches]:
+def rows_and_batches(
+    count: int, *, accumulate: int = 1, alike: bool = False, forms: int = 2
+) -> tuple[Rows, TextBatches]:
     """Rows of two lengths by turns (or of one), each a batch, in as many forms."""
     rows = nets.rows_of([128 if alike else (60, 260)[index % 2] + 7 * (index % 8) for index in range(count)])
-    plain = Batches(rows, None, size=1, accumulate=accumulate, flat=True, seed=5)
-    chosen = choose_forms(plain.facts(plain.steps_per_epoch), forms)
-    return rows, replace_sizes(plain, 1, accumulate, 1, chosen)
+    plain = TextBatches(rows, flat=True, order=Order(5), cut=Cut(1, accumulate))
+    return rows, plain.filled(plain.steps_per_epoch, most_forms=forms)
 
 
 def assert_alike(

@@ -16,13 +16,12 @@ import pytest
 import tiny
 import torch
 
-from whet.data.batch.batches import Batch, Batches
+from whet.data.batch.text_batches import TextBatch, TextBatches
 from whet.engine.compute.attention import ATTENTION
 from whet.engine.compute.isolation import check_causality, check_isolation, flat_inputs
 from whet.recipe import Parsed
-from whet.training import loss as loss_module
 from whet.training.arrange import Arrangement
-from whet.training.loss import Forward
+from whet.training.objective.text import TextObjective, TextOnDevice
 from whet.training.setup import Ready, build_model, get_ready
 from whet.training.step import train_step
 
@@ -51,17 +50,19 @@ class Made:
     arranged: Arrangement
 
     @property
-    def forward(self) -> Forward:
-        return self.arranged.forward
+    def objective(self) -> TextObjective:
+        assert isinstance(self.arranged.objective, TextObjective)
+        return self.arranged.objective
 
     @property
-    def batches(self) -> Batches:
+    def batches(self) -> TextBatches:
+        assert isinstance(self.arranged.batches, TextBatches)
         return self.arranged.batches
 
-    def measure(self, batches: Sequence[Batch], forward: Any = None) -> tuple[float, Gradients]:
+    def measure(self, batches: Sequence[TextBatch], objective: Any = None) -> tuple[float, Gradients]:
         """Loss and gradients of one optimiser step over the micro-batches."""
         capture = Capture(self.model, [*self.arranged.matrices, *self.arranged.vectors])
-        done = train_step(self.model, capture, batches, forward or self.forward, max_grad_norm=0.0, step=1)
+        done = train_step(self.model, capture, batches, objective or self.objective, max_grad_norm=0.0, step=1)
         return done.loss, capture.seen
 
 
@@ -115,7 +116,7 @@ def distance(one: tuple[float, Gradients], other: tuple[float, Gradients]) -> fl
     return max(abs(one[0] - other[0]) / other[0], *apart)
 
 
-def all_rows(batches: Sequence[Batch]) -> list[int]:
+def all_rows(batches: Sequence[TextBatch]) -> list[int]:
     return sorted(row for batch in batches for row in batch.sources)
 
 
@@ -166,9 +167,9 @@ def test_a_ragged_last_window_weighs_its_tokens_like_any_other(
 
 def test_fused_head_and_plain_logits_agree(model_dir: Path, recipe: Callable[..., Parsed]) -> None:
     made = make(recipe(data__max_rows=8))
-    assert made.forward.head is not None
+    assert made.objective.head is not None
     batches = made.batches.step(0)
-    plain = made.measure(batches, dataclasses.replace(made.forward, head=None))
+    plain = made.measure(batches, dataclasses.replace(made.objective, head=None))
     assert distance(made.measure(batches), plain) < TOLERANCE
     assert distance(plain, reference(model_dir, made, range(8))) < TOLERANCE
 
@@ -188,23 +189,23 @@ def test_the_reference_is_what_transformers_calls_the_loss(model_dir: Path, reci
     assert abs(made.measure(alone)[0] - theirs) < TOLERANCE * theirs
 
 
-class MeanOfMeans:
-    """Divides each micro-batch by its own targets: the fault of transformers #34191."""
+class MeanOfMeans(TextObjective):
+    """Divides each micro-batch by its own targets: the fault of transformers #34191. The worth of the step is one."""
 
-    def __init__(self, forward: Forward, batches: Sequence[Batch]) -> None:
-        self.forward, self.count = forward, len(batches)
-        self.targets, self.device = sum(len(batch.targets) for batch in batches), forward.device
-        self.prepare = forward.prepare
+    parts = 4
 
-    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        return self.forward.loss(model, batch) / len(batch.targets) / self.count * self.targets
+    def worth(self, batch: TextBatch) -> float:
+        return 1 / self.parts
+
+    def losses(self, model: torch.nn.Module, on_device: TextOnDevice) -> torch.Tensor:
+        return super().losses(model, on_device) / len(on_device.targets) / self.parts
 
 
-def replaced(batches: Sequence[Batch], **changes: Callable[[Batch], Any]) -> list[Batch]:
+def replaced(batches: Sequence[TextBatch], **changes: Callable[[TextBatch], Any]) -> list[TextBatch]:
     return [dataclasses.replace(batch, **{name: make(batch) for name, make in changes.items()}) for batch in batches]
 
 
-def with_filler(batch: Batch) -> Batch:
+def with_filler(batch: TextBatch) -> TextBatch:
     """The filler document learns one token."""
     assert batch.bounds is not None
     assert batch.tokens + 2 <= batch.ids.shape[1], "no filler to plant the fault in"
@@ -219,7 +220,8 @@ def with_filler(batch: Batch) -> Batch:
 def test_mean_of_micro_batch_means_is_caught(model_dir: Path, recipe: Callable[..., Parsed]) -> None:
     made = make(recipe(data__max_rows=8, **LAYOUTS["2x4"]))
     batches = made.batches.step(0)
-    fault = made.measure(batches, MeanOfMeans(made.forward, batches))
+    assert len(batches) == MeanOfMeans.parts
+    fault = made.measure(batches, MeanOfMeans(**vars(made.objective)))
     assert distance(fault, reference(model_dir, made, range(8))) > 1000 * TOLERANCE
 
 
@@ -240,12 +242,12 @@ def test_attention_across_documents_is_caught(
     model_dir: Path, recipe: Callable[..., Parsed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = make(recipe(data__max_rows=8, **LAYOUTS["packed"]))
-    right = loss_module.show
+    right = TextObjective.to_device
 
-    def together(batch: Batch, device: torch.device) -> loss_module.Shown:
-        return dataclasses.replace(right(batch, device), documents=None)
+    def together(self: TextObjective, batch: TextBatch) -> TextOnDevice:
+        return dataclasses.replace(right(self, batch), documents=None)
 
-    monkeypatch.setattr(loss_module, "show", together)
+    monkeypatch.setattr(TextObjective, "to_device", together)
     fault = made.measure(made.batches.step(0))
     assert distance(fault, reference(model_dir, made, range(8))) > 1000 * TOLERANCE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from test_resume import killed_before
 from tiny import final_bytes
 
 from whet.base.errors import UserError
-from whet.data.batch.batches import Batches
+from whet.data.batch.batches import Cut, Order
+from whet.data.batch.text_batches import TextBatches
 from whet.engine.compute.head import find_head
 from whet.engine.device import Placement
 from whet.engine.memory import host_adam
@@ -24,7 +26,8 @@ from whet.recipe import Parsed
 from whet.settings import Train
 from whet.training import arrange
 from whet.training.checkpoint import trainable
-from whet.training.loss import Forward
+from whet.training.objective.objective import Arithmetic
+from whet.training.objective.text import TextObjective
 from whet.training.optim import build_optimiser, check_optimiser, set_rate
 from whet.training.run import train
 from whet.training.setup import get_ready
@@ -54,20 +57,21 @@ class Trained:
         head = find_head(net, autocast=autocast)
         assert head is not None
         self.model.train()
-        self.forward = Forward(CPU, compute, autocast is not None, head, None if fused is None else fused.refresh)
+        arithmetic = Arithmetic(CPU, compute, autocast is not None)
+        self.objective = TextObjective(arithmetic, None if fused is None else fused.refresh, head)
         trained = [p for p in self.model.parameters() if p.requires_grad] if fused is None else fused.leaves
         flat = [p for p in trained if p.ndim < 2]
         matrices, vectors = (trained, []) if fused else ([p for p in trained if p.ndim > 1], flat)
         self.settings = Train(weight_decay=0.1)
         self.optimiser = build_optimiser(self.settings, matrices, vectors, 0.01, masters=masters)
         rows = nets.rows_of([9, 30, 17, 23, 12, 28, 40, 7])
-        self.batches = Batches(rows, None, size=2, accumulate=2, flat=True, seed=1)
+        self.batches = TextBatches(rows, flat=True, order=Order(1), cut=Cut(2, 2))
         self.losses: list[tuple[float, float]] = []
 
     def step(self, index: int) -> None:
         set_rate(self.optimiser, 0.01 / (index + 1))
         done = train_step(
-            self.model, self.optimiser, self.batches.step(index), self.forward, max_grad_norm=0.5, step=index + 1
+            self.model, self.optimiser, self.batches.step(index), self.objective, max_grad_norm=0.5, step=index + 1
         )
         self.losses.append((done.loss, done.grad_norm))
 
@@ -190,25 +194,26 @@ def test_a_gradient_that_no_hook_saw_counts() -> None:
 def test_a_step_that_comes_to_nothing_leaves_nothing_behind() -> None:
     """A loss that is not finite, then a step that breaks off in its second micro-batch, then ordinary ones."""
     plain, hosted = (Trained("Llama", hosted=one, full=True) for one in (False, True))
-    right = hosted.forward.loss
+    head = hosted.objective.head
     calls: list[int] = []
 
-    class Broken:
-        device, prepare = CPU, None
+    @dataclass(frozen=True)
+    class Broken(TextObjective):
+        kind: str = ""
 
-        def __init__(self, kind: str) -> None:
-            self.kind = kind
-
-        def loss(self, model: Any, batch: Any) -> torch.Tensor:
+        def losses(self, model: Any, on_device: Any) -> torch.Tensor:
             calls.append(1)
             if self.kind == "raises" and len(calls) % 2 == 0:
                 raise RuntimeError("broken off")
-            return right(model, batch) * (float("nan") if self.kind == "nan" else 1.0)
+            nan = on_device.targets.new_full(on_device.targets.shape, float("nan"), dtype=torch.float32)
+            broken = replace(on_device, weights=nan) if self.kind == "nan" else on_device
+            return super().losses(model, broken)
 
     for kind, error in (("nan", NotFinite), ("raises", RuntimeError)):
         calls.clear()
+        broken = Broken(Arithmetic(CPU), None, head, kind)
         with pytest.raises(error):
-            train_step(hosted.model, hosted.optimiser, hosted.batches.step(0), Broken(kind), max_grad_norm=0.5, step=1)  # type: ignore[arg-type]
+            train_step(hosted.model, hosted.optimiser, hosted.batches.step(0), broken, max_grad_norm=0.5, step=1)
     assert same(plain.run(), hosted.run())
 
 
@@ -285,7 +290,7 @@ def test_methods_with_padded_rows_train_on_the_host_too(recipe: Make) -> None:
 
 def test_auto_goes_to_the_host_only_when_nothing_else_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     net = nets.adapted(nets.network("Llama")).base_model.model
-    batches = Batches(nets.rows_of([64] * 8), None, size=2, accumulate=1, flat=True, seed=1)
+    batches = TextBatches(nets.rows_of([64] * 8), flat=True, order=Order(1), cut=Cut(2))
     least = arrange.least_bytes(net, batches, 4)
     assert least > 0
     gpu = Placement(torch.device("cuda"), "bf16", torch.bfloat16, False, {})

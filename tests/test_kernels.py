@@ -47,7 +47,7 @@ def test_head_and_loss_in_chunks(
     targets = torch.randint(0, VOCABULARY, (rows,), generator=torch.Generator().manual_seed(4))
     ours = [None if tensor is None else leaf(tensor) for tensor in inputs]
     weights = draw(rows, seed=5).abs().float() if weighted else None
-    loss = HeadLoss.apply(*ours, targets, softcap, None, weights)
+    loss = HeadLoss.apply(*ours, targets, softcap, None, weights).sum()
     (loss * 0.37).backward()
     exact = [None if tensor is None else leaf(tensor.float(), torch.float64) for tensor in inputs]
     logits = linear(*exact)  # type: ignore[arg-type]
@@ -64,7 +64,7 @@ def test_head_and_loss_in_chunks(
 def test_head_of_extreme_logits_does_not_overflow() -> None:
     hidden, weight = leaf(draw(5, 16, scale=300.0)), leaf(draw(VOCABULARY, 16, seed=2, scale=300.0))
     targets = torch.arange(5)
-    loss = HeadLoss.apply(hidden, weight, None, targets, None)
+    loss = HeadLoss.apply(hidden, weight, None, targets, None).sum()
     loss.backward()
     expected = cross_entropy(hidden.detach().double() @ weight.detach().double().t(), targets, reduction="sum")
     near(loss.detach(), expected)
@@ -73,14 +73,18 @@ def test_head_of_extreme_logits_does_not_overflow() -> None:
 
 def test_head_gives_a_frozen_weight_no_gradient() -> None:
     hidden, weight = leaf(draw(5, 16)), leaf(draw(VOCABULARY, 16, seed=2), grad=False)
-    HeadLoss.apply(hidden, weight, None, torch.arange(5), None).backward()
+    HeadLoss.apply(hidden, weight, None, torch.arange(5), None).sum().backward()
     assert weight.grad is None
     assert hidden.grad is not None
 
 
 def test_head_without_a_single_row_is_zero() -> None:
     hidden, weight = leaf(draw(4, 16))[:0], leaf(draw(VOCABULARY, 16, seed=2))
-    assert HeadLoss.apply(hidden, weight, None, torch.zeros(0, dtype=torch.long), None).item() == 0.0
+    losses = HeadLoss.apply(hidden, weight, None, torch.zeros(0, dtype=torch.long), None)
+    assert losses.shape == (0,)
+    losses.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])

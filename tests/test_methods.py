@@ -76,7 +76,9 @@ def test_one_step_changes_what_is_trained_and_nothing_else(method: str, storage:
     assert trained == expected
     optimiser = build_optimiser(ready.recipe.train, arranged.matrices, arranged.vectors, 0.01)
     for index in range(2):
-        train_step(model, optimiser, arranged.batches.step(index), arranged.forward, max_grad_norm=1.0, step=index + 1)
+        train_step(
+            model, optimiser, arranged.batches.step(index), arranged.objective, max_grad_norm=1.0, step=index + 1
+        )
         if index == 0 and method == "lora":
             assert all(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name)
     after = dict([*model.named_parameters(), *model.named_buffers()])
@@ -225,7 +227,7 @@ def test_the_update_is_scaled_by_alpha_over_rank(rslora: bool, scale: float, rec
 def test_dropout_is_on_in_training_and_off_in_evaluation(recipe: Make) -> None:
     model, _, arranged = build_model(get_ready(recipe(method__lora_dropout=0.5)))
     tiny.randomise_adapter(model)
-    assert arranged.forward.prepare is not None
-    arranged.forward.prepare()
+    assert arranged.objective.refresh is not None
+    arranged.objective.before_step()
     assert not torch.equal(logits(model, IDS), logits(model, IDS))
     assert torch.equal(logits(model.eval(), IDS), logits(model, IDS))

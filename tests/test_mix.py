@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from whet.base.errors import UserError
-from whet.data.batch.batches import Batches
+from whet.data.batch.batches import Cut, Order
 from whet.data.batch.curriculum import PARTS, short_first
 from whet.data.batch.rows import Rows
+from whet.data.batch.text_batches import TextBatches
 from whet.data.sides.mix import chosen, mixture, replay
 
 
@@ -108,12 +109,12 @@ def rows_of(lengths: np.ndarray) -> Rows:
 def test_short_rows_come_first_in_the_first_epoch_only() -> None:
     lengths = np.random.default_rng(0).integers(2, 90, 203)
     made = {
-        flag: Batches(rows_of(lengths), None, size=4, accumulate=2, flat=True, seed=3, by_length=flag)
+        flag: TextBatches(rows_of(lengths), flat=True, order=Order(3, short_first=flag), cut=Cut(4, 2))
         for flag in (False, True)
     }
     steps = made[True].steps_per_epoch
 
-    def epoch(batches: Batches, number: int) -> list[int]:
+    def epoch(batches: TextBatches, number: int) -> list[int]:
         return [
             row for step in range(number * steps, (number + 1) * steps) for b in batches.step(step) for row in b.sources
         ]
@@ -130,10 +131,10 @@ def test_short_rows_come_first_in_the_first_epoch_only() -> None:
 
 def test_a_step_is_looked_up_whatever_came_before() -> None:
     rows = rows_of(np.random.default_rng(1).integers(2, 50, 61))
-    whole = Batches(rows, None, size=2, accumulate=3, flat=True, seed=5, by_length=True)
+    whole = TextBatches(rows, flat=True, order=Order(5, short_first=True), cut=Cut(2, 3))
     hashes = [[batch.sha256() for batch in whole.step(step)] for step in range(2 * whole.steps_per_epoch)]
     for step in (len(hashes) - 1, 3, 0, whole.steps_per_epoch):
-        fresh = Batches(rows, None, size=2, accumulate=3, flat=True, seed=5, by_length=True)
+        fresh = TextBatches(rows, flat=True, order=Order(5, short_first=True), cut=Cut(2, 3))
         assert [batch.sha256() for batch in fresh.step(step)] == hashes[step]
 
 

@@ -45,7 +45,7 @@ def loss_and_gradients(kind: str, *, tied: bool, away: bool, fp8: bool = False) 
     tokens = nets.ids()
     places = torch.arange(tokens.numel() - 1)
     inputs = {"input_ids": tokens, "use_cache": False}
-    loss = sum(head.loss(inputs, places, tokens.flatten()[1:]) for _ in range(2))
+    loss = sum(head.losses(inputs, places, tokens.flatten()[1:]).sum() for _ in range(2))
     assert isinstance(loss, torch.Tensor)
     loss.backward()
     return loss.item(), {name: g.clone() for name, g in nets.gradients(model, fused).items()}
@@ -102,7 +102,7 @@ def test_it_is_gone_while_the_decoder_is_differentiated() -> None:
     nets.adapted(net)
     head = head.on_host(net)
     assert head.away is not None
-    loss = head.loss({"input_ids": nets.ids()}, torch.arange(4), torch.arange(4))
+    losses = head.losses({"input_ids": nets.ids()}, torch.arange(4), torch.arange(4))
     assert head.away._coming is None
     kept: list[Any] = []
 
@@ -112,8 +112,8 @@ def test_it_is_gone_while_the_decoder_is_differentiated() -> None:
             if following is not None:
                 walk(following)
 
-    assert loss.grad_fn is not None
-    kept.extend(t for t in loss.grad_fn.saved_tensors if t is not None)  # type: ignore[attr-defined]
+    assert losses.grad_fn is not None
+    kept.extend(t for t in losses.grad_fn.saved_tensors if t is not None)  # type: ignore[attr-defined]
     assert kept
     assert all(t.shape != (nets.VOCABULARY, 64) for t in kept)
 
@@ -139,8 +139,8 @@ def test_a_run_is_the_same_run(recipe: Make) -> None:
         found = train(recipe(name, base__offload_head=True, **more, **settings))
         assert found.metrics.read_bytes() == expected.metrics.read_bytes()
     model, arranged = built(recipe("again", base__offload_head=True))
-    assert arranged.forward.head is not None
-    assert arranged.forward.head.away is not None
+    assert arranged.objective.head is not None
+    assert arranged.objective.head.away is not None
     assert offload_embedding(model.base_model.model) == 0
 
 

@@ -19,7 +19,6 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from whet.base.errors import UserError
-from whet.data.batch.batches import Batch
 from whet.engine.layers import decoder_layers
 from whet.engine.memory.checkpointing import checkpoint_layers
 from whet.engine.task import CAUSAL, Task
@@ -36,7 +35,7 @@ from whet.methods.method import Method
 from whet.methods.structure import layer_stacks, residual_ends
 from whet.recipe import Parsed, parse
 from whet.settings import Train
-from whet.training.loss import Forward
+from whet.training.objective.objective import Arithmetic, Objective
 from whet.training.optim import build_optimiser, set_rate
 from whet.training.run import train
 from whet.training.step import train_step
@@ -401,7 +400,6 @@ def test_the_penalty_is_the_expected_share_of_differences(structured: bool) -> N
 
 def test_the_penalty_counts_once_however_a_step_is_cut() -> None:
     net = nn.Linear(3, 3)
-    forward = Forward(torch.device("cpu"), torch.float32, False, None)
     kept: dict[int, torch.Tensor] = {}
 
     def loss_of(model: Any, batch: Any) -> torch.Tensor:
@@ -410,18 +408,26 @@ def test_the_penalty_counts_once_however_a_step_is_cut() -> None:
     class Fake:
         def __init__(self, x: torch.Tensor) -> None:
             self.x, self.targets, self.tokens, self.sources = x, np.zeros(len(x)), len(x), ()
-            self.worth = len(x)
 
-    class Counting(Forward):
-        def loss(self, model: Any, batch: Any) -> torch.Tensor:
-            return loss_of(model, batch)
+        def tensors(self) -> list[torch.Tensor]:
+            return [self.x]
+
+    class Squares(Objective[Any, Fake]):
+        def worth(self, batch: Fake) -> float:
+            return len(batch.x)
+
+        def to_device(self, batch: Fake) -> Fake:
+            return batch
+
+        def losses(self, model: Any, on_device: Fake) -> torch.Tensor:
+            return (model(on_device.x) ** 2).sum(1)
 
     x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     for pieces in (1, 3):
         model = copy.deepcopy(net)
-        batches: list[Batch] = [Fake(part) for part in x.chunk(pieces)]  # type: ignore[misc]
+        batches: list[Any] = [Fake(part) for part in x.chunk(pieces)]
         train_step(
-            model, torch.optim.SGD(model.parameters(), lr=1.0), batches, Counting(**vars(forward)),
+            model, torch.optim.SGD(model.parameters(), lr=1.0), batches, Squares(Arithmetic(torch.device("cpu"))),
             max_grad_norm=0.0, step=1, penalty=lambda model=model: 5 * model.weight.sum(),
         )  # fmt: skip
         kept[pieces] = net.weight.detach() - model.weight.detach()

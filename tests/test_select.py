@@ -194,14 +194,15 @@ def test_blocked_words_drop_their_rows(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_short_rows_come_first_in_the_first_epoch(tokenizer: Any, tmp_path: Path) -> None:
-    from whet.training.padded import batches_for
+    from whet.data.batch.batches import Cut
+    from whet.data.batch.make import make_batches
 
     path = write(tmp_path, "rows.jsonl", [chat(f"q{n} " + "word " * (n * 37 % 60)) for n in range(60)])
 
     def lengths(order: Any, epoch: int) -> list[int]:
         data = Data(dataset=path, val_size=0, order=order, padding_free=True)
         rows = prepare(data, tokenizer, 256).train
-        batches: Any = batches_for(rows, data, size=6, accumulate=1, seed=0)
+        batches: Any = make_batches(rows, data, seed=0, cut=Cut(6))
         return [batches.step(epoch * 10 + step)[0].tokens for step in range(10)]
 
     first = lengths("short_first", 0)

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from whet.base.errors import UserError
-from whet.data.batch.batches import Batches
+from whet.data.batch.batches import Cut, Order
+from whet.data.batch.padded_batches import PaddedBatches
 from whet.data.batch.rows import Rows
-from whet.data.batch.task_batches import TaskBatches
+from whet.data.batch.text_batches import TextBatches
 from whet.recipe import Parsed
 from whet.runs import Run
 from whet.training import run as run_module
@@ -24,7 +25,6 @@ from whet.training.run import Loop, train
 from whet.training.step import Steps
 
 Make = Callable[..., Parsed]
-CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {
     "train__max_steps": 4, "train__per_device_train_batch_size": 6, "train__save_steps": 2, "data__val_size": 0,
 }  # fmt: skip
@@ -108,14 +108,14 @@ def test_a_wrong_second_try_would_be_seen(fault: str, recipe: Make, monkeypatch:
     if fault == "gradients are kept":
         monkeypatch.setattr(run_module, "free_memory", lambda optimiser: None)
     elif fault == "a row is lost":
-        right = shrink.replace_sizes
+        right = TextBatches.recut
 
-        def short(batches: Batches, size: int, accumulate: int, *more: Any) -> Batches:
-            found = right(batches, size, accumulate, *more)
+        def short(self: TextBatches, size: int) -> TextBatches:
+            found = right(self, size)
             found.units = [*found.units[:-1], found.units[0]]
             return found
 
-        monkeypatch.setattr(shrink, "replace_sizes", short)
+        monkeypatch.setattr(TextBatches, "recut", short)
     else:
         cut = Loop._cut
         monkeypatch.setattr(Loop, "_cut", lambda self, index: cut(self, index + 1))
@@ -190,9 +190,9 @@ def rows(lengths: list[int]) -> Rows:
     ("size", "accumulate", "expected"), [(8, 1, [4, 2, 1]), (6, 2, [3, 1]), (5, 1, [1]), (1, 4, [])]
 )
 def test_pieces_are_halved_in_the_same_order(size: int, accumulate: int, expected: list[int]) -> None:
-    batches = Batches(rows([4 + n for n in range(23)]), None, size=size, accumulate=accumulate, flat=True, seed=3)
+    batches = TextBatches(rows([4 + n for n in range(23)]), flat=True, order=Order(3), cut=Cut(size, accumulate))
     sizes, found = [], batches
-    while (less := shrink.smaller(found, 5, CPU)) is not None:
+    while (less := found.smaller(5)) is not None:
         found = less
         sizes.append(found.size)
         for step in range(batches.steps_per_epoch):
@@ -204,8 +204,9 @@ def test_pieces_are_halved_in_the_same_order(size: int, accumulate: int, expecte
 def test_tasks_are_cut_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
     labelled = rows([4 + n for n in range(23)])
     object.__setattr__(labelled, "labels", np.zeros(23, np.int64))
-    batches = TaskBatches(labelled, size=4, accumulate=1, seed=3)
-    found = shrink.smaller(batches, 5, CPU)
+    batches = PaddedBatches(labelled, order=Order(3), cut=Cut(4))
+    found = batches.smaller(5)
+    assert found is not None
     assert (found.size, found.accumulate) == (2, 2)
     for step in range(batches.steps_per_epoch):
         before, after = ([row for b in made.step(step) for row in b.sources] for made in (batches, found))
@@ -215,12 +216,12 @@ def test_tasks_are_cut_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_the_largest_batch_is_found(accumulate: int) -> None:
     lengths = [10 + 7 * (n * 13 % 29) for n in range(31)]
-    batches = Batches(rows(lengths), None, size=2, accumulate=accumulate, flat=True, seed=3)
+    batches = TextBatches(rows(lengths), flat=True, order=Order(3), cut=Cut(2, accumulate))
     steps = 2 * batches.steps_per_epoch + 1
     sizes = [max(batch.ids.size for batch in batches.step(step)) for step in range(steps)]
-    found = shrink.largest_step(batches, steps)
+    found = batches.largest_step(steps)
     assert (0 if found is None else sizes[found]) == (0 if max(sizes) == sizes[0] else max(sizes))
-    assert shrink.largest_step(Batches(rows([9] * 12), None, size=2, accumulate=1, flat=True, seed=3), 6) is None
+    assert TextBatches(rows([9] * 12), flat=True, order=Order(3), cut=Cut(2)).largest_step(6) is None
 
 
 @pytest.mark.parametrize("more", [{}, {"train__offload_optimizer": True}], ids=str)

@@ -16,7 +16,8 @@ from task_nets import DECODERS, ENCODERS
 from test_resume import killed_before
 
 from whet.base.errors import UserError
-from whet.data.batch.task_batches import TaskBatches
+from whet.data.batch.batches import Cut, Order
+from whet.data.batch.padded_batches import PaddedBatches
 from whet.data.check import report, warnings
 from whet.data.config import Data
 from whet.data.labels import encode_texts, encode_typed
@@ -28,9 +29,11 @@ from whet.engine.load.load import load_config, load_model, longest_input
 from whet.engine.task import Task, check_task, kind_of
 from whet.recipe import parse
 from whet.training import setup
+from whet.training.objective.choose import objective_for
+from whet.training.objective.labels import by_length
+from whet.training.objective.padded_rows import PaddedObjective
 from whet.training.plan import plan
 from whet.training.run import train
-from whet.training.task_loss import TaskForward, by_length, task_forward
 
 CPU = Placement(torch.device("cpu"), "fp32", torch.float32, False, {})
 LABELLED = ("classification", "multi_label", "regression")
@@ -64,9 +67,11 @@ def prepared(place: Path, records: list[dict[str, Any]], kind: str = "Bert", tas
     return prepare(settings, task_nets.tokenizer(kind), 64, task, "seq2seq" if kind == "T5" else "causal")
 
 
-def opened(directory: Path, task: Task) -> tuple[Any, TaskForward]:
+def opened(directory: Path, task: Task) -> tuple[Any, PaddedObjective[Any, Any]]:
     network = load_model(Model(path=str(directory)), CPU, task)
-    return network, task_forward(network, CPU, task, virtual=False)
+    objective = objective_for(network, CPU, task, padded=True, virtual=False)
+    assert isinstance(objective, PaddedObjective)
+    return network, objective
 
 
 # Rows and their labels.
@@ -263,7 +268,7 @@ def test_a_cut_answer_still_ends(tmp_path: Path) -> None:
 
 def test_an_epoch_has_every_row_once_and_steps_do_not_depend_on_the_cut(tmp_path: Path) -> None:
     rows = prepared(tmp_path, task_nets.rows("classification", 203)).train
-    whole, cut = (TaskBatches(rows, size=size, accumulate=8 // size, seed=5) for size in (8, 2))
+    whole, cut = (PaddedBatches(rows, order=Order(5), cut=Cut(size, 8 // size)) for size in (8, 2))
     orders = []
     for epoch in range(2):
         steps = [whole.step(epoch * whole.steps_per_epoch + step) for step in range(whole.steps_per_epoch)]
@@ -273,7 +278,7 @@ def test_an_epoch_has_every_row_once_and_steps_do_not_depend_on_the_cut(tmp_path
             small = cut.step(epoch * whole.steps_per_epoch + step)
             assert [row for one in small for row in one.sources] == list(batch.sources)
     assert orders[0] != orders[1]
-    fresh = TaskBatches(rows, size=8, accumulate=1, seed=5)
+    fresh = PaddedBatches(rows, order=Order(5), cut=Cut(8))
     assert fresh.step(30)[0].sha256() == whole.step(30)[0].sha256()
     assert fresh.step(30)[0].sha256() != fresh.step(29)[0].sha256()
     places = sum(batch.ids.size for step in range(whole.steps_per_epoch) for batch in whole.step(step))
@@ -286,7 +291,7 @@ def test_a_batch_is_padded_under_a_mask(tmp_path: Path) -> None:
     records = [{"text": "good", "label": "a", "text_pair": "bad"}, {"text": "good bad fine", "label": "b"}]
     rows = prepared(tmp_path, records).train
     batch: Any
-    (batch,) = TaskBatches(rows, size=2, accumulate=1, seed=0).step(0)
+    (batch,) = PaddedBatches(rows, order=Order(0), cut=Cut(2)).step(0)
     order = np.argsort(batch.sources)
     assert batch.mask[order].sum(1).tolist() == [5, 5]
     assert batch.types is not None
@@ -308,12 +313,14 @@ def theirs(network: Any, batch: Any, task: str) -> float:
     return network(input_ids=ids, attention_mask=mask, labels=labels).loss.item()
 
 
-def made(nets: Nets, place: Path, kind: str, task: str, count: int = 8) -> tuple[Any, TaskForward, Prepared]:
+def made(
+    nets: Nets, place: Path, kind: str, task: str, count: int = 8
+) -> tuple[Any, PaddedObjective[Any, Any], Prepared]:
     found = prepared(place, task_nets.rows(task, count), kind)
     assert found.task.name == task
     torch.manual_seed(1)
-    network, forward = opened(nets(kind), found.task)
-    return network, forward, found
+    network, objective = opened(nets(kind), found.task)
+    return network, objective, found
 
 
 PAIRS = [(kind, task) for kind in (*ENCODERS, *DECODERS) for task in LABELLED] + [("T5", "seq2seq")]
@@ -323,14 +330,14 @@ PAIRS = [(kind, task) for kind in (*ENCODERS, *DECODERS) for task in LABELLED] +
 def test_the_loss_is_transformers_own_however_the_batch_is_cut(
     kind: str, task: str, nets: Nets, tmp_path: Path
 ) -> None:
-    network, forward, found = made(nets, tmp_path, kind, task)
+    network, objective, found = made(nets, tmp_path, kind, task)
     results = []
     for size in (8, 1, 3):
         network.zero_grad()
-        batches = TaskBatches(found.train, size=size, accumulate=8 // size, seed=0)
+        batches = PaddedBatches(found.train, order=Order(0), cut=Cut(size, 8 // size))
         parts = [batches.batch(rows) for rows in batches.all()]
         count = sum(len(part.targets) for part in parts)
-        losses = [forward.loss(network, part) / count for part in parts]
+        losses = [objective.loss(network, part) / count for part in parts]
         torch.stack(losses).sum().backward()
         gradients = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
         results.append((float(torch.stack(losses).detach().sum()), gradients.clone()))
@@ -343,31 +350,31 @@ def test_the_loss_is_transformers_own_however_the_batch_is_cut(
 
 @pytest.mark.parametrize("kind", [*ENCODERS, *DECODERS])
 def test_a_row_has_the_same_logits_alone_and_beside_a_longer_one(kind: str, nets: Nets, tmp_path: Path) -> None:
-    network, forward, found = made(nets, tmp_path, kind, "classification")
+    network, objective, found = made(nets, tmp_path, kind, "classification")
     assert network.config.pad_token_id is not None
-    batches = TaskBatches(found.train, size=8, accumulate=1, seed=0)
+    batches = PaddedBatches(found.train, order=Order(0), cut=Cut(8))
     (batch,) = (batches.batch(rows) for rows in batches.all())
-    together = network(**forward._inputs(batch.ids, batch.mask)).logits
+    together = objective.call(network, objective.inputs(batch.ids, batch.mask)).logits
     for place, row in enumerate(batch.sources):
         one = batches.batch([row])
-        alone = network(**forward._inputs(one.ids, one.mask)).logits
+        alone = objective.call(network, objective.inputs(one.ids, one.mask)).logits
         assert torch.allclose(alone[0], together[place], atol=1e-6)
     if kind in DECODERS:  # the fault that it would be: the head reads the padding
         network.config.pad_token_id = 5
-        wrong = network(**forward._inputs(batch.ids, batch.mask)).logits
+        wrong = objective.call(network, objective.inputs(batch.ids, batch.mask)).logits
         assert not torch.allclose(wrong[0], together[0], atol=1e-3)
 
 
 def test_token_types_of_pairs_reach_the_model(nets: Nets, tmp_path: Path) -> None:
     records = [{"text": "good", "text_pair": "bad", "label": index % 2, "n": index} for index in range(2)]
     found = prepared(tmp_path, records)
-    network, forward = opened(nets("Bert"), found.task)
+    network, objective = opened(nets("Bert"), found.task)
     batch: Any
-    (batch,) = TaskBatches(found.train, size=2, accumulate=1, seed=0).step(0)
+    (batch,) = PaddedBatches(found.train, order=Order(0), cut=Cut(2)).step(0)
     assert batch.types is not None
-    inputs = forward._inputs(batch.ids, batch.mask)
+    inputs = objective.inputs(batch.ids, batch.mask)
     expected = network(**inputs, token_type_ids=torch.from_numpy(batch.types), labels=torch.from_numpy(batch.targets))
-    assert forward.loss(network, batch).item() / 2 == pytest.approx(expected.loss.item(), rel=1e-6)
+    assert objective.loss(network, batch).item() / 2 == pytest.approx(expected.loss.item(), rel=1e-6)
     assert not torch.allclose(expected.logits, network(**inputs).logits, atol=1e-4)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ import tiny
 import torch
 from torch.nn.functional import cross_entropy
 
-from whet.data.batch.batches import Batches
+from whet.data.batch.batches import Cut, Order
+from whet.data.batch.text_batches import TextBatches
 from whet.data.config import Data
 from whet.data.prepare import Prepared, prepare
 from whet.engine.compute.head import find_head
 from whet.engine.config import Model
 from whet.engine.load.load import load_tokenizer
-from whet.training.loss import Forward, show
+from whet.training.objective.objective import Arithmetic
+from whet.training.objective.text import TextObjective
 from whet.training.step import held_out_loss, train_step
+
+CPU = Arithmetic(torch.device("cpu"))
 
 
 def turns(*pairs: tuple[str, float | None]) -> dict[str, Any]:
@@ -108,19 +113,19 @@ def test_a_step_is_the_weighted_mean_however_it_is_cut(
     expected.backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    batches = Batches(found.train, None, size=size, accumulate=accumulate, flat=True, seed=0)
-    forward = Forward(torch.device("cpu"), torch.float32, False, find_head(model) if own_head else None)
+    batches = TextBatches(found.train, flat=True, order=Order(0), cut=Cut(size, accumulate))
+    objective = TextObjective(CPU, head=find_head(model) if own_head else None)
     grads: dict[str, torch.Tensor] = {}
 
     class Watch(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             grads.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
-    stepped = train_step(model, Watch(model.parameters(), lr=0.0), batches.step(0), forward, max_grad_norm=0, step=1)
+    stepped = train_step(model, Watch(model.parameters(), lr=0.0), batches.step(0), objective, max_grad_norm=0, step=1)
     assert stepped.loss == pytest.approx(float(expected), rel=1e-5)
     for name, gradient in wanted.items():
         assert torch.allclose(grads[name], gradient, atol=1e-5 * float(gradient.abs().max()) + 1e-8), name
-    assert held_out_loss(model, batches.step(0), forward)[0] == pytest.approx(float(expected), rel=1e-5)
+    assert held_out_loss(model, batches.step(0), objective)[0] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_check_sees_weights_that_are_left_out(tokenizer: Any, tmp_path: Path) -> None:
@@ -130,14 +135,12 @@ def test_the_check_sees_weights_that_are_left_out(tokenizer: Any, tmp_path: Path
     found = made(tokenizer, tmp_path, ROWS)
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny.llama()).float().eval()
-    (batch,) = Batches(found.train, None, size=5, accumulate=1, flat=True, seed=0).step(0)
-    forward = Forward(torch.device("cpu"), torch.float32, False, find_head(model))
+    (batch,) = TextBatches(found.train, flat=True, order=Order(0), cut=Cut(5)).step(0)
+    objective = TextObjective(CPU, head=find_head(model))
     with torch.no_grad():
-        weighted = float(forward.loss(model, batch)) / batch.worth
-        shown = show(batch, torch.device("cpu"))
-        plain = float(find_head(model).loss(  # type: ignore[union-attr]
-            {"input_ids": shown.ids, "position_ids": shown.positions}, shown.places, shown.targets
-        )) / len(batch.targets)  # fmt: skip
+        weighted = float(objective.loss(model, batch)) / objective.worth(batch)
+        bare = replace(batch, weights=None)
+        plain = float(objective.loss(model, bare)) / objective.worth(bare)
         expected = float(expected_loss(model, found, list(range(5))))
     assert weighted == pytest.approx(expected, rel=1e-4)
     assert abs(plain - expected) > 1e-3 * expected
@@ -146,10 +149,10 @@ def test_the_check_sees_weights_that_are_left_out(tokenizer: Any, tmp_path: Path
 @pytest.mark.parametrize("flat", [True, False])
 def test_batches_carry_the_weights_of_their_targets(flat: bool, tokenizer: Any, tmp_path: Path) -> None:
     found = made(tokenizer, tmp_path, ROWS)
-    for batch in Batches(found.train, None, size=2, accumulate=3, flat=flat, seed=1).step(0):
+    for batch in TextBatches(found.train, flat=flat, order=Order(1), cut=Cut(2, 3)).step(0):
         rows = found.train
         expected = np.concatenate([rows.weights[rows.span(r)][rows.learned[rows.span(r)]] for r in batch.sources])  # type: ignore[index]
         assert batch.weights is not None
         assert np.array_equal(batch.weights, expected)
-        assert batch.worth == pytest.approx(float(expected.sum()))
+        assert TextObjective(CPU).worth(batch) == pytest.approx(float(expected.sum()))
         assert len(batch.weights) == len(batch.targets)

@@ -75,12 +75,12 @@ def _loss(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     hidden, weight, targets = _head(device)
     logits = hidden.detach().cpu().double() @ weight.cpu().double().t()
     wanted = torch.nn.functional.cross_entropy(logits, targets.cpu(), reduction="sum")
-    return HeadLoss.apply(hidden, weight, None, targets, None), wanted  # type: ignore[return-value]
+    return HeadLoss.apply(hidden, weight, None, targets, None).sum(), wanted  # type: ignore[union-attr]
 
 
 def _loss_gradient(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     hidden, weight, targets = _head(device)
-    HeadLoss.apply(hidden, weight, None, targets, None).backward()  # type: ignore[union-attr]
+    HeadLoss.apply(hidden, weight, None, targets, None).sum().backward()  # type: ignore[union-attr]
     exact = hidden.detach().cpu().double().requires_grad_()
     logits = exact @ weight.cpu().double().t()
     torch.nn.functional.cross_entropy(logits, targets.cpu(), reduction="sum").backward()

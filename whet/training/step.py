@@ -1,13 +1,14 @@
 """One optimiser step: count, forward, backward, clip, look, update.
 
-The tokens are counted before the first backward, so the loss is exact however the batch is cut. A loss or a gradient
-that is not finite stops here, before it enters the weights.
+How much the batches count is known before the first backward, so the loss is exact however the batch is cut. A loss or
+a gradient that is not finite stops here, before it enters the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from whet.base.errors import UserError
 from whet.data.batch.batches import Batch
 from whet.engine.compute.compile import uncompiled
 from whet.engine.memory.host_adam import HostAdamW
-from whet.training.loss import Forward
+from whet.training.objective.objective import Objective
 
 
 class NotFinite(Exception):
@@ -28,8 +29,8 @@ class NotFinite(Exception):
 
 @dataclass(frozen=True)
 class Stepped:
-    """loss: mean over the step's learned tokens by their weights, without a penalty; grad_norm: before clipping;
-    tokens: real ones; targets: learned."""
+    """loss: the summed losses of the step over its worth, without a penalty; grad_norm: before clipping; tokens: real
+    ones; targets: learned tokens or rows."""
 
     loss: float
     grad_norm: float
@@ -51,7 +52,7 @@ def train_step(
     model: torch.nn.Module,
     optimiser: torch.optim.Optimizer,
     batches: Sequence[Batch],
-    forward: Forward,
+    objective: Objective[Any, Any],
     *,
     max_grad_norm: float,
     step: int,
@@ -61,14 +62,13 @@ def train_step(
 
     penalty: makes what is added to the mean loss of the whole step, once, however many micro-batches there are.
     """
-    targets, worth = sum(len(batch.targets) for batch in batches), sum(batch.worth for batch in batches)
+    targets, worth = sum(len(batch.targets) for batch in batches), sum(map(objective.worth, batches))
     if isinstance(optimiser, HostAdamW):
         optimiser.zero_grad()  # a step that was broken off has left some on the host
-    if forward.prepare is not None:
-        forward.prepare()
-    total = torch.zeros((), dtype=torch.float32, device=forward.device)
+    objective.before_step()
+    total = torch.zeros((), dtype=torch.float32, device=objective.device)
     for batch in batches:
-        loss = forward.loss(model, batch) / worth
+        loss = objective.loss(model, batch) / worth
         loss.backward()
         total += loss.detach()
     extra = penalty() if penalty is not None else None
@@ -101,30 +101,32 @@ class Steps:
     """Runs steps one by one, each to its end."""
 
     def __init__(
-        self, model: torch.nn.Module, optimiser: torch.optim.Optimizer, forward: Forward, max_grad_norm: float,
-        penalty: Callable[[], torch.Tensor | None] | None = None,
+        self, model: torch.nn.Module, optimiser: torch.optim.Optimizer, objective: Objective[Any, Any],
+        max_grad_norm: float, penalty: Callable[[], torch.Tensor | None] | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.optimiser, self.forward, self.limit = model, optimiser, forward, max_grad_norm
+        self.model, self.optimiser, self.objective, self.limit = model, optimiser, objective, max_grad_norm
         self.penalty = penalty
 
     def step(self, batches: Sequence[Batch], step: int) -> Pending:
         """One optimiser step. Raises NotFinite."""
         return Pending(train_step(
-            self.model, self.optimiser, batches, self.forward, max_grad_norm=self.limit, step=step, penalty=self.penalty
+            self.model, self.optimiser, batches, self.objective, max_grad_norm=self.limit, step=step,
+            penalty=self.penalty,
         ))  # fmt: skip
 
 
 @torch.inference_mode()
-def held_out_loss(model: torch.nn.Module, batches: Sequence[Batch], forward: Forward) -> tuple[float, int]:
-    """(mean loss, learned tokens) over batches, in evaluation mode; no logits are kept."""
+def held_out_loss(
+    model: torch.nn.Module, batches: Sequence[Batch], objective: Objective[Any, Any]
+) -> tuple[float, int]:
+    """(mean loss, learned tokens or rows) over batches, in evaluation mode; no logits are kept."""
     was_training = model.training
     model.eval()
-    if forward.prepare is not None:
-        forward.prepare()
+    objective.before_step()
     total, targets, worth = 0.0, 0, 0.0
     with uncompiled():
         for batch in batches:
-            total += float(forward.loss(model, batch))
-            targets, worth = targets + len(batch.targets), worth + batch.worth
+            total += float(objective.loss(model, batch))
+            targets, worth = targets + len(batch.targets), worth + objective.worth(batch)
     model.train(was_training)
     return total / (worth or 1.0), targets

@@ -1,167 +1,162 @@
-"""Rows into batches: a deterministic order that depends on the seed and the epoch alone.
+"""The common part of all batches: a deterministic order that depends on the seed and the epoch alone, and its cut.
 
-Step k always takes the same rows, so resuming is looking up k, not replaying. A batch is laid out flat (documents end
-to end in one row, no padding) or padded; both carry, for each learned token, the place that predicts it, so only those
-logits are ever computed.
+Step k always takes the same units (rows, or packed groups of rows), so resuming is looking up k, not replaying. An
+optimiser step is a window of that order, cut into micro-batches; another cut makes the same step in other forward
+passes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
-from whet.data.batch.curriculum import short_first
-from whet.data.batch.forms import Facts, Form, fitting
+from whet.data.batch.forms import Form
 from whet.data.batch.rows import Rows
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One forward pass. ids, positions: int64 [B, T] (flat: B = 1).
-
-    bounds: document boundaries of a flat row, else None. targets: learned token ids, int64 [N], predicted at
-    (rows, places), both int64 [N]. sources: indices of the rows of data in it; tokens: real ones. form: what the row
-    is filled up to, or None; lengths: tokens of each padded row. weights: factor on each target's loss, float32 [N],
-    None: 1 for all.
-    """
-
-    ids: np.ndarray
-    positions: np.ndarray
-    bounds: tuple[int, ...] | None
-    rows: np.ndarray
-    places: np.ndarray
-    targets: np.ndarray
-    sources: tuple[int, ...]
-    tokens: int
-    form: Form | None = None
-    lengths: tuple[int, ...] = ()
-    weights: np.ndarray | None = None
+class Batch(Protocol):
+    """The rows of one forward pass, as arrays on the host; each objective has a kind of its own."""
 
     @property
-    def worth(self) -> float:
-        """What the summed loss is divided by: the targets, each by its weight."""
-        return len(self.targets) if self.weights is None else float(self.weights.sum(dtype=np.float64))
+    def ids(self) -> np.ndarray:
+        """Token ids that the model reads, int64 [B, T], padding included."""
+        ...
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """True where `ids` is no padding, bool [B, T]; None: there is none."""
+        ...
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Learned tokens, or labels of rows, [N]."""
+        ...
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """Indices of the rows of data in it."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, without padding."""
+        ...
+
+    @property
+    def form(self) -> Form | None:
+        """The shape that the batch is filled up to, which a captured step needs; None: it has its own."""
+        ...
 
     def sha256(self) -> str:
-        """Of what the model is shown and asked."""
-        digest = hashlib.sha256()
-        for array in (self.ids, self.positions, self.targets, self.rows, self.places):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        if self.weights is not None:
-            digest.update(self.weights.tobytes())
-        return digest.hexdigest()
+        """Hash of the model's inputs and of the targets."""
+        ...
 
 
-class Batches:
-    """The batches of a run. units: what is drawn together: single rows, or packed groups of rows.
+B = TypeVar("B", bound=Batch)
 
-    multiple, forms: what flat rows are filled up to: a multiple of tokens, or the next of a few forms. by_length: the
-    first epoch goes from short rows to long ones (`data.curriculum`), of rows that are not packed.
+
+@dataclass(frozen=True)
+class Order:
+    """How the units of an epoch are drawn. short_first: the first epoch goes from short rows to long ones
+    (curriculum.py); not for packed rows, which are all of one length."""
+
+    seed: int
+    short_first: bool = False
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How an optimiser step is cut. size: units in a forward pass; accumulate: forward passes in a step.
+
+    multiple, forms: what flat rows are filled up to: a multiple of tokens, or the next of a few forms.
     """
 
-    def __init__(
-        self, rows: Rows, bins: Sequence[Sequence[int]] | None, *, size: int, accumulate: int, flat: bool, seed: int,
-        multiple: int = 1, forms: Sequence[Form] = (), by_length: bool = False,
-    ) -> None:  # fmt: skip
-        assert not by_length or bins is None, "packed rows are all of one length"
-        self.rows, self.forms, self.by_length = rows, tuple(forms), by_length
-        self.units = [tuple(unit) for unit in bins] if bins is not None else [(index,) for index in range(len(rows))]
-        self.size, self.accumulate, self.flat, self.seed, self.multiple = size, accumulate, flat, seed, multiple
-        self.steps_per_epoch = math.ceil(len(self.units) / (size * accumulate))
-        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+    size: int
+    accumulate: int = 1
+    multiple: int = 1
+    forms: tuple[Form, ...] = ()
 
-    def step(self, index: int) -> list[Batch]:
+    @property
+    def step_size(self) -> int:
+        """Units in an optimiser step."""
+        return self.size * self.accumulate
+
+
+class Batches(ABC, Generic[B]):
+    """The batches of a run over `rows`. lengths: tokens of each unit, int64 [U]."""
+
+    flat = False  # True: documents stand end to end in one row, without padding
+
+    def __init__(self, rows: Rows, lengths: np.ndarray, order: Order, cut: Cut) -> None:
+        self.rows, self.lengths, self.order, self.cut = rows, lengths, order, cut
+        self.steps_per_epoch = math.ceil(len(lengths) / cut.step_size)
+        self._epoch, self._drawn = -1, (np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+    @property
+    def size(self) -> int:
+        """Units in a forward pass."""
+        return self.cut.size
+
+    @property
+    def accumulate(self) -> int:
+        """Forward passes in an optimiser step."""
+        return self.cut.accumulate
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """The shapes that batches are filled up to, smallest first; (): each has its own."""
+        return self.cut.forms
+
+    def step(self, index: int) -> list[B]:
         """The micro-batches of optimiser step `index` (from 0), in order."""
-        epoch, place = divmod(index, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, self._draw(epoch))
-        window = self._order[1][place * self.size * self.accumulate : (place + 1) * self.size * self.accumulate]
-        groups = [window[start : start + self.size] for start in range(0, len(window), self.size)]
-        return [self._batch([int(unit) for unit in group]) for group in groups]
-
-    def _draw(self, epoch: int) -> np.ndarray:
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.units))
-        return short_first(order, self.rows.lengths) if self.by_length and epoch == 0 else order
-
-    def facts(self, steps: int) -> Facts:
-        """Of every batch of the first `steps` steps: what forms are chosen from."""
-        lengths = self.rows.lengths
-        learned = np.add.reduceat(self.rows.learned, self.rows.starts[:-1], dtype=np.int64)
-        flat = np.concatenate([np.asarray(unit, np.int64) for unit in self.units])
-        starts = np.cumsum([0, *(len(unit) for unit in self.units[:-1])])
-        ones = np.ones(len(lengths), np.int64)
-        per_unit = Facts.of(iter([(flat, starts)]), Facts(lengths, ones, learned, lengths, lengths))
-        epochs = range(math.ceil(steps / self.steps_per_epoch))
-        begins = np.arange(0, len(self.units), self.size)
-        return Facts.of(((self._draw(epoch), begins) for epoch in epochs), per_unit)
+        epoch, number = divmod(index, self.steps_per_epoch)
+        if self._epoch != epoch:
+            self._epoch, self._drawn = epoch, self._draw(epoch)
+        order, starts = self._drawn
+        window = order[starts[number] : starts[number] + self.cut.step_size].tolist()
+        return [self.batch(window[start : start + self.size]) for start in range(0, len(window), self.size)]
 
     def all(self) -> list[list[int]]:
-        """Every unit once, in order, in groups of `size`: for evaluation. Similar lengths go together."""
-        order = sorted(range(len(self.units)), key=lambda u: (sum(self.rows.lengths[list(self.units[u])]), u))
+        """Every unit once, in groups of `size`, similar lengths together: for evaluation."""
+        order = np.argsort(self.lengths, kind="stable").tolist()
         return [order[start : start + self.size] for start in range(0, len(order), self.size)]
 
-    def batch(self, units: list[int]) -> Batch:
+    @abstractmethod
+    def batch(self, units: list[int]) -> B:
         """The batch of these units."""
-        return self._batch(units)
 
-    def _batch(self, units: list[int]) -> Batch:
-        rows = tuple(row for unit in units for row in self.units[unit])
-        pieces = [self.rows.row(row) for row in rows]
-        weights = self._weights(rows)
-        if not self.flat:
-            return _padded(pieces, rows, weights)
-        tokens = sum(len(piece[0]) for piece in pieces)
-        form = fitting(self.forms, tokens)
-        filler = form.tokens - tokens if form is not None else -tokens % self.multiple
-        return _flat(pieces, rows, tokens, filler, form, weights)
+    def recut(self, size: int) -> Self:
+        """The same steps in micro-batches of `size` units, which must divide a step; forms are left to `filled`."""
+        accumulate, rest = divmod(self.cut.step_size, size)
+        assert not rest, f"steps of {self.cut.step_size} units in micro-batches of {size}"
+        return self._with(replace(self.cut, size=size, accumulate=accumulate, forms=()))
 
-    def _weights(self, rows: tuple[int, ...]) -> np.ndarray | None:
-        """Of the targets of these rows, in order."""
-        if self.rows.weights is None:
-            return None
-        spans = [self.rows.span(row) for row in rows]
-        return np.concatenate([self.rows.weights[span][self.rows.learned[span]] for span in spans])
+    def smaller(self, steps: int) -> Self | None:
+        """The same steps in micro-batches of at most half the size, or None where they hold one unit each.
 
+        steps: of the run, whose batches any forms must hold.
+        """
+        together = self.cut.step_size
+        size = next((n for n in range(self.size // 2, 0, -1) if together % n == 0), None)
+        return None if size is None else self.recut(size)
 
-def _flat(
-    pieces: list[tuple[np.ndarray, np.ndarray]],
-    rows: tuple[int, ...],
-    tokens: int,
-    filler: int,
-    form: Form | None,
-    weights: np.ndarray | None,
-) -> Batch:
-    """Documents end to end; documents of zeros fill up, so that few shapes occur and each is prepared once (new shapes
-    cost oneDNN half a millisecond a product). They attend to themselves and teach nothing."""
-    while filler:
-        part = min(filler, form.longest) if form is not None else filler
-        pieces = [*pieces, (np.zeros(part, np.int32), np.zeros(part, bool))]
-        filler -= part
-    ids = np.concatenate([piece[0] for piece in pieces]).astype(np.int64)
-    learned = np.concatenate([piece[1] for piece in pieces])
-    positions = np.concatenate([np.arange(len(piece[0]), dtype=np.int64) for piece in pieces])
-    bounds = tuple(np.cumsum([0, *(len(piece[0]) for piece in pieces)]).tolist())
-    targets = np.flatnonzero(learned)
-    return Batch(
-        ids[None], positions[None], bounds, np.zeros(len(targets), np.int64), targets - 1, ids[targets], rows, tokens,
-        form, weights=weights,
-    )  # fmt: skip
+    def largest_step(self, steps: int) -> int | None:
+        """The first of `steps` steps with the largest forward pass, if that is larger than all of the first step; None
+        too where it cannot be known without making every batch."""
+        return None
 
+    @abstractmethod
+    def most_tokens(self) -> int:
+        """Tokens of the largest forward pass that there can be, padding included."""
 
-def _padded(pieces: list[tuple[np.ndarray, np.ndarray]], rows: tuple[int, ...], weights: np.ndarray | None) -> Batch:
-    longest = max(len(piece[0]) for piece in pieces)
-    ids = np.zeros((len(pieces), longest), np.int64)
-    learned = np.zeros((len(pieces), longest), bool)
-    for index, (row_ids, row_learned) in enumerate(pieces):
-        ids[index, : len(row_ids)] = row_ids
-        learned[index, : len(row_ids)] = row_learned
-    row_index, place = np.nonzero(learned)
-    positions = np.broadcast_to(np.arange(longest, dtype=np.int64), ids.shape).copy()
-    tokens = sum(len(piece[0]) for piece in pieces)
-    lengths = tuple(len(piece[0]) for piece in pieces)
-    targets = ids[row_index, place]
-    return Batch(ids, positions, None, row_index, place - 1, targets, rows, tokens, None, lengths, weights)
+    @abstractmethod
+    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the units of an epoch in an order, int64 [U]; where in it each step begins, int64 [steps])."""
+
+    @abstractmethod
+    def _with(self, cut: Cut) -> Self:
+        """The same units in the same order, cut otherwise."""

@@ -1,10 +1,17 @@
 """The output head and the cross-entropy in one: no tensor of rows x vocabulary ever exists.
 
-Logits are made for a few rows at a time; their loss is added up and their gradient taken at once, while they are in
-the cache, as in Liger's and Apple's cut cross-entropy (arXiv:2410.10989, arXiv:2411.09009). The result is exact: chunks
-change neither the sum nor, beyond rounding, the gradient. It needs the hidden states that the model's own head would
-get, so `find_head` proves on the model at hand that head(decoder(x)) is what the model computes, and a model with
+Logits are made for a few rows at a time; their losses and the gradient of each loss are taken at once, while they are
+in the cache, as in Liger's and Apple's cut cross-entropy (arXiv:2410.10989, arXiv:2411.09009). The result is exact:
+chunks change neither a loss nor, beyond rounding, a gradient. It needs the hidden states that the model's own head
+would get, so `find_head` proves on the model at hand that head(decoder(x)) is what the model computes, and a model with
 anything in between keeps its own logits.
+
+The losses come one by one, [N], and may go into any function. With a frozen head, the forward pass keeps the gradient
+of each loss for its own hidden state, [N, H], and the backward pass multiplies it by the incoming gradient of that
+loss: one product less than making the logits again. Gives up: the gradient of a trained head's weight is summed over
+the tokens in the forward pass, so the factor of each loss must be known by then (`weights`), and the losses can only be
+added up. A loss that is no weighted sum reads them first, without gradients, and then asks again with its own
+derivatives as weights.
 """
 
 from __future__ import annotations
@@ -37,12 +44,18 @@ class Head:
     fp8: tuple[torch.Tensor, ...] | None = None
     away: HostTensors | None = None
 
-    def loss(
-        self, inputs: dict[str, Any], places: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
-    ):
-        """Summed -log p(target) of the tokens predicted at `places` of the flattened batch, a float32 scalar.
+    @property
+    def trained(self) -> bool:
+        """True where the head's own weight or bias learns, so that its losses can only be added up."""
+        return any(parameter.requires_grad for parameter in self.output.parameters())
 
-        places, targets: int64 [N]; a target below 0 counts for nothing. weights: factor on each loss, float32 [N].
+    def losses(
+        self, inputs: dict[str, Any], places: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """-log p(target) of the tokens predicted at `places` of the flattened batch, float32 [N].
+
+        places, targets: int64 [N]; a target below 0 has loss 0. weights: factor on each loss, float32 [N].
+        The backward pass raises RuntimeError where the head is trained and its losses are not simply added up.
         """
         if self.away is not None:
             self.away.call()
@@ -55,7 +68,9 @@ class Head:
         else:
             tensors = (self.output.weight,) if self.fp8 is None else self.fp8
         fp8 = None if self.fp8 is None else tensors
-        return HeadLoss.apply(chosen, tensors[0], self.output.bias, targets, self.softcap, fp8, weights)
+        beforehand = weights if self.trained else None
+        losses: Any = HeadLoss.apply(chosen, tensors[0], self.output.bias, targets, self.softcap, fp8, beforehand)
+        return losses if weights is None or self.trained else losses * weights
 
     def on_host(self, network: nn.Module) -> Head:
         """The same head of `network`, which waits in host memory and comes for the loss alone; it must be frozen."""
@@ -81,10 +96,11 @@ class Head:
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of -log softmax(h W^T + b)[target]: h [N, H], W [V, H], b [V] or None, targets [N]; float32 scalar.
+    """-log softmax(h W^T + b)[target] of each row: h [N, H], W [V, H], b [V] or None, targets [N]; float32 [N].
 
     fp8: None, or W (which is given as its bytes then) as e4m3 bytes [V, H], the scale of each row [V], and, if kept,
-    the bytes turned round [H, V]. weights: None, or what each loss is multiplied with, float32 [N].
+    the bytes turned round [H, V]. weights: None, or what each loss is multiplied with, float32 [N]; they are for a W
+    or b that is trained, for which every loss must get the same gradient in the backward pass.
     """
 
     @staticmethod
@@ -98,7 +114,7 @@ class HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         # Buffers are used again for every chunk: fresh memory costs a CPU more than the arithmetic on it.
         room = (min(rows, hidden.shape[0]), weight.shape[0])
         raw = hidden.new_empty(room if fp8 is None else 0)
@@ -110,12 +126,12 @@ class HeadLoss(torch.autograd.Function):
                 torch.mm(part, matrix.t(), out=logits)
             else:
                 logits = forward_product("fp8+fp8", part, fp8, None)
-            losses = _gradients(logits, wide[: part.shape[0]], bias, wanted, softcap)
+            each = _gradients(logits, wide[: part.shape[0]], bias, wanted, softcap)
             if weights is not None:
                 factor = weights[start : start + rows]
-                losses = losses * factor
+                each = each * factor
                 logits.mul_(factor[:, None])
-            total += losses.sum()
+            losses[start : start + rows] = each
             if grad_hidden is not None and fp8 is None:
                 torch.mm(logits, matrix, out=grad_hidden[start : start + rows])
             elif grad_hidden is not None:
@@ -127,21 +143,35 @@ class HeadLoss(torch.autograd.Function):
             del logits  # before the next ones are made
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.types = (weight.dtype, None if bias is None else bias.dtype)
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor):
-        scale = grad_outputs[0]
+        incoming = grad_outputs[0]
         hidden, weight, bias = ctx.saved_tensors
-        return (
-            None if hidden is None else hidden * scale.to(hidden.dtype),
-            None if weight is None else (weight * scale).to(ctx.types[0]),
-            None if bias is None else (bias * scale).to(ctx.types[1]),
-            None,
-            None,
-            None,
-            None,
+        grad_hidden = grad_weight = grad_bias = None
+        if hidden is not None:  # multiplied in float32, whatever the type of the hidden states
+            grad_hidden = torch.mul(hidden, incoming[:, None], out=torch.empty_like(hidden))
+        if weight is not None or bias is not None:
+            same = _same_for_all(incoming)
+            grad_weight = None if weight is None else (weight * same).to(ctx.types[0])
+            grad_bias = None if bias is None else (bias * same).to(ctx.types[1])
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _same_for_all(incoming: torch.Tensor) -> torch.Tensor:
+    """The one gradient that all losses got, a scalar; it is told by the strides, so nothing waits for the device.
+
+    Raises RuntimeError where each loss has a gradient of its own.
+    """
+    if len(incoming) < 2:
+        return incoming.sum()
+    if incoming.stride(0) != 0:
+        raise RuntimeError(
+            "the output head is trained, so its losses can only be added up (losses.sum()): the gradient of its weight "
+            "was summed in the forward pass; give the factor of each loss beforehand, as weights"
         )
+    return incoming[0]
 
 
 def chunk_rows(device: str, vocabulary: int) -> int:
@@ -200,11 +230,10 @@ def _chunk(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -
     return loss
 
 
-def plain_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """The twin of `HeadLoss` on logits [N, V] that exist: for models with a head of their own, and for tests."""
-    if weights is None:
-        return cross_entropy(logits.float(), targets, reduction="sum", ignore_index=-1)
-    return (cross_entropy(logits.float(), targets, reduction="none", ignore_index=-1) * weights).sum()
+def plain_losses(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The twin of `HeadLoss` on logits [N, V] that exist, float32 [N]: for models with a head of their own."""
+    losses = cross_entropy(logits.float(), targets, reduction="none", ignore_index=-1)
+    return losses if weights is None else losses * weights
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from whet.data.batch.batches import Batch
-from whet.training.loss import Forward, Shown, show
+from whet.training.objective.objective import DeviceBatch, Objective
 from whet.training.step import NotFinite, Pending, Stepped, train_step
 
 WARM_STEPS = 2
@@ -59,16 +59,17 @@ class GraphSteps:
     """Runs steps, captured where their forms have been seen often enough, else one by one."""
 
     def __init__(
-        self, model: torch.nn.Module, optimiser: torch.optim.Optimizer, forward: Forward, max_grad_norm: float
-    ) -> None:
-        self.model, self.optimiser, self.forward = model, optimiser, forward
+        self, model: torch.nn.Module, optimiser: torch.optim.Optimizer, objective: Objective[Any, Any],
+        max_grad_norm: float,
+    ) -> None:  # fmt: skip
+        self.model, self.optimiser, self.objective = model, optimiser, objective
         self.limit = max_grad_norm if max_grad_norm > 0 else float("inf")
         self.parameters = [p for group in optimiser.param_groups for p in group["params"]]
-        device = forward.device
+        device = objective.device
         self.total, self.inverse, self.bad = (torch.zeros((), device=device) for _ in range(3))
         self.values = torch.zeros(3, device=device)
         self.pool = torch.cuda.graph_pool_handle()
-        self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Shown | None]] = {}
+        self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, DeviceBatch | None]] = {}
         self.seen: Counter[Hashable] = Counter()
         self.sums: list[torch.Tensor] = []
 
@@ -81,10 +82,10 @@ class GraphSteps:
             for parameter in self.parameters:
                 parameter.grad = None
             return Pending(train_step(
-                self.model, self.optimiser, batches, self.forward, max_grad_norm=self.limit, step=step
+                self.model, self.optimiser, batches, self.objective, max_grad_norm=self.limit, step=step
             ))  # fmt: skip
         targets = sum(len(batch.targets) for batch in batches)
-        self.inverse.fill_(1.0 / sum(batch.worth for batch in batches))
+        self.inverse.fill_(1.0 / sum(map(self.objective.worth, batches)))
         if len(batches) == 1:
             self._replay(batches[0], whole=True)
         else:
@@ -95,46 +96,46 @@ class GraphSteps:
 
     def _replay(self, batch: Batch, *, whole: bool) -> None:
         """Put the batch where the graph reads it, and start the graph."""
-        new = show(batch, self.forward.device)
-        graph, place = self._captured((whole, batch.form), new, whole)
-        for old, value in zip(place.tensors(), new.tensors(), strict=True):
+        new = self.objective.to_device(batch)
+        graph, read = self._captured((whole, batch.form), new, whole)
+        for old, value in zip(read.tensors(), new.tensors(), strict=True):
             old.copy_(value)
         graph.replay()
 
-    def _captured(self, key: Hashable, shown: Shown, whole: bool) -> tuple[torch.cuda.CUDAGraph, Shown]:
+    def _captured(self, key: Hashable, batch: DeviceBatch, whole: bool) -> tuple[torch.cuda.CUDAGraph, DeviceBatch]:
+        """The graph of a form, and the batch whose memory it reads: `batch` where it is captured now."""
         if key not in self.graphs:
             if not whole and not self.sums:
                 self.sums = [torch.zeros_like(parameter) for parameter in self.parameters]
             for index, parameter in enumerate(self.parameters):
                 parameter.grad = None if whole else self.sums[index]
-            self._graph(key, shown, lambda: self._whole(shown) if whole else self._part(shown))
-        graph, place = self.graphs[key]
-        assert place is not None
-        return graph, place
+            self._graph(key, batch, lambda: self._whole(batch) if whole else self._part(batch))
+        graph, read = self.graphs[key]
+        assert read is not None
+        return graph, read
 
-    def _graph(self, key: Hashable, shown: Shown | None, run: Any) -> torch.cuda.CUDAGraph:
+    def _graph(self, key: Hashable, batch: DeviceBatch | None, run: Any) -> torch.cuda.CUDAGraph:
         if key not in self.graphs:
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
                 run()
-            self.graphs[key] = (graph, shown)
+            self.graphs[key] = (graph, batch)
         return self.graphs[key][0]
 
-    def _loss(self, shown: Shown) -> torch.Tensor:
-        if self.forward.prepare is not None:
-            self.forward.prepare()
-        loss = self.forward.loss_of(self.model, shown) * self.inverse
+    def _loss(self, batch: DeviceBatch) -> torch.Tensor:
+        self.objective.before_step()
+        loss = self.objective.losses(self.model, batch).sum() * self.inverse
         loss.backward()
         return loss.detach()
 
-    def _whole(self, shown: Shown) -> None:
+    def _whole(self, batch: DeviceBatch) -> None:
         """A step of one batch: nothing is added up, so gradients are made and used in place."""
-        self._update(self._loss(shown), [p.grad for p in self.parameters if p.grad is not None])
+        self._update(self._loss(batch), [p.grad for p in self.parameters if p.grad is not None])
 
-    def _part(self, shown: Shown) -> None:
+    def _part(self, batch: DeviceBatch) -> None:
         """One of several micro-batches: gradients add up in place."""
-        self.total += self._loss(shown)
+        self.total += self._loss(batch)
 
     def _update_sums(self) -> None:
         self._update(self.total, self.sums)

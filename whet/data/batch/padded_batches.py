@@ -1,4 +1,4 @@
-"""Padded batches of rows with labels and of sources with answers, beside the flat ones of text (`data.batches`).
+"""Padded batches of texts with labels and of sources with answers.
 
 Rows of similar length share a step, so little is padded: an epoch's rows are drawn at random, sorted by length within
 pools of some fifty steps, cut into steps, and the steps are drawn at random again. Order and cut are a function of seed
@@ -9,11 +9,12 @@ of a step are more alike than chance would have it; pools are small against the 
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
+from whet.data.batch.batches import Batches, Cut, Order
 from whet.data.batch.rows import Rows
 
 POOL_STEPS = 50
@@ -21,7 +22,7 @@ LEAST_POOLS = 4  # few pools would put the same rows together in every epoch
 
 
 @dataclass(frozen=True)
-class LabelBatch:
+class LabelledBatch:
     """Texts in one forward pass. ids int64 [B, T], zeros where mask bool [B, T] is False; types: token types int64
     [B, T] or None.
 
@@ -36,17 +37,17 @@ class LabelBatch:
     tokens: int
 
     @property
-    def worth(self) -> float:
-        """What the summed loss is divided by."""
-        return len(self.targets)
+    def form(self) -> None:
+        """None: padded batches have too many shapes for forms."""
+        return None
 
     def sha256(self) -> str:
-        """Of what the model is shown and asked."""
+        """Hash of the model's inputs and of the targets."""
         return _sha256(self.ids, self.mask, self.types, self.targets)
 
 
 @dataclass(frozen=True)
-class PairBatch:
+class SequencePairBatch:
     """Sources and answers in one forward pass. ids int64 [B, T] and mask bool [B, T] of the sources; answers int64
     [B, S] and answer_mask bool [B, S].
 
@@ -62,72 +63,57 @@ class PairBatch:
     tokens: int
 
     @property
-    def worth(self) -> float:
-        """What the summed loss is divided by."""
-        return len(self.targets)
+    def form(self) -> None:
+        """None: padded batches have too many shapes for forms."""
+        return None
 
     def sha256(self) -> str:
-        """Of what the model is shown and asked."""
+        """Hash of the model's inputs and of the targets."""
         return _sha256(self.ids, self.mask, self.answers, self.answer_mask)
 
 
-class TaskBatches:
-    """The batches of a run over `rows`, which have labels or answers. size: rows in a forward pass; accumulate: forward
-    passes in a step."""
+class PaddedBatches(Batches[LabelledBatch | SequencePairBatch]):
+    """The batches of a run over `rows` with labels or answers."""
 
-    flat = False
-
-    def __init__(self, rows: Rows, *, size: int, accumulate: int, seed: int) -> None:
+    def __init__(self, rows: Rows, *, order: Order, cut: Cut) -> None:
         assert rows.labels is not None or rows.answers is not None
-        self.rows, self.size, self.accumulate, self.seed = rows, size, accumulate, seed
-        self.lengths = rows.lengths if rows.answers is None else rows.lengths + rows.answers.lengths
-        self.steps_per_epoch = math.ceil(len(rows) / (size * accumulate))
-        self._order: tuple[int, list[np.ndarray]] = (-1, [])
+        assert not order.short_first, "every step has rows of similar length"
+        super().__init__(
+            rows, rows.lengths if rows.answers is None else rows.lengths + rows.answers.lengths, order, cut
+        )
 
-    def step(self, index: int) -> list[LabelBatch | PairBatch]:
-        """The micro-batches of optimiser step `index` (from 0), in order."""
-        epoch, place = divmod(index, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, self._draw(epoch))
-        window = self._order[1][place].tolist()
-        return [self.batch(window[start : start + self.size]) for start in range(0, len(window), self.size)]
-
-    def all(self) -> list[list[int]]:
-        """Every row once in groups of `size`, similar lengths together: for evaluation."""
-        order = np.argsort(self.lengths, kind="stable").tolist()
-        return [order[start : start + self.size] for start in range(0, len(order), self.size)]
-
-    def batch(self, rows: list[int]) -> LabelBatch | PairBatch:
+    def batch(self, units: list[int]) -> LabelledBatch | SequencePairBatch:
         """The batch of these rows."""
-        ids, mask = _padded(self.rows, rows)
+        ids, mask = _padded(self.rows, units)
         if self.rows.answers is not None:
-            answers, answer_mask = _padded(self.rows.answers, rows)
+            answers, answer_mask = _padded(self.rows.answers, units)
             tokens = int(mask.sum() + answer_mask.sum())
-            return PairBatch(ids, mask, answers, answer_mask, answers[answer_mask], tuple(rows), tokens)
+            return SequencePairBatch(ids, mask, answers, answer_mask, answers[answer_mask], tuple(units), tokens)
         assert self.rows.labels is not None
         types = None
         if self.rows.types is not None:
             types = np.zeros_like(ids)
-            types[mask] = np.concatenate([self.rows.types[self.rows.span(row)] for row in rows])
-        return LabelBatch(ids, mask, types, self.rows.labels[rows], tuple(rows), int(mask.sum()))
+            types[mask] = np.concatenate([self.rows.types[self.rows.span(row)] for row in units])
+        return LabelledBatch(ids, mask, types, self.rows.labels[units], tuple(units), int(mask.sum()))
 
-    def largest(self) -> int:
-        """Tokens of the largest forward pass there can be, padding included."""
+    def most_tokens(self) -> int:
+        """Tokens of the `size` longest rows together, padding included."""
         longest = np.sort(self.lengths)[::-1][: self.size]
         return int(longest[0] * len(longest)) if len(longest) else 0
 
-    def _draw(self, epoch: int) -> list[np.ndarray]:
-        """The rows of each step of an epoch."""
-        draw = np.random.default_rng([self.seed, epoch])
+    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        draw = np.random.default_rng([self.order.seed, epoch])
         order = draw.permutation(len(self.rows))
-        together = self.size * self.accumulate
+        together = self.cut.step_size
         pool = together * max(1, min(POOL_STEPS, self.steps_per_epoch // LEAST_POOLS))
-        windows: list[np.ndarray] = []
         for start in range(0, len(order), pool):
             part = order[start : start + pool]
-            part = part[np.argsort(self.lengths[part], kind="stable")]
-            windows += [part[first : first + together] for first in range(0, len(part), together)]
-        return [windows[place] for place in draw.permutation(len(windows))]
+            order[start : start + pool] = part[np.argsort(self.lengths[part], kind="stable")]
+        starts = np.arange(0, len(order), together)
+        return order, starts[draw.permutation(len(starts))]
+
+    def _with(self, cut: Cut) -> Self:
+        return type(self)(self.rows, order=self.order, cut=cut)
 
 
 def _padded(rows: Rows, chosen: list[int]) -> tuple[np.ndarray, np.ndarray]:
