@@ -21,7 +21,8 @@ WRITES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate
 
 def note_phases(path: str) -> Any:
     """Wrap the parts of the loop so that each says when it begins; returns a function that notes a phase."""
-    from whet.training.run import Loop
+    from whet.training import run as run_module
+    from whet.training.loop import Loop
 
     with Path(path).open("r+b") as file:
         byte = mmap.mmap(file.fileno(), 1)
@@ -30,16 +31,17 @@ def note_phases(path: str) -> Any:
         byte[0] = PHASES.index(phase)
 
     def wrapped(method: Any, phase: str) -> Any:
-        def call(self: Any, *args: Any) -> Any:
+        def call(*args: Any) -> Any:
             note(phase)
-            result = method(self, *args)
+            result = method(*args)
             note("step")
             return result
 
         return call
 
-    for name, phase in (("_step", "step"), ("_evaluate", "evaluate"), ("_save", "save"), ("_finish", "finish")):
+    for name, phase in (("_step", "step"), ("_evaluate", "evaluate"), ("_save", "save")):
         setattr(Loop, name, wrapped(getattr(Loop, name), phase))
+    run_module.finish = wrapped(run_module.finish, "finish")
     return note
 
 

@@ -337,7 +337,7 @@ def test_every_method_of_peft_can_be_chosen_or_is_left_out_with_a_reason() -> No
 
 
 def test_a_trained_cache_is_not_lost_in_layers_that_run_again(model_dir: Path, tmp_path: Path) -> None:
-    from whet.training.plan import plan
+    from tiny import plan
 
     values = [f"model.path={model_dir}", "base.device=cpu", "train.gradient_checkpointing=true"]
     with pytest.raises(UserError, match="trains a cache"):

@@ -204,8 +204,8 @@ def test_a_run_is_the_same_run(more: dict[str, Any], model_dir: Path, data_file:
 
     method = {name: value for name, value in more.items() if name == "method.name"}
     plain, found = train(recipe("plain", **method)), train(recipe("away", **more))
-    facts = found.read("arrangement.json") or {}
-    assert (plain.read("arrangement.json") or {})["cuda_graphs"]
+    facts = found.read("layout.json") or {}
+    assert (plain.read("layout.json") or {})["cuda_graphs"]
     assert not facts["cuda_graphs"]
     assert facts["offload_optimizer"] == ("train__offload_optimizer" in more)
     assert apart_in_training(plain, found) < 0.03
@@ -243,5 +243,5 @@ def test_memory_that_runs_out_on_a_gpu_is_found_early(
     monkeypatch.setattr(Loop, "fit", fit)
     found = train(tiny.recipe(model_dir, data_file, tmp_path / "cut", **settings))
     assert max(seen) > 256
-    assert (found.read("arrangement.json") or {})["out_of_memory"]
+    assert (found.read("layout.json") or {})["out_of_memory"]
     assert apart(found, expected) < 1e-2

@@ -20,16 +20,18 @@ from whet.data.batch.text_batches import TextBatch, TextBatches
 from whet.engine.compute.attention import ATTENTION
 from whet.engine.compute.isolation import check_causality, check_isolation, flat_inputs
 from whet.recipe import Parsed
-from whet.training.arrange import Arrangement
+from whet.training.apply import Arranged
 from whet.training.objective.text import TextObjective, TextOnDevice
-from whet.training.setup import Ready, build_model, get_ready
+from whet.training.optim import OnDevice
+from whet.training.run import build
+from whet.training.setup import Ready, get_ready
 from whet.training.step import train_step
 
 Gradients = dict[str, torch.Tensor]
 TOLERANCE = 1e-5
 
 
-class Capture(torch.optim.SGD):
+class Capture(OnDevice, torch.optim.SGD):
     """An optimiser that keeps the gradients instead of using them."""
 
     def __init__(self, model: torch.nn.Module, trained: list[torch.nn.Parameter]) -> None:
@@ -47,7 +49,7 @@ class Made:
 
     ready: Ready
     model: torch.nn.Module
-    arranged: Arrangement
+    arranged: Arranged
 
     @property
     def objective(self) -> TextObjective:
@@ -61,13 +63,14 @@ class Made:
 
     def measure(self, batches: Sequence[TextBatch], objective: Any = None) -> tuple[float, Gradients]:
         """Loss and gradients of one optimiser step over the micro-batches."""
-        capture = Capture(self.model, [*self.arranged.matrices, *self.arranged.vectors])
+        capture = Capture(self.model, self.arranged.trained)
         done = train_step(self.model, capture, batches, objective or self.objective, max_grad_norm=0.0, step=1)
         return done.loss, capture.seen
 
 
 def make(parsed: Parsed) -> Made:
-    model, ready, arranged = build_model(get_ready(parsed))
+    arranged, ready = build(get_ready(parsed))
+    model = arranged.model
     tiny.randomise_adapter(model)
     return Made(ready, model, arranged)
 
@@ -149,7 +152,7 @@ def test_a_step_does_not_depend_on_how_its_rows_are_laid_out(
     batches = made.batches.step(0)
     assert all_rows(batches) == list(range(8))
     assert made.batches.flat == ("padded" not in layout)
-    assert made.arranged.facts["groups"] == 8, "query, key and value; output; gate and up; down: of two layers"
+    assert made.arranged.groups == 8, "query, key and value; output; gate and up; down: of two layers"
     assert distance(made.measure(batches), reference(model_dir, made, range(8))) < TOLERANCE
 
 
@@ -363,15 +366,15 @@ def test_a_model_that_sees_ahead_is_found(flat: bool) -> None:
 
 def test_a_run_of_a_model_that_sees_ahead_is_refused(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from whet.base.errors import UserError
-    from whet.training import setup
+    from whet.training import load as loading
 
-    load = setup.load_model
+    load = loading.load_model
 
     def leaky(*args: Any) -> Any:
         network = load(*args)
         network.model.layers[0].self_attn.register_forward_hook(leak)
         return network
 
-    monkeypatch.setattr(setup, "load_model", leaky)
+    monkeypatch.setattr(loading, "load_model", leaky)
     with pytest.raises(UserError, match="no causal mask"):
-        setup.build_model(setup.get_ready(recipe()))
+        tiny.built(recipe())

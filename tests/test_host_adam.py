@@ -17,18 +17,17 @@ from whet.base.errors import UserError
 from whet.data.batch.batches import Cut, Order
 from whet.data.batch.text_batches import TextBatches
 from whet.engine.compute.head import find_head
-from whet.engine.device import Placement
 from whet.engine.memory import host_adam
 from whet.engine.memory.host_adam import HostAdamW, HostLink, shorten_weights
 from whet.methods.layers.group import fuse, set_rate_ratio
 from whet.methods.lora import Lora
+from whet.planning.rules import check_optimiser
 from whet.recipe import Parsed
 from whet.settings import Train
-from whet.training import arrange
 from whet.training.checkpoint import trainable
 from whet.training.objective.objective import Arithmetic
 from whet.training.objective.text import TextObjective
-from whet.training.optim import build_optimiser, check_optimiser, set_rate
+from whet.training.optim import build_optimiser, set_rate
 from whet.training.run import train
 from whet.training.setup import get_ready
 from whet.training.step import NotFinite, train_step
@@ -285,34 +284,10 @@ def test_methods_with_padded_rows_train_on_the_host_too(recipe: Make) -> None:
     expected = files(train(recipe("plain", **settings)).path)
     run = train(recipe("hosted", train__offload_optimizer=True, **settings))
     assert files(run.path) == expected
-    assert (run.read("arrangement.json") or {})["offload_optimizer"]
-
-
-def test_auto_goes_to_the_host_only_when_nothing_else_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = nets.adapted(nets.network("Llama")).base_model.model
-    batches = TextBatches(nets.rows_of([64] * 8), flat=True, order=Order(1), cut=Cut(2))
-    least = arrange.least_bytes(net, batches, 4)
-    assert least > 0
-    gpu = Placement(torch.device("cuda"), "bf16", torch.bfloat16, False, {})
-
-    def chosen(free: float, **train: Any) -> bool:
-        monkeypatch.setattr(arrange, "_free_bytes", lambda *_, on_host: 2 * least if on_host else free)
-        found, masters = arrange._with_optimiser(Train(**train), gpu, net, batches, ([], None), 4)
-        assert found == (2 * least if masters is not None else free)
-        return masters is not None
-
-    assert not chosen(least)
-    assert chosen(least - 1)
-    assert chosen(least, offload_optimizer=True)
-    assert not chosen(0, offload_optimizer=False)
-    assert not chosen(0, optim="sgd")
-    assert not chosen(0, cuda_graphs=True)
+    assert (run.read("layout.json") or {})["offload_optimizer"]
 
 
 def test_what_cannot_go_together_is_refused(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    captured = Train(offload_optimizer=True, cuda_graphs=True)
-    with pytest.raises(UserError, match="cannot be captured"):
-        arrange.check_arrangement(captured, torch.device("cuda"), padded=False)
     monkeypatch.setattr(Lora, "begin", lambda *_: None)
     with pytest.raises(UserError, match="gradients on the device"):
         get_ready(recipe(train__offload_optimizer=True))

@@ -19,12 +19,12 @@ import torch
 
 from whet.base.errors import UserError
 from whet.cli import run
+from whet.planning.rules import check_arrangement
 from whet.recipe import parse
 from whet.runs import Run
 from whet.settings import Train
 from whet.ship.merge import merge
-from whet.training import setup
-from whet.training.arrange import check_arrangement
+from whet.training import load as loading
 
 ASSIGNMENT = re.compile(r"\b((?:model|base|method|data|train|eval)(?:\.\w+)*)=(\[[^\]]*\]|[^\s,;]+)")
 FP8 = "base.storage=fp8 base.compute=fp8 base.fp8_head=true"
@@ -199,7 +199,7 @@ def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (tmp_path / "recipe.yaml").write_text("data:\n  val_size: 0\nbase:\n  device: cpu\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(setup, "load_model", refuse)
+    monkeypatch.setattr(loading, "load_model", refuse)
     return tmp_path
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny import plan
 from torch import nn
 
 from whet.base.errors import UserError
@@ -23,7 +24,6 @@ from whet.engine.load.load import checkpoint_storage, load_model
 from whet.engine.load.open import answering, open_trained
 from whet.engine.weights.linear import FrozenLinear, Int8Linear, Nf4Linear, freeze_linears, linear_names
 from whet.ship.merge import MEAN_KL_LIMIT, merge
-from whet.training.plan import plan
 from whet.training.run import train
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}

@@ -11,6 +11,7 @@ import peft
 import pytest
 import tiny
 import torch
+from tiny import plan
 from torch import nn
 
 from whet.base.errors import UserError
@@ -26,7 +27,6 @@ from whet.methods.targets import find_targets, shortest_endings
 from whet.recipe import parse
 from whet.settings import Train
 from whet.training.optim import build_optimiser, set_rate
-from whet.training.plan import plan
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 250, (2, 21), generator=torch.Generator().manual_seed(5))

@@ -195,9 +195,7 @@ def test_an_empty_directory_is_taken(trained: dict[str, Run], tmp_path: Path) ->
 
 
 def test_an_unfinished_run_is_refused(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from whet.training.run import Loop
-
-    monkeypatch.setattr(Loop, "_finish", lambda self, stop: None)
+    monkeypatch.setattr("whet.training.run.finish", lambda *_: None)
     with pytest.raises(UserError, match="not been trained"):
         merge(train(recipe(train__max_steps=1)), tmp_path / "out")
 

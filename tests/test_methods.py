@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny import plan
 from torch import nn
 
 from whet.base.errors import UserError
@@ -22,9 +23,8 @@ from whet.engine.weights.linear import FrozenLinear, count_parameters, dense_wei
 from whet.methods.all import METHODS, capability_rows
 from whet.recipe import Parsed, parse
 from whet.training.optim import build_optimiser
-from whet.training.plan import plan
-from whet.training.run import train
-from whet.training.setup import build_model, get_ready
+from whet.training.run import build, train
+from whet.training.setup import get_ready
 from whet.training.step import train_step
 
 Make = Callable[..., Parsed]
@@ -57,7 +57,7 @@ def test_the_table_covers_every_method() -> None:
 
 @pytest.mark.parametrize(("method", "storage"), PAIRS)
 def test_it_starts_as_the_base_model(method: str, storage: str, recipe: Make, model_dir: Path) -> None:
-    model, _, _ = build_model(get_ready(recipe(**pair(method, storage))))
+    model = tiny.built(recipe(**pair(method, storage))).model
     base = load_model(Model(path=str(model_dir)), placed(storage))
     assert torch.equal(logits(model.eval(), IDS), logits(base, IDS))
 
@@ -66,7 +66,8 @@ def test_it_starts_as_the_base_model(method: str, storage: str, recipe: Make, mo
 def test_one_step_changes_what_is_trained_and_nothing_else(method: str, storage: str, recipe: Make) -> None:
     settings = pair(method, storage, train__per_device_train_batch_size=8, train__learning_rate=0.01)
     ready = get_ready(recipe(**settings))
-    model, ready, arranged = build_model(ready)
+    arranged, ready = build(ready)
+    model = arranged.model
     before = {name: p.detach().clone() for name, p in [*model.named_parameters(), *model.named_buffers()]}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     expected = set(dict(model.named_parameters()))
@@ -74,7 +75,7 @@ def test_one_step_changes_what_is_trained_and_nothing_else(method: str, storage:
         expected = {name for name in expected if "lora_" in name}
         assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if name in expected)
     assert trained == expected
-    optimiser = build_optimiser(ready.recipe.train, arranged.matrices, arranged.vectors, 0.01)
+    optimiser = build_optimiser(ready.recipe.train, arranged.trained)
     for index in range(2):
         train_step(
             model, optimiser, arranged.batches.step(index), arranged.objective, max_grad_norm=1.0, step=index + 1
@@ -84,7 +85,7 @@ def test_one_step_changes_what_is_trained_and_nothing_else(method: str, storage:
     after = dict([*model.named_parameters(), *model.named_buffers()])
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed == trained
-    assert all(p.grad is None for p in [*model.parameters(), *arranged.matrices, *arranged.vectors])
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("storage", METHODS["lora"].capability.storages)
@@ -206,7 +207,7 @@ def test_a_target_that_matches_no_layer_is_refused_with_the_nearest(targets: Any
 
 
 def test_target_modules_choose_the_layers(recipe: Make) -> None:
-    model, _, _ = build_model(get_ready(recipe(method__target_modules=["q_proj", "layers.1.mlp.up_proj"])))
+    model = tiny.built(recipe(method__target_modules=["q_proj", "layers.1.mlp.up_proj"])).model
     adapted = {name.partition(".lora_A")[0].removeprefix("base_model.model.") for name, p in model.named_parameters()
                if ".lora_A" in name}  # fmt: skip
     assert adapted == {
@@ -219,13 +220,14 @@ def test_target_modules_choose_the_layers(recipe: Make) -> None:
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 4), (True, 8 / 2)])
 def test_the_update_is_scaled_by_alpha_over_rank(rslora: bool, scale: float, recipe: Make) -> None:
     made = recipe(method__r=4, method__lora_alpha=8, method__use_rslora=rslora)
-    model, _, _ = build_model(get_ready(made))
+    model = tiny.built(made).model
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
     assert layer.scaling == {"default": scale}
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation(recipe: Make) -> None:
-    model, _, arranged = build_model(get_ready(recipe(method__lora_dropout=0.5)))
+    arranged = tiny.built(recipe(method__lora_dropout=0.5))
+    model = arranged.model
     tiny.randomise_adapter(model)
     assert arranged.objective.refresh is not None
     arranged.objective.before_step()

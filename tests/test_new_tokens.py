@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import plan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from whet.base.errors import UserError
@@ -27,7 +28,6 @@ from whet.runs import Run
 from whet.ship.adapters import Adapters, home
 from whet.ship.chat import open_chat
 from whet.ship.merge import merge
-from whet.training.plan import plan
 from whet.training.run import train
 
 TOKENS = ["<ticket>", "고객상담센터"]

@@ -11,16 +11,14 @@ import nets
 import pytest
 import tiny
 import torch
+from tiny import plan
 
 from whet.base.errors import UserError
 from whet.engine.compute.head import find_head
 from whet.engine.memory.host_tables import HostTensors, OffloadedEmbedding, OffloadedHead, offload_embedding
 from whet.methods.layers.group import fuse
 from whet.recipe import Parsed, parse
-from whet.training.arrange import Arrangement
-from whet.training.plan import plan
 from whet.training.run import train
-from whet.training.setup import build_model, get_ready
 
 Make = Callable[..., Parsed]
 KINDS = ["Llama", "Gemma2", "GPT2"]
@@ -126,11 +124,6 @@ def test_a_trained_head_stays() -> None:
         head.on_host(net)
 
 
-def built(parsed: Parsed) -> tuple[Any, Arrangement]:
-    model, _, arranged = build_model(get_ready(parsed))
-    return model, arranged
-
-
 def test_a_run_is_the_same_run(recipe: Make) -> None:
     """On a tied model, whose embedding goes with the head; beside offload_embedding, which alone would be refused."""
     settings = {"train__max_steps": 2, "data__val_size": 4}
@@ -138,10 +131,10 @@ def test_a_run_is_the_same_run(recipe: Make) -> None:
     for name, more in (("head", {}), ("both", {"base__offload_embedding": True})):
         found = train(recipe(name, base__offload_head=True, **more, **settings))
         assert found.metrics.read_bytes() == expected.metrics.read_bytes()
-    model, arranged = built(recipe("again", base__offload_head=True))
+    arranged = tiny.built(recipe("again", base__offload_head=True))
     assert arranged.objective.head is not None
     assert arranged.objective.head.away is not None
-    assert offload_embedding(model.base_model.model) == 0
+    assert offload_embedding(arranged.network) == 0
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,10 @@ from whet.data.batch.batches import Batches
 from whet.recipe import Parsed
 from whet.runs import Run
 from whet.training import checkpoint
-from whet.training.record import Recorder
-from whet.training.run import Loop, train
+from whet.training.loop import Loop
+from whet.training.observers import MetricsLog
+from whet.training.resume import Checkpoints
+from whet.training.run import train
 
 ROOT = Path(__file__).parents[1]
 SHORT: dict[str, Any] = {
@@ -99,7 +101,7 @@ MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "optimiser": lambda patch: patch.setattr(checkpoint, "_unflatten", nothing),
     "weights": lambda patch: patch.setattr(checkpoint, "load_weights", nothing),
     "place in the data": lambda patch: _shift(patch),
-    "metrics": lambda patch: patch.setattr(Recorder, "rewind", nothing),
+    "metrics": lambda patch: patch.setattr(MetricsLog, "begin", nothing),
 }
 
 
@@ -107,7 +109,7 @@ def _shift(patch: pytest.MonkeyPatch) -> None:
     """The sampler is one step further, and the check of the next batch is blind."""
     right = Batches.step
     patch.setattr(Batches, "step", lambda self, index: right(self, index + 1))
-    patch.setattr(Loop, "_next_batch", lambda self: self.state.next_batch)
+    patch.setattr(Checkpoints, "_next_batch", lambda self, state: state.next_batch)
 
 
 @pytest.mark.parametrize("fault", MUTATIONS)

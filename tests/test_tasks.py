@@ -14,6 +14,7 @@ import tiny
 import torch
 from task_nets import DECODERS, ENCODERS
 from test_resume import killed_before
+from tiny import plan
 
 from whet.base.errors import UserError
 from whet.data.batch.batches import Cut, Order
@@ -28,11 +29,10 @@ from whet.engine.device import Placement
 from whet.engine.load.load import load_config, load_model, longest_input
 from whet.engine.task import Task, check_task, kind_of
 from whet.recipe import parse
-from whet.training import setup
+from whet.training import load as loading
 from whet.training.objective.choose import objective_for
 from whet.training.objective.labels import by_length
 from whet.training.objective.padded_rows import PaddedObjective
-from whet.training.plan import plan
 from whet.training.run import train
 
 CPU = Placement(torch.device("cpu"), "fp32", torch.float32, False, {})
@@ -419,7 +419,7 @@ def test_impossible_tasks_are_refused_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     data = task_nets.write(tmp_path / "rows.jsonl", task_nets.rows(rows))
-    monkeypatch.setattr(setup, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     with pytest.raises(UserError) as caught:
         train(tiny.recipe(nets(kind), data, tmp_path / "run", **changes))
     assert mention in str(caught.value)
@@ -467,7 +467,7 @@ def test_a_few_rows_are_learned_by_heart(kind: str, task: str, method: str, nets
     assert data["task"] == task
     assert not (done.trained / "whet_template.json").exists()
     assert (done.trained / "tokenizer.json").is_file()
-    assert bool(done.read("arrangement.json")["groups"]) == (method == "lora" and kind != "GPT2")  # type: ignore[index]
+    assert bool(done.read("layout.json")["groups"]) == (method == "lora" and kind != "GPT2")  # type: ignore[index]
     if method == "full" and task == "classification":
         config = load_config(Model(path=str(done.trained)))
         assert tuple((config.id2label or {}).values()) == ("bad", "fine", "good")
@@ -510,6 +510,6 @@ def test_layers_run_again_change_nothing(nets: Nets, tmp_path: Path) -> None:
     short = {"train__max_steps": 2, "train__gradient_checkpointing": True}
     plain = train(run_recipe(nets, tmp_path, "Bert", "classification", "plain", train__max_steps=2))
     again = train(run_recipe(nets, tmp_path, "Bert", "classification", "again", **short))
-    assert (again.read("arrangement.json") or {})["gradient_checkpointing"]
+    assert (again.read("layout.json") or {})["mode"]["checkpointed_layers"]
     name = "adapter_model.safetensors"
     assert (again.adapter / name).read_bytes() == (plain.adapter / name).read_bytes()

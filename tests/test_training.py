@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from whet.recipe import Parsed
 from whet.runs import Run
 from whet.settings import Train
 from whet.training import checkpoint
+from whet.training.loop import Loop
 from whet.training.optim import build_optimiser
-from whet.training.run import Loop, train
+from whet.training.run import train
 from whet.training.schedule import learning_rate
-from whet.training.setup import build_model, get_ready
 
 Make = Callable[..., Parsed]
 
@@ -84,18 +84,15 @@ def test_adam_settings_take_effect_and_vectors_do_not_decay() -> None:
 def test_everything_trainable_is_trained_once_and_frozen_parameters_stay_out(
     changes: dict[str, Any], recipe: Make
 ) -> None:
-    """By where it lies in memory: the row of a group stands for the matrices that are views of it."""
-    model, _, arranged = build_model(get_ready(recipe(**changes)))
-
-    def places(parameters: Iterable[torch.nn.Parameter]) -> list[int]:
-        starts = [np.arange(p.numel()) * p.element_size() + p.data_ptr() for p in parameters]
-        return sorted(np.concatenate(starts).tolist()) if starts else []
-
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    vectors = [p for p in trainable if p.ndim < 2]
-    assert places(arranged.vectors) == places(vectors)
-    assert places(arranged.matrices) == places(p for p in trainable if p.ndim >= 2)
-    assert bool(vectors) == (changes == {"method__name": "full"})
+    parsed = recipe(**changes)
+    arranged = tiny.built(parsed)
+    optimiser = build_optimiser(replace(parsed.recipe.train, learning_rate=0.1), arranged.trained)
+    members = [p for group in optimiser.param_groups for p in group["params"]]
+    trainable = [p for p in arranged.model.parameters() if p.requires_grad]
+    assert sorted(map(id, members)) == sorted(map(id, trainable))
+    frozen = [p for p in arranged.model.parameters() if not p.requires_grad]
+    assert not {id(p) for p in members} & {id(p) for p in frozen}
+    assert any(p.ndim < 2 for p in members) == (changes == {"method__name": "full"})
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adafactor", "sgd"])
@@ -214,8 +211,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(
     assert "is not finite; nothing was updated" in caught.value.problem
     assert "rows.jsonl row 8" in str(caught.value.found)
     loop = held[0]
-    path, _ = checkpoint.latest(loop.run.checkpoints, loop.identity)
-    weights = checkpoint.trainable(loop.model)
+    path, _ = checkpoint.latest(loop.checkpoints.run.checkpoints, loop.checkpoints.identity)
+    weights = checkpoint.trainable(loop.launcher.arranged.model)
     if path is None:
         assert loop.state.step == 0
         assert all(not bool(value.any()) for name, value in weights.items() if "lora_B" in name)

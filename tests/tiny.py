@@ -134,6 +134,21 @@ def recipe(model: Path | str, data: Path, out: Path, **changes: Any) -> Parsed:
     return parse(None, words(settings(model, data, out, **changes)))
 
 
+def plan(recipe: Any) -> dict[str, Any]:
+    """The plan of a recipe whose rows are not read, as `whet plan --json` prints it."""
+    from whet.planning.plan import plan_recipe
+
+    return plan_recipe(recipe).as_dict()
+
+
+def built(parsed: Parsed) -> Any:
+    """The model of a recipe, loaded and laid out as training does it (`whet.training.apply.Arranged`)."""
+    from whet.training.run import build
+    from whet.training.setup import get_ready
+
+    return build(get_ready(parsed))[0]
+
+
 def randomise_adapter(model: torch.nn.Module, seed: int = 1) -> None:
     """Give every lora_B values, so that no gradient is trivially zero."""
     generator = torch.Generator().manual_seed(seed)

@@ -83,9 +83,9 @@ def predict(run: str | Path, texts: Iterable[Any]) -> list[dict[str, Any]]:
 
 def plan(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:
     """Parameters and memory of a recipe, from the model's config alone."""
-    from whet.training.plan import plan as make_plan
+    from whet.planning.plan import plan_recipe
 
-    return make_plan(_parsed(recipe, overrides).recipe)
+    return plan_recipe(_parsed(recipe, overrides).recipe).as_dict()
 
 
 def check(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:
@@ -103,10 +103,10 @@ def prepared(parsed: Parsed, *, any_model: bool = False) -> Prepared:
     from dataclasses import replace
 
     from whet.engine.load.load import load_config
+    from whet.planning.rules import check_recipe, rows_for
     from whet.runs import prepared as prepare_rows
-    from whet.training.padded import check_recipe, data_for
 
-    found = prepare_rows(replace(parsed.recipe, data=data_for(parsed.recipe)), any_model=any_model)
+    found = prepare_rows(replace(parsed.recipe, data=rows_for(parsed.recipe)), any_model=any_model)
     check_recipe(parsed.recipe, load_config(parsed.recipe.model), found.task)
     return found
 

@@ -151,16 +151,16 @@ def _written(name: str, write: Callable[[Path], Any]) -> None:
 
 
 def plan(words: argparse.Namespace) -> dict[str, Any]:
+    from whet.planning.plan import plan_recipe, print_plan
     from whet.recipe import parse
-    from whet.training.plan import plan, show
 
     _prepare_libraries()
     source = words.target if _is_recipe(words.target) else None
     extra = [] if source else [f"model.path={json.dumps(words.target)}"]
-    found = plan(parse(source, [*extra, *words.overrides]).recipe)
+    answer = plan_recipe(parse(source, [*extra, *words.overrides]).recipe).as_dict()
     if not words.json:
-        show(found)
-    return found
+        print_plan(answer)
+    return answer
 
 
 def train(words: argparse.Namespace) -> dict[str, Any] | None:
@@ -169,7 +169,7 @@ def train(words: argparse.Namespace) -> dict[str, Any] | None:
 
     parsed = parse(words.target, words.overrides)
     _prepare_libraries()
-    from whet.training.run import Stopped
+    from whet.training.loop import Stopped
 
     try:
         run = api.train_parsed(parsed)

@@ -92,7 +92,7 @@ class AdaLora(PeftMethod):
             fan_in_fan_out=all(isinstance(network.get_submodule(name), Conv1D) for name in names),
         )
 
-    def begin(self, model: Any, optimiser: torch.optim.Optimizer, steps: int, step: Callable[[], int]) -> None:
+    def begin(self, model: Any, optimiser: Any, steps: int, step: Callable[[], int]) -> None:
         """Let PEFT allocate ranks after each update. Raises UserError when the steps are too few for it."""
         tinit = int(FIRST * steps) if self.tinit is None else self.tinit
         tfinal = int(LAST * steps) if self.tfinal is None else self.tfinal

@@ -82,7 +82,7 @@ class DiffPruning(InPlaceMethod):
             )  # fmt: skip
         return network
 
-    def begin(self, model: Any, optimiser: torch.optim.Optimizer, steps: int, step: Callable[[], int]) -> None:
+    def begin(self, model: Any, optimiser: Any, steps: int, step: Callable[[], int]) -> None:
         """Let the differences that are kept learn at the learning rate itself."""
         from whet.methods.layers.gates import at_full_rate, differences_of
 

@@ -69,7 +69,7 @@ class Method:
         """`network`, plain and dense, with what `save` wrote folded into its weights: a plain model."""
         raise NotImplementedError
 
-    def begin(self, model: Any, optimiser: torch.optim.Optimizer, steps: int, step: Callable[[], int]) -> None:
+    def begin(self, model: Any, optimiser: Any, steps: int, step: Callable[[], int]) -> None:
         """Called once, before a checkpoint is read and the first step is made. optimiser: its hooks are the place for
         what must happen between an update and the clearing of the gradients, and what is put into its state is in every
         checkpoint; steps: of the whole run; step: how many are done. Raises UserError."""

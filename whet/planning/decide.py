@@ -125,6 +125,7 @@ def _fill(facts: Facts, layout: Layout, room: int | None) -> Layout:
         if room is not None and 2 * memory.activations(facts, layout) > room:
             most_forms = 1
     steps, batches = facts.work.steps, facts.work.batches.with_cut(layout.cut)
+    assert isinstance(batches, TextBatches), "only text is flat"
     return _with_batches(layout, batches.filled(steps, most_forms=most_forms), steps)
 
 

@@ -70,9 +70,8 @@ class Work:
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens of the whole run, which repeats its first epoch."""
-        epoch = min(self.steps, self.batches.steps_per_epoch)
-        return self.batches.tokens_of(epoch) * self.steps // max(1, epoch)
+        """Tokens of the whole run."""
+        return int(self.batches.lengths.sum()) * self.steps // self.batches.steps_per_epoch
 
     @cached_property
     def is_dense(self) -> bool:

@@ -18,6 +18,7 @@ import torch
 
 from whet.data.batch.batches import Batch
 from whet.training.objective.objective import DeviceBatch, Objective
+from whet.training.optim import Optimiser
 from whet.training.step import NotFinite, Pending, Stepped, train_step
 
 WARM_STEPS = 2
@@ -59,7 +60,7 @@ class GraphSteps:
     """Runs steps, captured where their forms have been seen often enough, else one by one."""
 
     def __init__(
-        self, model: torch.nn.Module, optimiser: torch.optim.Optimizer, objective: Objective[Any, Any],
+        self, model: torch.nn.Module, optimiser: Optimiser, objective: Objective[Any, Any],
         max_grad_norm: float,
     ) -> None:  # fmt: skip
         self.model, self.optimiser, self.objective = model, optimiser, objective

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from whet.base.errors import UserError
 from whet.base.files import read_json, remove_tree, sync, whole_directory, write_json
 from whet.base.seed import random_state, restore_random_state
-from whet.engine.memory.host_adam import HostAdamW
+from whet.training.optim import Optimiser
 
 MANIFEST = "manifest.json"
 
@@ -37,7 +37,7 @@ def save(
     directory: Path,
     step: int,
     model: torch.nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimiser: Optimiser,
     state: dict[str, Any],
     identity: Identity,
 ) -> Path:
@@ -80,7 +80,7 @@ def latest(directory: Path, identity: Identity) -> tuple[Path | None, list[str]]
     return None, complaints
 
 
-def load(path: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+def load(path: Path, model: torch.nn.Module, optimiser: Optimiser) -> dict[str, Any]:
     """Restore weights, optimiser and every random source from a checkpoint; returns its state."""
     state = read_json(path / "state.json")
     load_weights(path, model, optimiser)
@@ -89,7 +89,7 @@ def load(path: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer) -
     return state
 
 
-def load_weights(path: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer | None = None) -> None:
+def load_weights(path: Path, model: torch.nn.Module, optimiser: Optimiser | None = None) -> None:
     """Restore the trainable weights alone. optimiser: needed where it holds weights of its own."""
     saved = load_file(path / "model.safetensors")
     current = trainable(model, optimiser)
@@ -97,8 +97,8 @@ def load_weights(path: Path, model: torch.nn.Module, optimiser: torch.optim.Opti
     with torch.no_grad():
         for name, tensor in current.items():
             tensor.copy_(saved[name])
-    if isinstance(optimiser, HostAdamW):
-        optimiser.agree()
+    if optimiser is not None:
+        optimiser.follow_weights()
 
 
 def prune(directory: Path, saved: int, keep: int, protected: Sequence[int]) -> None:
@@ -119,13 +119,13 @@ def sweep(directory: Path) -> None:
             remove_tree(path) if path.is_dir() else path.unlink()
 
 
-def trainable(model: torch.nn.Module, optimiser: torch.optim.Optimizer | None = None) -> dict[str, torch.Tensor]:
+def trainable(model: torch.nn.Module, optimiser: Optimiser | None = None) -> dict[str, torch.Tensor]:
     """Name to tensor of every trainable parameter, as exact as `optimiser` has it; tied ones once."""
-    exact = optimiser.exact if isinstance(optimiser, HostAdamW) else {}
+    exact = {} if optimiser is None else optimiser.exact_weights
     return {name: exact.get(p, p).detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _flattened(optimiser: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _flattened(optimiser: Optimiser) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Optimiser state as tensors by 'parameter/name', and what is no tensor."""
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
@@ -148,7 +148,7 @@ def _flattened(optimiser: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor
     return tensors, values
 
 
-def _unflatten(optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+def _unflatten(optimiser: Optimiser, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **values}.items():
         index, *groups, name = key.split("/")

@@ -20,10 +20,10 @@ from whet.training.state import State
 def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: State, reason: str) -> None:
     """Keep the best weights if wanted, write them, and mark the run finished. reason: why training ended."""
     best, run = state.best_step, ready.run
-    keeps_best = ready.recipe.train.load_best_model_at_end and best is not None
-    if keeps_best and best != state.step:
-        checkpoints.load_weights(best)
-        say(f"keeping step {best}, the lowest held-out loss ({state.best_loss:.4f})")
+    kept = best if ready.recipe.train.load_best_model_at_end and best is not None else state.step
+    if kept != state.step:
+        checkpoints.load_weights(kept)
+        say(f"keeping step {kept}, the lowest held-out loss ({state.best_loss:.4f})")
     checkpoints.optimiser.hand_back()
     method = ready.recipe.method
     method.finalize(arranged.model)  # after the best weights are back: they may be from before it would be decided
@@ -35,12 +35,12 @@ def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: St
             write_json(directory / LABELS, {"task": task.name, "labels": list(task.labels)})
         if tokenizer.template is not None:
             write_contract(tokenizer, directory / CONTRACT)
-    run.write("finished.json", _summary(arranged, state, reason, best if keeps_best else state.step))
+    run.write("finished.json", _summary(arranged, state, reason, kept))
     say(f"trained {state.step} steps, {state.tokens:,} tokens in {state.seconds:.1f} s "
         f"({state.tokens_per_second:,.0f} tok/s) -> {run.trained}")  # fmt: skip
 
 
-def _summary(arranged: Arranged, state: State, reason: str, kept_step: int | None) -> dict[str, Any]:
+def _summary(arranged: Arranged, state: State, reason: str, kept_step: int) -> dict[str, Any]:
     trainable, total = count_parameters(arranged.model)
     return {
         "steps": state.step,

@@ -90,7 +90,9 @@ class MetricsLog(Observer):
     def _write(self, name: str, values: dict[str, Any]) -> None:
         self._files[name].write(json.dumps(values, allow_nan=False) + "\n")
         self._files[name].flush()
-        for key, value in values.items() if self._board is not None else ():
+        if self._board is None:
+            return
+        for key, value in values.items():
             if key not in ("kind", "step"):
                 self._board.add_scalar(key, value, values["step"])
 

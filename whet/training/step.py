@@ -15,8 +15,8 @@ import torch
 from whet.base.errors import UserError
 from whet.data.batch.batches import Batch
 from whet.engine.compute.compile import uncompiled
-from whet.engine.memory.host_adam import HostAdamW
 from whet.training.objective.objective import Objective
+from whet.training.optim import Optimiser
 
 
 class NotFinite(Exception):
@@ -50,7 +50,7 @@ class Pending:
 
 def train_step(
     model: torch.nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimiser: Optimiser,
     batches: Sequence[Batch],
     objective: Objective[Any, Any],
     *,
@@ -63,8 +63,7 @@ def train_step(
     penalty: makes what is added to the mean loss of the whole step, once, however many micro-batches there are.
     """
     targets, worth = sum(len(batch.targets) for batch in batches), sum(map(objective.worth, batches))
-    if isinstance(optimiser, HostAdamW):
-        optimiser.zero_grad()  # a step that was broken off has left some on the host
+    optimiser.forget_broken_step()
     objective.before_step()
     total = torch.zeros((), dtype=torch.float32, device=objective.device)
     for batch in batches:
@@ -74,8 +73,7 @@ def train_step(
     extra = penalty() if penalty is not None else None
     if extra is not None:
         extra.backward()
-    if isinstance(optimiser, HostAdamW):
-        optimiser.collect()
+    optimiser.collect_gradients()
     parameters = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
     limit = max_grad_norm if max_grad_norm > 0 else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
@@ -101,7 +99,7 @@ class Steps:
     """Runs steps one by one, each to its end."""
 
     def __init__(
-        self, model: torch.nn.Module, optimiser: torch.optim.Optimizer, objective: Objective[Any, Any],
+        self, model: torch.nn.Module, optimiser: Optimiser, objective: Objective[Any, Any],
         max_grad_norm: float, penalty: Callable[[], torch.Tensor | None] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.optimiser, self.objective, self.limit = model, optimiser, objective, max_grad_norm

@@ -133,7 +133,7 @@ class Batches(ABC, Generic[B]):
         """The same steps in micro-batches of `size` units, which must divide a step; forms are left to `filled`."""
         accumulate, rest = divmod(self.cut.step_size, size)
         assert not rest, f"steps of {self.cut.step_size} units in micro-batches of {size}"
-        return self._with(replace(self.cut, size=size, accumulate=accumulate, forms=()))
+        return self.with_cut(replace(self.cut, size=size, accumulate=accumulate, forms=()))
 
     def smaller(self, steps: int) -> Self | None:
         """The same steps in micro-batches of at most half the size, or None where they hold one unit each.
@@ -149,6 +149,10 @@ class Batches(ABC, Generic[B]):
         too where it cannot be known without making every batch."""
         return None
 
+    def largest_tokens(self, steps: int) -> int:
+        """Tokens of the largest forward pass of the first `steps` steps, as far as it is known without making them."""
+        return self.most_tokens()
+
     @abstractmethod
     def most_tokens(self) -> int:
         """Tokens of the largest forward pass that there can be, padding included."""
@@ -158,5 +162,5 @@ class Batches(ABC, Generic[B]):
         """(the units of an epoch in an order, int64 [U]; where in it each step begins, int64 [steps])."""
 
     @abstractmethod
-    def _with(self, cut: Cut) -> Self:
+    def with_cut(self, cut: Cut) -> Self:
         """The same units in the same order, cut otherwise."""

@@ -112,7 +112,7 @@ class PaddedBatches(Batches[LabelledBatch | SequencePairBatch]):
         starts = np.arange(0, len(order), together)
         return order, starts[draw.permutation(len(starts))]
 
-    def _with(self, cut: Cut) -> Self:
+    def with_cut(self, cut: Cut) -> Self:
         return type(self)(self.rows, order=self.order, cut=cut)
 
 

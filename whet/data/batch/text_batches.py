@@ -92,8 +92,8 @@ class TextBatches(Batches[TextBatch]):
         if not self.flat:
             return self
         if not most_forms:
-            return self._with(replace(self.cut, multiple=MULTIPLE, forms=()))
-        return self._with(replace(self.cut, multiple=1, forms=tuple(choose_forms(self.facts(steps), most_forms))))
+            return self.with_cut(replace(self.cut, multiple=MULTIPLE, forms=()))
+        return self.with_cut(replace(self.cut, multiple=1, forms=tuple(choose_forms(self.facts(steps), most_forms))))
 
     def fewest(self, fits: Callable[[Self], bool], steps: int, *, least_tokens: int) -> Self:
         """The micro-batches of a step as few and large as fit: joined, or cut down to `least_tokens` tokens.
@@ -151,7 +151,7 @@ class TextBatches(Batches[TextBatch]):
             order = short_first(order, self.lengths)
         return order, np.arange(0, len(self.units), self.cut.step_size)
 
-    def _with(self, cut: Cut) -> Self:
+    def with_cut(self, cut: Cut) -> Self:
         return type(self)(self.rows, self.bins, flat=self.flat, order=self.order, cut=cut)
 
     def _weights(self, rows: tuple[int, ...]) -> np.ndarray | None:

@@ -19,9 +19,10 @@ from whet.data.batch.rows import Rows
 from whet.data.batch.text_batches import TextBatches
 from whet.recipe import Parsed
 from whet.runs import Run
-from whet.training import run as run_module
-from whet.training import shrink
-from whet.training.run import Loop, train
+from whet.training import launch
+from whet.training.launch import Launcher
+from whet.training.loop import Loop
+from whet.training.run import train
 from whet.training.step import Steps
 
 Make = Callable[..., Parsed]
@@ -45,7 +46,7 @@ def only(tokens: int, patch: pytest.MonkeyPatch, *, after: Callable[[], bool] = 
                 raise torch.OutOfMemoryError("out of memory")
 
     def fit(self: Loop) -> None:
-        self.arranged.network.get_input_embeddings().register_forward_pre_hook(small, with_kwargs=True)  # type: ignore[operator,union-attr]
+        self.launcher.arranged.network.get_input_embeddings().register_forward_pre_hook(small, with_kwargs=True)  # type: ignore[operator,union-attr]
         begin(self)
 
     with patch.context() as inner:
@@ -84,10 +85,10 @@ def test_the_steps_are_the_same_in_smaller_pieces(
     said = " ".join(capsys.readouterr().err.split())
     assert "out of memory in step 1" in said
     assert "forward passes a step" in said
-    facts = found.read("arrangement.json") or {}
+    facts = found.read("layout.json") or {}
     assert facts["out_of_memory"][0] == {"step": 1, "micro_batches": facts["out_of_memory"][0]["micro_batches"]}
-    assert facts["micro_batches"] == facts["out_of_memory"][-1]["micro_batches"] > 1
-    assert "out_of_memory" not in (expected.read("arrangement.json") or {})
+    assert facts["cut"]["accumulate"] == facts["out_of_memory"][-1]["micro_batches"] > 1
+    assert "out_of_memory" not in (expected.read("layout.json") or {})
 
 
 def test_a_run_that_was_cut_continues(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +107,7 @@ def test_a_wrong_second_try_would_be_seen(fault: str, recipe: Make, monkeypatch:
     expected = train(recipe("plain", **settings))
     calls: list[int] = []
     if fault == "gradients are kept":
-        monkeypatch.setattr(run_module, "free_memory", lambda optimiser: None)
+        monkeypatch.setattr(launch, "free_memory", lambda optimiser: None)
     elif fault == "a row is lost":
         right = TextBatches.recut
 
@@ -117,10 +118,9 @@ def test_a_wrong_second_try_would_be_seen(fault: str, recipe: Make, monkeypatch:
 
         monkeypatch.setattr(TextBatches, "recut", short)
     else:
-        cut = Loop._cut
-        monkeypatch.setattr(Loop, "_cut", lambda self, index: cut(self, index + 1))
-        launch = Loop._launch
-        monkeypatch.setattr(Loop, "_launch", lambda self, index: launch(self, (index + 1) % 4))
+        cut, start = Launcher.cut, Launcher.launch
+        monkeypatch.setattr(Launcher, "cut", lambda self, index: cut(self, index + 1))
+        monkeypatch.setattr(Launcher, "launch", lambda self, index: start(self, (index + 1) % 4))
 
     def second() -> bool:  # the first micro-batch has left its gradient when the second one fails
         calls.append(1)
@@ -178,8 +178,8 @@ def test_other_errors_pass(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_it_is_found_behind_what_was_raised_in_its_place() -> None:
     error = RuntimeError("capture failed")
     error.__context__ = torch.OutOfMemoryError("out of memory")
-    assert shrink.ran_out(error)
-    assert not shrink.ran_out(RuntimeError("capture failed"))
+    assert launch.ran_out(error)
+    assert not launch.ran_out(RuntimeError("capture failed"))
 
 
 def rows(lengths: list[int]) -> Rows:
@@ -232,7 +232,7 @@ def test_the_largest_batch_is_tried_early_and_forgotten(
     settings = SETTINGS | {"train__per_device_train_batch_size": 1, "train__max_steps": 8, "method__lora_dropout": 0.1}
     settings |= more
     expected = train(recipe("plain", **settings))
-    monkeypatch.setattr(run_module, "TRIED_ON", ("cpu",))
+    monkeypatch.setattr(launch, "TRIED_ON", ("cpu",))
     with only(1 << 20, monkeypatch) as seen:
         found = train(recipe("tried", **settings))
     assert found.metrics.read_bytes() == expected.metrics.read_bytes()
