@@ -89,9 +89,8 @@ def test_counts_are_those_of_the_real_modules(big: Facts) -> None:
     assert big.model.frozen_bytes == linears + 4 * outputs + 2 * others
     assert big.model.fp8_bytes == linears
     nf4 = facts(gpu(80), base=Base(storage="nf4")).model.frozen_bytes
-    sizes = 32 * sum(nf4_bytes(a * b, True) for a, b in (
-        (4096, 4096), (4096, 4096), (1024, 4096), (1024, 4096), (14336, 4096), (14336, 4096), (4096, 14336)))  # fmt: skip
-    assert nf4 == sizes + 2 * others
+    counts = [4096 * 4096] * 2 + [1024 * 4096] * 2 + [14336 * 4096] * 3
+    assert nf4 == 32 * sum(nf4_bytes(count, True) for count in counts) + 2 * others
 
 
 @pytest.mark.parametrize(("size", "accumulate"), [(8, 1), (2, 4), (1, 8)])
@@ -115,14 +114,14 @@ def test_forward_passes_are_cut_where_memory_is_short(big: Facts) -> None:
     assert (kept.cut.size, kept.cut.accumulate) == (8, 1)
 
 
-def test_activations_give_way_in_the_order_of_speed(big: Facts) -> None:
+def test_activations_give_way_in_the_order_of_speed() -> None:
     """Fewer and fewer bytes: all kept, lean, more and more checkpointed layers, inputs on the host, tiles, refusal."""
+    known = facts(gpu(80), base=Base(keep_transposed=False))  # left open it goes on its own way
     train, seen = Train(fit_micro_batches=False, compile=True), []
-    for free in np.arange(80, 12, -0.25):
+    for free in np.arange(120, 12, -0.25):
         try:
-            layout = decide(train, with_free(big, float(free)))
-        except UserError as refused:
-            assert "do not fit in any memory mode" in str(refused)
+            layout = decide(train, with_free(known, float(free)))
+        except UserError:
             break
         seen.append(layout)
         assert layout.offload_optimizer or layout.peak_bytes + SLACK_BYTES <= free * GIB + 4
@@ -214,7 +213,7 @@ def test_the_optimiser_goes_to_the_host_only_when_nothing_else_fits() -> None:
 
 def test_one_form_where_the_memory_of_two_is_not_there() -> None:
     """Sixteen rows of unequal length are wanted in two forms; what they keep fits once, or twice."""
-    known = facts(gpu(80), lengths=(256,) * 8 + (2048,) * 8, cut=Cut(1, 1), steps=16)
+    known = facts(gpu(80), base=Base(keep_transposed=False), lengths=(256,) * 8 + (2048,) * 8, cut=Cut(1, 1), steps=16)
     train = Train(compile=True, fit_micro_batches=False)
     fixed = sum(v for k, v in decide(train, known).memory.items() if k != "activations") + SLACK_BYTES
     once = 1.15 * 1.6 * activation_bytes(known.model.shape, 2048, MemoryMode())
