@@ -22,6 +22,7 @@ from whet.runs import Run
 from whet.training import launch
 from whet.training.launch import Launcher
 from whet.training.loop import Loop
+from whet.training.optim import _on_device
 from whet.training.run import train
 from whet.training.step import Steps
 
@@ -160,7 +161,7 @@ def test_moments_without_room_are_no_reason_to_try_again(recipe: Make, monkeypat
     def full(self: Any, closure: Any = None) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    monkeypatch.setattr(_on_device(torch.optim.AdamW), "step", full)
     with pytest.raises(UserError, match="moments") as refused:
         train(recipe(**SETTINGS))
     assert "offload_optimizer" in refused.value.fix

@@ -25,7 +25,7 @@ from whet.recipe import (
     to_tree,
     to_yaml,
 )
-from whet.runs import start
+from whet.runs import Run, start
 
 ROOT = Path(__file__).parents[1]
 RECIPES = [*sorted((ROOT / "recipes").glob("*.yaml")), *sorted((ROOT / "recipes" / "builtin").glob("*.yaml"))]
@@ -208,13 +208,16 @@ def candidates(schema: dict[str, Any], root: dict[str, Any]) -> list[Any]:
 
 
 def test_what_is_logged_and_kept_does_not_make_another_run(tmp_path: Path) -> None:
-    def begin(*overrides: str) -> bool:
-        return start(parse(None, [f"output_dir={tmp_path / 'run'}", *overrides]), {}, {})[1]
+    def begin(*overrides: str) -> Run:
+        return start(parse(None, [f"output_dir={tmp_path / 'run'}", *overrides]).recipe, {}, {}, {})
 
-    assert not begin()
-    assert begin(
+    first = begin()
+    written = (first.path / "recipe.yaml").read_bytes()
+    again = begin(
         "train.logging_steps=5", "train.save_total_limit=1", "train.report_to=[tensorboard]", "eval.max_rows=3"
     )
+    assert again.path == first.path
+    assert (first.path / "recipe.yaml").read_bytes() == written
     with pytest.raises(UserError, match="another recipe") as caught:
         begin("train.logging_steps=5", "data.padding_free=false", "train.seed=5")
     assert caught.value.field == "train.seed"

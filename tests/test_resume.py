@@ -27,10 +27,13 @@ from whet.data.batch.batches import Batches
 from whet.recipe import Parsed
 from whet.runs import Run
 from whet.training import checkpoint
+from whet.training import finish as finish_module
+from whet.training import run as run_module
 from whet.training.loop import Loop
 from whet.training.observers import MetricsLog
 from whet.training.resume import Checkpoints
 from whet.training.run import train
+from whet.training.state import State
 
 ROOT = Path(__file__).parents[1]
 SHORT: dict[str, Any] = {
@@ -46,16 +49,18 @@ class Killed(BaseException):
 
 
 def killed_before(parsed: Parsed, step: int, part: str = "_step") -> None:
-    """Train until `part` of the loop is about to begin with `step` steps done."""
+    """Train until `part` of the loop, or of what comes after it, is about to begin with `step` steps done."""
     with pytest.MonkeyPatch.context() as patch:
-        whole = getattr(Loop, part)
+        owner: Any = {"finish": run_module, "_summary": finish_module}.get(part, Loop)
+        whole = getattr(owner, part)
 
-        def cut(self: Loop, *args: Any) -> Any:
-            if self.state.step == step:
+        def cut(*args: Any) -> Any:
+            state = next(arg.state if isinstance(arg, Loop) else arg for arg in args if isinstance(arg, Loop | State))
+            if state.step == step:
                 raise Killed
-            return whole(self, *args)
+            return whole(*args)
 
-        patch.setattr(Loop, part, cut)
+        patch.setattr(owner, part, cut)
         with pytest.raises(Killed):
             train(parsed)
 
@@ -73,7 +78,7 @@ def test_cut_off_before_any_step_it_ends_with_the_same_bytes(step: int, recipe: 
     assert final_bytes(train(recipe(**SHORT)).path) == whole
 
 
-@pytest.mark.parametrize("part", ["_evaluate", "_save", "_finish", "_summary"])
+@pytest.mark.parametrize("part", ["_evaluate", "_save", "finish", "_summary"])
 def test_cut_off_before_any_part_it_ends_with_the_same_bytes(part: str, recipe: Make, whole: dict[str, bytes]) -> None:
     killed_before(recipe(**SHORT), 8, part)
     assert final_bytes(train(recipe(**SHORT)).path) == whole
@@ -148,7 +153,7 @@ def test_an_early_stop_that_is_cut_off_does_not_train_on(recipe: Make) -> None:
     assert run.finished is not None
     assert run.finished["stopped"] == "early_stopping"
     assert run.finished["steps"] < 40
-    killed_before(recipe(**settings), run.finished["steps"], "_finish")
+    killed_before(recipe(**settings), run.finished["steps"], "finish")
     again = train(recipe(**settings))
     assert again.finished is not None
     assert again.finished["stopped"] == "early_stopping"

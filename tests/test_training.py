@@ -55,14 +55,14 @@ def test_the_first_update_is_the_textbooks(name: str) -> None:
         by_hand(name, matrix.detach(), matrix.grad, 0.01, 0.1),
         by_hand(name, vector.detach(), vector.grad, 0.01, 0),
     ]
-    build_optimiser(Train(optim=name, weight_decay=0.1), [matrix], [vector], 0.01).step()
+    build_optimiser(Train(optim=name, weight_decay=0.1, learning_rate=0.01), [matrix, vector]).step()
     for parameter, value in zip((matrix, vector), expected, strict=True):
         torch.testing.assert_close(parameter.detach().double(), value, rtol=1e-6, atol=1e-6)
 
 
 def test_adafactor_keeps_a_row_and_a_column_of_a_matrix() -> None:
     matrix, vector = toy()
-    optimiser = build_optimiser(Train(optim="adafactor"), [matrix], [vector], 0.01)
+    optimiser = build_optimiser(Train(optim="adafactor", learning_rate=0.01), [matrix, vector])
     before = matrix.detach().clone()
     optimiser.step()
     assert {name: tuple(value.shape) for name, value in optimiser.state[matrix].items() if value.ndim} == {
@@ -73,8 +73,10 @@ def test_adafactor_keeps_a_row_and_a_column_of_a_matrix() -> None:
 
 def test_adam_settings_take_effect_and_vectors_do_not_decay() -> None:
     matrix, vector = toy()
-    settings = Train(optim="adamw", adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=1e-3, weight_decay=0.2)
-    optimiser = build_optimiser(settings, [matrix], [vector], 0.01)
+    settings = Train(
+        optim="adamw", adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=1e-3, weight_decay=0.2, learning_rate=0.01
+    )
+    optimiser = build_optimiser(settings, [matrix, vector])
     groups = [
         (group["weight_decay"], group["betas"], group["eps"], len(group["params"])) for group in optimiser.param_groups
     ]
