@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from nets import groups_of
 from torch._dynamo.exc import TorchDynamoException
 from transformers import LlamaForCausalLM
 
@@ -17,9 +18,7 @@ from whet.base.errors import UserError
 from whet.data.batch.batches import Batches
 from whet.data.batch.rows import Rows
 from whet.engine.compute.compile import compile_layers
-from whet.engine.memory.checkpointing import Checkpoint, decoder_layers
-from whet.methods.layers.group import Group
-from whet.methods.layers.lora_layer import LoraLinear
+from whet.engine.memory.checkpointing import CheckpointedCall, decoder_layers
 from whet.planning.costs import keep_bytes, sizes_of
 from whet.recipe import Parsed
 from whet.settings import Train
@@ -51,11 +50,7 @@ def step(parsed: Parsed) -> tuple[float, dict[str, torch.Tensor]]:
     arranged.forward.prepare()
     loss = arranged.forward.loss(model, arranged.batches.step(0)[0])
     loss.backward()
-    return float(loss), tiny.gradients(model, arranged.matrices)
-
-
-def groups(model: Any) -> list[Group]:
-    return [layer.group for layer in model.modules() if isinstance(layer, LoraLinear) and layer.group is not None]
+    return float(loss), tiny.gradients(model)
 
 
 @pytest.mark.parametrize(
@@ -74,15 +69,15 @@ def test_the_memory_mode_is_the_one_that_is_asked_for(
     layers: list[Any] = decoder_layers(model.base_model.model)
     calls = [layer._gradient_checkpointing_func for layer in layers if layer.gradient_checkpointing]
     assert len(calls) == mode[0]
-    assert all(isinstance(call, Checkpoint) and (call.stash is not None) == mode[1] for call in calls)
+    assert all(isinstance(call, CheckpointedCall) and (call.stash is not None) == mode[1] for call in calls)
     assert all(type(layer.mlp).__name__.startswith("Tiled") == bool(mode[2]) for layer in layers)
 
 
 def test_fp8_multiplies_in_fp8_and_little_changes(recipe: Make) -> None:
     model, _ = built(recipe("fp8", **FP8))
-    assert {group.kind for group in groups(model)} == {"fp8+fp8"}
+    assert {(group.base.storage, group.fp8) for group in groups_of(model)} == {("fp8", True)}
     model, _ = built(recipe("stored", base__storage="fp8"))
-    assert {group.kind for group in groups(model)} == {"fp8"}
+    assert {(group.base.storage, group.fp8) for group in groups_of(model)} == {("fp8", False)}
     stored, _ = step(recipe("stored", base__storage="fp8"))
     computed, gradients = step(recipe("fp8", **FP8))
     assert 0 < abs(stored - computed) < 0.02 * stored
@@ -94,7 +89,7 @@ def test_kept_in_both_orders_the_bytes_double_and_nothing_changes(recipe: Make) 
     for name, kept in (("once", False), ("twice", True)):
         made = recipe(name, base__keep_transposed=kept, **FP8)
         model, _ = built(made)
-        sizes.append(sum(w.numel() for group in groups(model) for w in group.weights if w is not None and w.ndim == 2))
+        sizes.append(sum(p.numel() for group in groups_of(model) for p in group.base.parameters() if p.ndim == 2))
         results.append(step(made))
     assert sizes[1] == 2 * sizes[0]
     assert results[0][0] == results[1][0]

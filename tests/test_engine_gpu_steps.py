@@ -17,7 +17,7 @@ from whet.data.batch.rows import Rows
 from whet.engine.compute.attention import fastest_attention
 from whet.engine.compute.compile import compile_layers
 from whet.engine.compute.head import find_head
-from whet.methods.layers.group import fuse
+from whet.methods.layers.fuse import fuse
 from whet.settings import Train
 from whet.training import checkpoint
 from whet.training.arrange import replace_sizes
@@ -51,12 +51,12 @@ class Made:
         if compiled:
             compile_layers(net)
         train = Train(adam_epsilon=0.01)
-        self.optimiser = build_optimiser(train, self.fused.leaves, [], 0.02, captured=captured)
+        self.optimiser = build_optimiser(train, nets.trained(self.model), [], 0.02, captured=captured)
         self.steps = (GraphSteps if captured else Steps)(self.model, self.optimiser, forward, 1.0)
 
     def weights(self) -> torch.Tensor:
         torch.cuda.synchronize()
-        return torch.cat([leaf.detach().clone() for leaf in self.fused.leaves])
+        return torch.cat([p.detach().flatten() for p in nets.trained(self.model)])
 
     def moments(self) -> list[torch.Tensor]:
         torch.cuda.synchronize()

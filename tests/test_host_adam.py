@@ -18,7 +18,8 @@ from whet.engine.compute.head import find_head
 from whet.engine.device import Placement
 from whet.engine.memory import host_adam
 from whet.engine.memory.host_adam import HostAdamW, HostLink, halve, halves
-from whet.methods.layers.group import fuse, set_rate_ratio
+from whet.methods.layers.fuse import fuse
+from whet.methods.layers.rates import set_rate_ratio
 from whet.methods.lora import Lora
 from whet.recipe import Parsed
 from whet.settings import Train
@@ -55,9 +56,9 @@ class Trained:
         assert head is not None
         self.model.train()
         self.forward = Forward(CPU, compute, autocast is not None, head, None if fused is None else fused.refresh)
-        trained = [p for p in self.model.parameters() if p.requires_grad] if fused is None else fused.leaves
+        trained = nets.trained(self.model)
         flat = [p for p in trained if p.ndim < 2]
-        matrices, vectors = (trained, []) if fused else ([p for p in trained if p.ndim > 1], flat)
+        matrices, vectors = (trained, []) if fused is not None else ([p for p in trained if p.ndim > 1], flat)
         self.settings = Train(weight_decay=0.1)
         self.optimiser = build_optimiser(self.settings, matrices, vectors, 0.01, masters=masters)
         rows = nets.rows_of([9, 30, 17, 23, 12, 28, 40, 7])

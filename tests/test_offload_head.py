@@ -15,7 +15,7 @@ import torch
 from whet.base.errors import UserError
 from whet.engine.compute.head import find_head
 from whet.engine.memory.host_tables import HostTensors, OffloadedEmbedding, OffloadedHead, offload_embedding
-from whet.methods.layers.group import fuse
+from whet.methods.layers.fuse import fuse
 from whet.recipe import Parsed, parse
 from whet.training.arrange import Arrangement
 from whet.training.plan import plan
@@ -48,7 +48,7 @@ def loss_and_gradients(kind: str, *, tied: bool, away: bool, fp8: bool = False) 
     loss = sum(head.loss(inputs, places, tokens.flatten()[1:]) for _ in range(2))
     assert isinstance(loss, torch.Tensor)
     loss.backward()
-    return loss.item(), {name: g.clone() for name, g in nets.gradients(model, fused).items()}
+    return loss.item(), {name: g.clone() for name, g in nets.gradients(model).items()}
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])

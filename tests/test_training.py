@@ -18,6 +18,7 @@ from whet.base.errors import UserError
 from whet.engine.config import Model
 from whet.engine.device import Placement
 from whet.engine.load.load import load_model
+from whet.methods.layers.state import trained_state
 from whet.recipe import Parsed
 from whet.runs import Run
 from whet.settings import Train
@@ -84,10 +85,10 @@ def test_adam_settings_take_effect_and_vectors_do_not_decay() -> None:
 def test_everything_trainable_is_trained_once_and_frozen_parameters_stay_out(
     changes: dict[str, Any], recipe: Make
 ) -> None:
-    """By where it lies in memory: the row of a group stands for the matrices that are views of it."""
+    """By where it lies in memory, as the module has it and as files name it."""
     model, _, arranged = build_model(get_ready(recipe(**changes)))
 
-    def places(parameters: Iterable[torch.nn.Parameter]) -> list[int]:
+    def places(parameters: Iterable[torch.Tensor]) -> list[int]:
         starts = [np.arange(p.numel()) * p.element_size() + p.data_ptr() for p in parameters]
         return sorted(np.concatenate(starts).tolist()) if starts else []
 
@@ -95,6 +96,7 @@ def test_everything_trainable_is_trained_once_and_frozen_parameters_stay_out(
     vectors = [p for p in trainable if p.ndim < 2]
     assert places(arranged.vectors) == places(vectors)
     assert places(arranged.matrices) == places(p for p in trainable if p.ndim >= 2)
+    assert places(trained_state(model).values()) == places(trainable)
     assert bool(vectors) == (changes == {"method__name": "full"})
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from whet.engine.weights.linear import BLOCK, NESTED_BLOCK, frozen_names
+from whet.engine.weights.linear import frozen_names
+from whet.engine.weights.nf4 import BLOCK, NESTED_BLOCK
 from whet.planning.costs import Cost, embedding_cost, head_cost, optimiser_cost
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,8 @@ from whet.engine.memory.checkpointing import checkpoint_layers
 from whet.engine.memory.host_adam import halve, halves
 from whet.engine.memory.host_tables import offload_embedding
 from whet.engine.memory.tiles import tile_mlp
-from whet.methods.layers.group import Fused, fuse
+from whet.methods.layers.fuse import fuse
+from whet.methods.layers.group import Groups
 from whet.planning.costs import Mode, choose, keep_bytes, peak_bytes, sizes_of
 from whet.settings import Train
 from whet.training.graph import side_stream
@@ -104,7 +106,7 @@ def arrange(
     compiled = _compiled(train, network, batches, steps, on_gpu)
     both = keeps_both(placement)
     fused = fused_groups(train, placement, model, both)
-    matrices, vectors = split_trained(fused, model)
+    matrices, vectors = split_trained(model)
     forward = replace(forward, head=_head(forward.head, placement, network, both))
     if placement.offload_embedding:
         offload_embedding(network)
@@ -124,7 +126,7 @@ def arrange(
     here = not (placement.offload_embedding or placement.offload_head or masters is not None)
     graphs = _graphs(train, batches, memory.mode, on_gpu and here)
     facts: dict[str, Any] = {
-        "groups": 0 if fused is None else len(fused.groups), "compile": compiled, "cuda_graphs": graphs,
+        "groups": 0 if fused is None else len(fused), "compile": compiled, "cuda_graphs": graphs,
         "micro_batches": batches.accumulate, "tokens_in_a_forward_pass": tokens, "memory": asdict(memory.mode),
         "lean_activations": memory.lean, "forms": [asdict(form) for form in batches.forms],
         "offload_optimizer": masters is not None,
@@ -198,15 +200,16 @@ def _compiled(train: Train, network: torch.nn.Module, batches: Batches, steps: i
 
 def fused_groups(
     train: Train, placement: Placement, model: torch.nn.Module, both: bool, probe: torch.nn.Module | None = None
-) -> Fused | None:
+) -> Groups | None:
     """The LoRA layers in groups, unless the optimiser needs to see each matrix or there are none.
 
     probe: what to call instead of `model`, which is inside it, where token ids alone are not enough.
     """
     if train.optim == "adafactor" or not hasattr(model, "peft_config"):
         return None
-    found = fuse(probe or model, compute=placement.compute, fp8=placement.fp8, keep_transposed=both)
-    return found if found.groups else None
+    run = None if probe is None else partial(probe, torch.zeros(1, 8, dtype=torch.long, device=placement.device))
+    found = fuse(model, compute=placement.compute, fp8=placement.fp8, keep_transposed=both, run=run)
+    return found if len(found) else None
 
 
 def keeps_both(placement: Placement) -> bool:
@@ -219,13 +222,10 @@ def keeps_both(placement: Placement) -> bool:
     return held < KEPT_SHARE * torch.cuda.mem_get_info(placement.device)[0]
 
 
-def split_trained(
-    fused: Fused | None, model: torch.nn.Module
-) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """(weights that decay, those that do not); a group's row holds matrices."""
-    rest = [p for p in model.parameters() if p.requires_grad] if fused is None else fused.rest
-    leaves = [] if fused is None else fused.leaves
-    return leaves + [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
+def split_trained(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """(weights that decay, those that do not)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
 
 
 def _free_bytes(trained: list[torch.nn.Parameter], device: torch.device, *, on_host: bool) -> int:

@@ -120,7 +120,7 @@ def arrange_padded(
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
     fused = fused_groups(train, placement, model, keeps_both(placement), Probe(model, forward))
-    matrices, vectors = split_trained(fused, model)
+    matrices, vectors = split_trained(model)
     if placement.offload_embedding:
         offload_embedding(network)
     if fused is not None:
@@ -133,7 +133,7 @@ def arrange_padded(
             )  # fmt: skip
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     facts: dict[str, Any] = {
-        "groups": 0 if fused is None else len(fused.groups), "compile": False, "cuda_graphs": False,
+        "groups": 0 if fused is None else len(fused), "compile": False, "cuda_graphs": False,
         "micro_batches": batches.accumulate, "padded": True, "lean_activations": False, "forms": [],
         "gradient_checkpointing": bool(train.gradient_checkpointing),
     }  # fmt: skip
