@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from whet.data.batch.rows import Rows
 from whet.engine.compute.attention import ATTENTION
 from whet.engine.weights.linear import FrozenLinear, freeze_linears
-from whet.methods.layers.group import Fused
+from whet.methods.layers.group import LoraGroup
 
 VOCABULARY = 256
 SIZES: dict[str, Any] = {
@@ -104,30 +104,50 @@ def loss_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum")
 
 
-def lora_parameters(model: Any) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if "lora_" in name}
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def gradients(model: Any, fused: Fused | None = None) -> dict[str, torch.Tensor]:
-    """The gradient of every LoRA matrix by its PEFT name, wherever it is kept."""
-    kept: dict[int, torch.Tensor] = {}
-    for group in [] if fused is None else fused.groups:
-        start = 0
-        assert group.leaf.grad is not None
-        for which in ("lora_A", "lora_B"):
-            for layer in group.layers:
-                weight = getattr(layer, which)["default"].weight
-                kept[id(weight)] = group.leaf.grad[start : start + weight.numel()].view_as(weight)
-                start += weight.numel()
-        assert start == group.leaf.numel()
-    named = lora_parameters(model)
-    found = {name: kept.get(id(p), p.grad) for name, p in named.items()}
+def groups_of(model: nn.Module) -> list[LoraGroup]:
+    return [module for module in model.modules() if isinstance(module, LoraGroup)]
+
+
+def grouped(model: nn.Module, take: Callable[[nn.Parameter], torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    """What `take` gives for A and B of each group, cut up, by PEFT's names; found by where the members stand."""
+    places = {module: name for name, module in model.named_modules()}
+    found: dict[str, torch.Tensor | None] = {}
+    for group in groups_of(model):
+        members = [module for module in places if getattr(module, "group", None) is group]
+        assert len(members) == len(group.members)
+        r = len(group.a) // len(members)
+        for matrix, parameter in (("lora_A", group.a), ("lora_B", group.b)):
+            value, start = take(parameter), 0
+            for member in sorted(members, key=lambda one: one.index):  # type: ignore[arg-type,return-value]
+                size = r if matrix == "lora_A" else member.out_features
+                part = None if value is None else value[start : start + size]  # type: ignore[operator]
+                found[f"{places[member]}.{matrix}.default.weight"] = part
+                start += size  # type: ignore[operator]
+            assert start == len(parameter)
+    return found
+
+
+def lora_parameters(model: Any) -> dict[str, torch.Tensor]:
+    """Every LoRA matrix by PEFT's name, wherever it is kept; those of groups as views."""
+    inside = {id(p) for group in groups_of(model) for p in group.parameters()}
+    alone = {name: p for name, p in model.named_parameters() if "lora_" in name and id(p) not in inside}
+    return alone | {name: view for name, view in grouped(model, lambda p: p.detach()).items() if view is not None}
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """The gradient of every LoRA matrix by PEFT's name, wherever it is kept."""
+    found = {name: getattr(tensor, "grad", None) for name, tensor in lora_parameters(model).items()}
+    found |= grouped(model, lambda p: p.grad)
     assert all(grad is not None for grad in found.values()), [name for name, grad in found.items() if grad is None]
     return {name: grad.detach().clone() for name, grad in found.items() if grad is not None}
 
 
-def clear(model: Any, fused: Fused | None = None) -> None:
-    for parameter in [*model.parameters(), *([] if fused is None else fused.leaves)]:
+def clear(model: Any) -> None:
+    for parameter in model.parameters():
         parameter.grad = None
 
 

@@ -15,6 +15,7 @@ from whet.base.files import whole_directory, write_json
 from whet.engine.config import Model
 from whet.engine.device import Placement
 from whet.engine.load.load import load_model, load_tokenizer
+from whet.recipe import resolve
 from whet.runs import LABELS, Run
 
 CPU = Placement(torch.device("cpu"), "fp32", torch.float32, False, {})

@@ -18,7 +18,8 @@ from whet.engine.weights import product
 from whet.engine.weights.linear import Nf4Linear, freeze, quantise_fp8
 from whet.engine.weights.nf4 import fp8_scale, plain_rebuild, rebuild_nf4, rebuild_nf4_as_fp8
 from whet.engine.weights.product import add_product, backward_product, forward_product
-from whet.methods.layers.group import fuse
+from whet.engine.weights.stored import Fp8Weight, FrozenWeight
+from whet.methods.layers.fuse import fuse
 
 ONE_ROUNDED, BOTH_ROUNDED = 0.03, 0.042
 BOUNDS = {"fp8": ONE_ROUNDED, "nf4": BOTH_ROUNDED, "int8": BOTH_ROUNDED}
@@ -44,18 +45,19 @@ def frozen(storage: str, rows: int = WIDTH, columns: int = WIDTH, seed: int = 0,
     return found
 
 
-def tensors(layer, fp8: bool = True) -> list[torch.Tensor | None]:
-    if isinstance(layer, Nf4Linear):
-        return [*layer.tensors(), *([fp8_scale(layer.tensors())] if fp8 else [])]
-    return [layer.codes, layer.scale]
+def weight_of(layer) -> FrozenWeight:
+    """The layer's weight with what its FP8 products need, taken apart and put together as autograd does."""
+    layer.keep_for_fp8(both_orders=False)
+    weight = layer.stored
+    return type(weight).of(weight.tensors())
 
 
 def errors(storage: str, x: torch.Tensor, dy: torch.Tensor, rows: int = WIDTH) -> tuple[float, float]:
     """Relative errors of the FP8 products forward and backward against float64 on the dense weight."""
     layer = frozen(storage, rows)
     exact = layer.dense(torch.float32).double()
-    y = forward_product(f"{storage}+fp8", x, tensors(layer), None)
-    dx = backward_product(f"{storage}+fp8", dy, tensors(layer))
+    y = forward_product(weight_of(layer), x, None, fp8=True)
+    dx = backward_product(weight_of(layer), dy, fp8=True)
     return relative(y, x.double() @ exact.t()), relative(dx, dy.double() @ exact)
 
 
@@ -75,10 +77,11 @@ def test_dense_arithmetic_is_as_exact_as_its_type(storage: str, dtype: torch.dty
     x, dy = draw(64, WIDTH, seed=1).to(dtype), draw(64, 96, seed=2).to(dtype)
     bound = 1e-6 if dtype == torch.float32 else 5e-3
     bias = draw(96, seed=3).to(dtype)
-    y = forward_product(storage, x, tensors(layer, fp8=False), bias)
+    y = forward_product(layer.stored, x, bias)
     assert y.dtype == dtype
     assert relative(y, x.double() @ exact.t() + bias.double()) < bound
-    assert relative(backward_product(storage, dy, tensors(layer, fp8=False)), dy.double() @ exact) < bound
+    assert relative(backward_product(layer.stored, dy), dy.double() @ exact) < bound
+    assert torch.equal(forward_product(weight_of(layer), x, bias), y), "what FP8 needs changes dense products"
 
 
 def test_a_forgotten_scale_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,15 +127,20 @@ def test_one_scale_for_all_channels_would_not_do() -> None:
     assert relative(dy * layer.scale, (dy.double() * layer.scale.double())) < 1e-6
     codes, scale = quantise_fp8(dy * layer.scale)
     folded = (codes.double() * scale.double()[:, None]) @ layer.codes.view(torch.float8_e4m3fn).double()
-    assert relative(backward_product("fp8+fp8", dy, tensors(layer)), folded) < 1e-5
+    assert relative(backward_product(weight_of(layer), dy, fp8=True), folded) < 1e-5
 
 
 def test_bytes_kept_in_both_orders_give_the_same_bits() -> None:
     layer, dy = frozen("fp8", 96), draw(64, 96, seed=2)
-    kept = [layer.codes, layer.scale, layer.codes.t().contiguous()]
-    assert torch.equal(backward_product("fp8+fp8", dy, kept), backward_product("fp8+fp8", dy, tensors(layer)))
+    once = weight_of(layer)
+    layer.keep_for_fp8(both_orders=True)
+    twice = layer.stored
+    assert [tensor is not None for tensor in twice.tensors()] == [True, True, True]
+    assert torch.equal(backward_product(twice, dy, fp8=True), backward_product(once, dy, fp8=True))
     x = draw(64, WIDTH, seed=1)
-    assert torch.equal(forward_product("fp8+fp8", x, kept, None), forward_product("fp8+fp8", x, tensors(layer), None))
+    assert torch.equal(forward_product(twice, x, None, fp8=True), forward_product(once, x, None, fp8=True))
+    codes = Fp8Weight(layer.codes, layer.scale, torch.zeros_like(layer.codes.t()))
+    assert not backward_product(codes, dy, fp8=True).any(), "the bytes that are kept turned round are not read"
 
 
 @pytest.mark.parametrize("storage", BOUNDS)
@@ -142,8 +150,8 @@ def test_outlier_channels_cost_the_others_nothing(storage: str) -> None:
     large[[3, 77, 200]] = 60.0
     layer, x, dy = frozen(storage), draw(64, WIDTH, seed=1), draw(64, WIDTH, seed=2)
     exact = layer.dense(torch.float32).double()
-    y = forward_product(f"{storage}+fp8", x * large, tensors(layer), None)
-    dx = backward_product(f"{storage}+fp8", dy * large, tensors(layer))
+    y = forward_product(weight_of(layer), x * large, None, fp8=True)
+    dx = backward_product(weight_of(layer), dy * large, fp8=True)
     assert relative(y, (x * large).double() @ exact.t()) < 1.3 * BOUNDS[storage]
     assert relative(dx, (dy * large).double() @ exact) < 1.3 * BOUNDS[storage]
 
@@ -156,8 +164,8 @@ def test_rows_of_zeros_and_of_tiny_and_huge_numbers(storage: str) -> None:
     sizes = torch.tensor([0.0, 1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30, 0.0])
     x = draw(len(sizes), WIDTH, seed=1) * sizes[:, None]
     for ours, expected in (
-        (forward_product(f"{storage}+fp8", x, tensors(layer), None), x.double() @ exact.t()),
-        (backward_product(f"{storage}+fp8", x, tensors(layer)), x.double() @ exact),
+        (forward_product(weight_of(layer), x, None, fp8=True), x.double() @ exact.t()),
+        (backward_product(weight_of(layer), x, fp8=True), x.double() @ exact),
     ):
         assert bool(torch.isfinite(ours).all())
         for row, size in enumerate(sizes.tolist()):
@@ -174,7 +182,7 @@ def test_a_weight_with_a_row_of_zeros() -> None:
             linear.weight[5] = 0
         layer = freeze(linear, storage)
         assert layer is not None
-        y = forward_product(f"{storage}+fp8", draw(4, 64), tensors(layer), None)
+        y = forward_product(weight_of(layer), draw(4, 64), None, fp8=True)
         assert bool(torch.isfinite(y).all())
         assert not y[:, 5].any()
 
@@ -187,17 +195,18 @@ def test_nf4_is_rebuilt_as_bitsandbytes_does_it(double_quant: bool, dtype: torch
     packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
     layer = Nf4Linear(640, 96, double_quant=double_quant)
     layer.take(packed, state)
-    assert torch.equal(plain_rebuild(layer.tensors(), None, dtype), functional.dequantize_4bit(packed, state))
+    assert torch.equal(plain_rebuild(layer.tensors(), dtype), functional.dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_parts_stand_side_by_side(double_quant: bool) -> None:
     parts = [frozen("nf4", rows, 128, seed, double_quant).tensors() for seed, rows in enumerate((64, 16, 48))]
-    alone = torch.cat([plain_rebuild(part, None, torch.float32) for part in parts])
+    alone = torch.cat([plain_rebuild(part, torch.float32) for part in parts])
     assert torch.equal(rebuild_nf4(parts, torch.float32), alone)
     scales = [fp8_scale(part) for part in parts]
-    codes = rebuild_nf4_as_fp8(parts, scales, False)
-    turned = rebuild_nf4_as_fp8(parts, scales, True)
+    parts = [part._replace(fp8_scale=scale) for part, scale in zip(parts, scales, strict=True)]
+    codes = rebuild_nf4_as_fp8(parts, transposed=False)
+    turned = rebuild_nf4_as_fp8(parts, transposed=True)
     assert turned.is_contiguous()
     assert torch.equal(turned.view(torch.uint8).t(), codes.view(torch.uint8))
     assert relative(codes.double() * torch.cat(scales)[:, None].double(), alone) < ONE_ROUNDED
@@ -212,9 +221,10 @@ def test_a_size_that_fp8_cores_do_not_take_is_computed_dense() -> None:
         from whet.engine.weights.linear import freeze_linears
 
         freeze_linears(net, "int8")
-        fused = fuse(nets.adapted(net), compute=torch.float32, fp8=True)
-        kinds[width] = {group.kind for group in fused.groups}
-    assert kinds == {64: {"int8+fp8"}, 72: {"int8"}}
+        model = nets.adapted(net)
+        fuse(model, compute=torch.float32, fp8=True)
+        kinds[width] = {(group.base.storage, group.fp8) for group in nets.groups_of(model)}
+    assert kinds == {64: {("int8", True)}, 72: {("int8", False)}}
 
 
 def test_nf4_of_an_odd_width_stays_dense() -> None:

@@ -23,7 +23,8 @@ from whet.engine.compute.swiglu import plain_swiglu_backward
 from whet.engine.weights.linear import freeze, freeze_linears, quantise_fp8
 from whet.engine.weights.nf4 import fp8_scale, plain_rebuild, rebuild_nf4, rebuild_nf4_as_fp8
 from whet.engine.weights.product import LONG, backward_product, forward_product, quantised_rows
-from whet.methods.layers.group import Fused, fuse
+from whet.engine.weights.stored import Fp8Weight
+from whet.methods.layers.fuse import fuse
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CUDA = torch.device("cuda")
@@ -58,17 +59,17 @@ def turned_over(ours: torch.Tensor, twin: torch.Tensor) -> float:
 def test_nf4_kernel(double_quant: bool, columns: int) -> None:
     heights = (512, 33, 96)
     parts = [frozen("nf4", rows, columns, rows, double_quant).tensors() for rows in heights]
-    exact = torch.cat([plain_rebuild(part, None, torch.float32) for part in parts])
+    exact = torch.cat([plain_rebuild(part, torch.float32) for part in parts])
     assert relative(rebuild_nf4(parts, torch.float32), exact) < 1e-6
     assert relative(rebuild_nf4(parts, torch.bfloat16), exact.bfloat16()) < 2e-4
-    turned = torch.ops.whet.nf4_rebuild(*_columns(parts), [], torch.bfloat16, True)
+    turned = torch.ops.whet.nf4_rebuild(*_columns(parts), torch.bfloat16, True)
     assert torch.equal(turned.t(), rebuild_nf4(parts, torch.bfloat16))
-    scales = [fp8_scale(part) for part in parts]
-    codes = rebuild_nf4_as_fp8(parts, scales, False)
-    twin = torch.cat([plain_rebuild(p, s, E4M3).view(torch.uint8) for p, s in zip(parts, scales, strict=True)])
+    parts = [part._replace(fp8_scale=fp8_scale(part)) for part in parts]
+    codes = rebuild_nf4_as_fp8(parts, transposed=False)
+    twin = torch.cat([plain_rebuild(part, E4M3).view(torch.uint8) for part in parts])
     assert turned_over(codes, twin) < 2e-3
-    assert relative(codes.float() * torch.cat(scales)[:, None], exact) < 0.03
-    assert torch.equal(rebuild_nf4_as_fp8(parts, scales, True).view(torch.uint8).t(), codes.view(torch.uint8))
+    assert relative(codes.float() * torch.cat([part.fp8_scale for part in parts])[:, None], exact) < 0.03
+    assert torch.equal(rebuild_nf4_as_fp8(parts, transposed=True).view(torch.uint8).t(), codes.view(torch.uint8))
 
 
 def _columns(parts: list[Any]) -> list[list[torch.Tensor]]:
@@ -152,15 +153,18 @@ def test_gradients_that_do_not_lie_in_rows_are_quantised_right() -> None:
 @pytest.mark.parametrize("tokens", [512, 37])
 def test_fp8_products(storage: str, bound: float, tokens: int) -> None:
     layer = frozen(storage, 528, 1024)
-    weights = [layer.codes, layer.scale] if storage != "nf4" else [*layer.tensors(), fp8_scale(layer.tensors())]
+    layer.keep_for_fp8(both_orders=False)
+    weight = layer.stored
     x, dy, bias = draw(tokens, 1024, seed=1), draw(tokens, 528, seed=2), draw(528, seed=3)
     exact = layer.dense(torch.float32).double()
-    y = forward_product(f"{storage}+fp8", x, weights, bias)
+    y = forward_product(weight, x, bias, fp8=True)
     assert relative(y, x.double() @ exact.t() + bias.double()) < bound
-    dx = backward_product(f"{storage}+fp8", dy, weights)
+    dx = backward_product(weight, dy, fp8=True)
     assert relative(dx, dy.double() @ exact) < bound
     if storage == "fp8":
-        assert torch.equal(backward_product("fp8+fp8", dy, [*weights, layer.codes.t().contiguous()]), dx)
+        layer.keep_for_fp8(both_orders=True)
+        assert layer.turned is not None
+        assert torch.equal(backward_product(layer.stored, dy, fp8=True), dx)
 
 
 @hopper
@@ -168,16 +172,17 @@ def test_fp8_products(storage: str, bound: float, tokens: int) -> None:
 def test_an_update_is_added_to_fp8_products(columns: int) -> None:
     """Long rows are multiplied without scales, which the update brings with it; both ways, and turned round."""
     layer, r = frozen("fp8", 528, columns), 16
-    weights, exact = [layer.codes, layer.scale], layer.dense(torch.float32).double()
+    weight, exact = layer.stored, layer.dense(torch.float32).double()
     x, dy, a, b = draw(300, columns, seed=1), draw(300, 528, seed=2), draw(300, r, seed=3), draw(528, r, seed=4)
-    y = forward_product("fp8+fp8", x, weights, None, (a, 30 * b))
+    y = forward_product(weight, x, None, (a, 30 * b), fp8=True)
     assert relative(y, x.double() @ exact.t() + 30 * (a.double() @ b.double().t())) < 0.03
     wide = frozen("fp8", columns, 528)
-    dx = backward_product("fp8+fp8", draw(300, columns, seed=5), [wide.codes, wide.scale], (a, 30 * b))
+    dx = backward_product(Fp8Weight(wide.codes, wide.scale), draw(300, columns, seed=5), (a, 30 * b), fp8=True)
     product = draw(300, columns, seed=5).double() @ wide.dense(torch.float32).double()
     assert relative(dx, product + 30 * (a.double() @ b.double().t())) < 0.03
-    assert relative(backward_product("fp8+fp8", dy, weights, (a, draw(columns, r, seed=6))), dy.double() @ exact
-                    + a.double() @ draw(columns, r, seed=6).double().t()) < 0.03  # fmt: skip
+    other = draw(columns, r, seed=6)
+    found = backward_product(weight, dy, (a, other), fp8=True)
+    assert relative(found, dy.double() @ exact + a.double() @ other.double().t()) < 0.03
 
 
 @hopper
@@ -281,19 +286,20 @@ WIDE = {
 }  # fmt: skip
 
 
-def built(kind: str, storage: str, *, compute: torch.dtype = torch.bfloat16, fp8: bool = False) -> tuple[Any, Fused]:
+def built(kind: str, storage: str, *, compute: torch.dtype = torch.bfloat16, fp8: bool = False) -> Any:
     net = nets.network(kind, dtype=torch.bfloat16, device="cuda", **WIDE)
     if storage != "dense":
         freeze_linears(net, storage)
     model = nets.adapted(net, r=8, lora_alpha=8)
     if compute == torch.float32:
         model = model.float()
-    return model, fuse(model, compute=compute, fp8=fp8)
+    fuse(model, compute=compute, fp8=fp8)
+    return model
 
 
-def flat_gradient(model: Any, fused: Fused) -> torch.Tensor:
+def flat_gradient(model: Any) -> torch.Tensor:
     """Of the mean loss of a flat row of four documents."""
-    nets.clear(model, fused)
+    nets.clear(model)
     tokens = nets.ids(1, sum(LENGTHS)).to(CUDA)
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None].to(CUDA)
     with fastest_attention(CUDA):
@@ -301,7 +307,7 @@ def flat_gradient(model: Any, fused: Fused) -> torch.Tensor:
             input_ids=tokens, position_ids=positions, documents=documents_of(LENGTHS, empty=2), use_cache=False
         ).logits
         cross_entropy(logits[0].float(), tokens[0]).backward()
-    return torch.cat([leaf.grad for leaf in fused.leaves])  # type: ignore[misc]
+    return torch.cat([gradient.flatten() for gradient in nets.gradients(model).values()])
 
 
 @pytest.mark.slow
@@ -320,11 +326,11 @@ def flat_gradient(model: Any, fused: Fused) -> torch.Tensor:
 def test_compiled_layers_are_as_exact_as_eager_ones(kind: str, storage: str, fp8: bool, joined: bool) -> None:
     """Both against the same weights in float32; torch 2.11 is known to compile some things wrongly."""
     torch.compiler.reset()
-    exact = flat_gradient(*built(kind, storage, compute=torch.float32))
-    model, fused = built(kind, storage, fp8=fp8)
-    eager = relative(flat_gradient(model, fused), exact)
+    exact = flat_gradient(built(kind, storage, compute=torch.float32))
+    model = built(kind, storage, fp8=fp8)
+    eager = relative(flat_gradient(model), exact)
     compile_layers(model.get_base_model(), tokens=FEW_TOKENS if joined else FEW_TOKENS + 1)
-    first = flat_gradient(model, fused)
+    first = flat_gradient(model)
     assert eager < (0.6 if fp8 else 0.1)
     assert relative(first, exact) < 1.3 * eager
-    assert relative(flat_gradient(model, fused), first) < (0.1 if fp8 else 0.02)  # not only the first time
+    assert relative(flat_gradient(model), first) < (0.1 if fp8 else 0.02)  # not only the first time

@@ -17,7 +17,7 @@ from whet.data.batch.text_batches import TextBatches
 from whet.engine.compute.attention import fastest_attention
 from whet.engine.compute.compile import compile_layers
 from whet.engine.compute.head import find_head
-from whet.methods.layers.group import fuse
+from whet.methods.layers.fuse import fuse
 from whet.settings import Train
 from whet.training import checkpoint
 from whet.training.captured import WARM_STEPS, GraphSteps, Replayed, side_stream
@@ -50,13 +50,15 @@ class Made:
         assert objective.head is not None
         if compiled:
             compile_layers(net)
-        train = Train(adam_epsilon=0.01)
-        self.optimiser = build_optimiser(train, self.fused.leaves, [], 0.02, captured=captured)
+        train = Train(adam_epsilon=0.01, learning_rate=0.02)
+        self.optimiser = build_optimiser(
+            replace(train, learning_rate=0.02), nets.trained(self.model), captured=captured
+        )
         self.steps = (GraphSteps if captured else Steps)(self.model, self.optimiser, objective, 1.0)
 
     def weights(self) -> torch.Tensor:
         torch.cuda.synchronize()
-        return torch.cat([leaf.detach().clone() for leaf in self.fused.leaves])
+        return torch.cat([p.detach().flatten() for p in nets.trained(self.model)])
 
     def moments(self) -> list[torch.Tensor]:
         torch.cuda.synchronize()

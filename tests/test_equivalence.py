@@ -19,6 +19,7 @@ import torch
 from whet.data.batch.text_batches import TextBatch, TextBatches
 from whet.engine.compute.attention import ATTENTION
 from whet.engine.compute.isolation import check_causality, check_isolation, flat_inputs
+from whet.methods.layers.state import trained_state
 from whet.recipe import Parsed
 from whet.training.apply import Arranged
 from whet.training.objective.text import TextObjective, TextOnDevice
@@ -36,11 +37,11 @@ class Capture(OnDevice, torch.optim.SGD):
 
     def __init__(self, model: torch.nn.Module, trained: list[torch.nn.Parameter]) -> None:
         super().__init__(trained, lr=0.1)
-        self.model, self.trained = model, trained
+        self.model = model
         self.seen: Gradients = {}
 
     def step(self, closure: Any = None) -> None:
-        self.seen = {name: found.double() for name, found in tiny.gradients(self.model, self.trained).items()}
+        self.seen = {name: found.double() for name, found in tiny.gradients(self.model).items()}
 
 
 @dataclasses.dataclass
@@ -80,7 +81,7 @@ _known: dict[tuple[Any, ...], tuple[float, Gradients]] = {}
 
 def reference(model_dir: Path, made: Made, rows: Sequence[int]) -> tuple[float, Gradients]:
     """Loss and gradients in float64, document by document, by plain transformers and plain PEFT."""
-    adapter = {name: p.detach() for name, p in made.model.named_parameters() if p.requires_grad}
+    adapter = trained_state(made.model)
     key = (model_dir, tuple(rows), *(float(tensor.double().sum()) for tensor in adapter.values()))
     if key not in _known:
         _known[key] = _reference(model_dir, made, rows, adapter)
@@ -181,9 +182,9 @@ def test_the_reference_is_what_transformers_calls_the_loss(model_dir: Path, reci
     from transformers import AutoModelForCausalLM
 
     made = make(recipe(data__max_rows=8))
-    for name, parameter in made.model.named_parameters():
+    for name, tensor in trained_state(made.model).items():
         if "lora_B" in name:
-            parameter.data.zero_()
+            tensor.zero_()
     plain = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float64)
     ids, learned = made.ready.prepared.train.row(1)
     labels = torch.tensor(np.where(learned, ids, -100), dtype=torch.long)[None]

@@ -19,7 +19,8 @@ from whet.data.batch.text_batches import TextBatches
 from whet.engine.compute.head import find_head
 from whet.engine.memory import host_adam
 from whet.engine.memory.host_adam import HostAdamW, HostLink, shorten_weights
-from whet.methods.layers.group import fuse, set_rate_ratio
+from whet.methods.layers.fuse import fuse
+from whet.methods.layers.rates import set_rate_ratio
 from whet.methods.lora import Lora
 from whet.planning.rules import check_optimiser
 from whet.recipe import Parsed
@@ -58,11 +59,8 @@ class Trained:
         self.model.train()
         arithmetic = Arithmetic(CPU, compute, autocast is not None)
         self.objective = TextObjective(arithmetic, None if fused is None else fused.refresh, head)
-        trained = [p for p in self.model.parameters() if p.requires_grad] if fused is None else fused.leaves
-        flat = [p for p in trained if p.ndim < 2]
-        matrices, vectors = (trained, []) if fused else ([p for p in trained if p.ndim > 1], flat)
-        self.settings = Train(weight_decay=0.1)
-        self.optimiser = build_optimiser(self.settings, matrices, vectors, 0.01, masters=masters)
+        self.settings = Train(weight_decay=0.1, learning_rate=0.01)
+        self.optimiser = build_optimiser(self.settings, nets.trained(self.model), masters=masters)
         rows = nets.rows_of([9, 30, 17, 23, 12, 28, 40, 7])
         self.batches = TextBatches(rows, flat=True, order=Order(1), cut=Cut(2, 2))
         self.losses: list[tuple[float, float]] = []

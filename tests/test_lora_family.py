@@ -21,7 +21,9 @@ from whet.engine.load.load import load_model
 from whet.engine.task import Task
 from whet.engine.weights.linear import FrozenLinear, dense_weight, linear_names
 from whet.methods import initial
-from whet.methods.layers.group import fuse, rate_ratio
+from whet.methods.layers.fuse import fuse
+from whet.methods.layers.rates import rate_ratio, set_rate_ratio
+from whet.methods.layers.state import trained_state
 from whet.methods.lora import PACKED, Lora
 from whet.methods.targets import find_targets, shortest_endings
 from whet.recipe import parse
@@ -411,10 +413,12 @@ def test_only_plain_lora_is_put_into_groups(checkpoint: Path) -> None:
         ({"init_lora_weights": "pissa"}, 14),
     ):  # fmt: skip
         model = made(Lora(r=4, **settings), checkpoint)  # type: ignore[arg-type]
+        names = {name for name, p in model.named_parameters() if p.requires_grad}
         fused = fuse(model.train(), compute=torch.float32)
-        assert sum(len(group.layers) for group in fused.groups) == expected, settings
+        assert sum(len(group.members) for group in nets.groups_of(model)) == expected, settings
+        assert trained_state(model).keys() == names
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        optimiser = build_optimiser(Train(), [*fused.leaves, *fused.rest], [], 0.01)
+        optimiser = build_optimiser(Train(), nets.trained(model), [], 0.01)
         for _ in range(2):
             fused.refresh()
             nets.loss_of(model, IDS).backward()
@@ -435,9 +439,9 @@ def test_lora_plus_is_pefts(dora: bool, checkpoint: Path) -> None:
     method = Lora(r=4, loraplus_lr_ratio=ratio, use_dora=dora)
     ours, theirs = made(method, checkpoint).train(), made(Lora(r=4, use_dora=dora), checkpoint).train()
     fused = fuse(ours, compute=torch.float32)
-    assert bool(fused.groups) != dora
-    rest = [[p for p in fused.rest if (p.ndim > 1) == matrix] for matrix in (True, False)]
-    mine = build_optimiser(Train(weight_decay=decay), [*fused.leaves, *rest[0]], rest[1], rates[0])
+    assert bool(len(fused)) != dora
+    matrices, vectors = ([p for p in nets.trained(ours) if (p.ndim > 1) == matrix] for matrix in (True, False))
+    mine = build_optimiser(Train(weight_decay=decay), matrices, vectors, rates[0])
     peers = create_loraplus_optimizer(
         theirs, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay
     )
@@ -456,14 +460,23 @@ def test_lora_plus_is_pefts(dora: bool, checkpoint: Path) -> None:
     assert {group["lr"] for group in mine.param_groups} == {rates[-1], rates[-1] * ratio}
 
 
-def test_one_rate_keeps_one_leaf_and_two_rates_make_two(checkpoint: Path) -> None:
-    one, two = (
-        fuse(made(Lora(r=4, loraplus_lr_ratio=ratio), checkpoint).train(), compute=torch.float32)
-        for ratio in (1.0, 4.0)
-    )
-    assert len(two.leaves) == 2 * len(one.leaves) == 2 * len(one.groups)
-    assert sum(p.numel() for p in two.leaves) == sum(p.numel() for p in one.leaves)
-    assert [rate_ratio(p) for p in two.leaves] == [1.0, 4.0] * len(two.groups)
+def test_a_group_learns_at_the_rates_of_its_layers(checkpoint: Path) -> None:
+    for ratio in (1.0, 4.0):
+        model = made(Lora(r=4, loraplus_lr_ratio=ratio), checkpoint).train()
+        fuse(model, compute=torch.float32)
+        groups = nets.groups_of(model)
+        assert len(groups) == 8
+        assert {(rate_ratio(group.a), rate_ratio(group.b)) for group in groups} == {(1.0, ratio)}
+
+
+def test_layers_that_learn_at_different_rates_share_no_group(checkpoint: Path) -> None:
+    model = made(Lora(r=4), checkpoint).train()
+    for name, parameter in model.named_parameters():
+        if "k_proj.lora_B" in name:
+            set_rate_ratio(parameter, 4.0)
+    fuse(model, compute=torch.float32)
+    apart = [("q_proj",), ("k_proj",), ("v_proj",), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+    assert sorted(group.members for group in nets.groups_of(model)) == sorted(apart * 2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="rates on the device are for CUDA graphs")

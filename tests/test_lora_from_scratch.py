@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nets
 import peft
 import pytest
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 from whet.engine.config import Model
 from whet.engine.load.load import empty_model
 from whet.engine.weights.linear import count_parameters
-from whet.methods.layers.group import fuse
+from whet.methods.layers.fuse import fuse
 from whet.methods.layers.lora_layer import LoraLinear as WhetLinear
 from whet.methods.lora import Lora
 
@@ -277,19 +278,20 @@ def test_a_fault_in_the_layer_would_be_seen(make: Callable[..., Any], fault: Cal
 
 @pytest.mark.parametrize("fault", [None, forget_the_scale, exchange_a_and_b])
 def test_it_equals_whets_layers_computed_as_groups(fault: Callable[[Any], None] | None) -> None:
-    """As whet trains: query, key and value in one product, gate and up in another, gradients on the bank's rows."""
+    """As whet trains: query, key and value in one product, gate and up in another."""
     model = by_hand(torch.float32)
     other = copy_into(whets(torch.float32), model).train()
-    fused = fuse(other, compute=torch.float32)
-    assert sorted(len(group.layers) for group in fused.groups) == [1, 1, 1, 1, 2, 2, 3, 3]
+    fuse(other, compute=torch.float32)
+    assert sorted(len(group.members) for group in nets.groups_of(other)) == [1, 1, 1, 1, 2, 2, 3, 3]
     if fault:
         fault(model)
     worst = float((step(model) - step(other)).abs().max())
-    names = {module: name.removeprefix("base_model.model.") for name, module in other.named_modules()}
-    for group in fused.groups:
-        members = [lora.lora_layers(model)[names[one]] for one in group.layers]
-        grad = torch.cat([m.A.grad.flatten() for m in members] + [m.B.grad.flatten() for m in members])
-        worst = max(worst, float((grad - group.leaf.grad).abs().max()))  # type: ignore[operator]
+    theirs = nets.gradients(other)
+    for name, made in lora.lora_layers(model).items():
+        for grad, matrix in ((made.A.grad, "lora_A"), (made.B.grad, "lora_B")):
+            found = theirs.pop(f"base_model.model.{name}.{matrix}.default.weight")
+            worst = max(worst, float((grad - found).abs().max()))
+    assert not theirs
     assert worst > 1e-3 if fault else worst < 1e-5
 
 

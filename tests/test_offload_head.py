@@ -16,7 +16,7 @@ from tiny import plan
 from whet.base.errors import UserError
 from whet.engine.compute.head import find_head
 from whet.engine.memory.host_tables import HostTensors, OffloadedEmbedding, OffloadedHead, offload_embedding
-from whet.methods.layers.group import fuse
+from whet.methods.layers.fuse import fuse
 from whet.recipe import Parsed, parse
 from whet.training.run import train
 
@@ -46,7 +46,7 @@ def loss_and_gradients(kind: str, *, tied: bool, away: bool, fp8: bool = False) 
     loss = sum(head.losses(inputs, places, tokens.flatten()[1:]).sum() for _ in range(2))
     assert isinstance(loss, torch.Tensor)
     loss.backward()
-    return loss.item(), {name: g.clone() for name, g in nets.gradients(model, fused).items()}
+    return loss.item(), {name: g.clone() for name, g in nets.gradients(model).items()}
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import nets
 import torch
 
+from whet.methods.layers.state import trained_state
 from whet.recipe import Parsed, parse
 
 BUILTIN = Path(__file__).parents[1] / "whet" / "builtin" / "tiny"
@@ -153,24 +155,18 @@ def randomise_adapter(model: torch.nn.Module, seed: int = 1) -> None:
     """Give every lora_B values, so that no gradient is trivially zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, tensor in trained_state(model).items():
             if "lora_B" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+                tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
 
 
-def gradients(model: torch.nn.Module, trained: list[torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The gradient of each trainable parameter by name. One that is a view into a trained tensor (a group's row) has
-    its part of that tensor's gradient, found by where its memory lies."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            size = parameter.element_size()
-            places = [((parameter.data_ptr() - owner.data_ptr()) // size, owner) for owner in trained]
-            ((start, owner),) = [(start, owner) for start, owner in places if 0 <= start < owner.numel()]
-            assert parameter.is_contiguous()
-            assert owner.grad is not None
-            found[name] = owner.grad.flatten()[start : start + parameter.numel()].view_as(parameter).clone()
-    return found
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The gradient of everything that is trained by PEFT's names, as `nets.gradients` finds them."""
+    inside = {id(p) for group in nets.groups_of(model) for p in (group.a, group.b)}
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
+    found |= nets.grouped(model, lambda p: p.grad)
+    assert all(grad is not None for grad in found.values())
+    return {name: grad.clone() for name, grad in found.items() if grad is not None}
 
 
 def final_bytes(run: Path) -> dict[str, bytes]:

@@ -99,7 +99,9 @@ def test_the_classes_of_transformers_stay_as_they_are(kind: str) -> None:
     from whet.engine.memory.checkpointing import checkpoint_layers
     from whet.engine.memory.tiles import tile_mlp
     from whet.engine.weights.linear import FrozenLinear, freeze_linears
-    from whet.methods.layers.group import fuse
+    from whet.methods.layers.fuse import fuse
+    from whet.methods.layers.group import LoraGroup
+    from whet.methods.layers.member import GroupMember
 
     net = nets.network(kind)
     before = contents(net)
@@ -113,7 +115,7 @@ def test_the_classes_of_transformers_stay_as_they_are(kind: str) -> None:
     assert differences(before) == []
     others = [m for m in decoder_layers(net)[0].modules() if not type(m).__module__.startswith(("peft", "torch"))]
     ours = [m for m in others if type(m).__module__.startswith("whet")]
-    assert all(isinstance(m, FrozenLinear) or type(m).__name__ == "LoraLinear" for m in ours)
+    assert all(isinstance(m, FrozenLinear | LoraGroup | GroupMember) for m in ours)
     assert {type(m) for m in others if m not in ours} <= {found for found, _ in shapes}
     tile_mlp(net, 8)
     assert differences(before) == []

@@ -199,15 +199,18 @@ def rewrite(model: nn.Module, directory: Path) -> bool:
 
     Returns whether they were: they have twice the rank then.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from safetensors.torch import load_file, save_file
 
-    starts = {name: layer.start for name, layer in layers_of(model) if getattr(layer, "start", None) is not None}
+    # a layer's own, or what stands in its place (`methods.layers.member`)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    starts = {name: layer.start for name, layer in layers if getattr(layer, "start", None) is not None}
     if not starts:
         return False
     path = directory / "adapter_model.safetensors"
     tensors = load_file(path)
     for name, (a, b) in starts.items():
-        key = f"base_model.model.{name}."
+        key = f"{name}."
         tensors[key + "lora_A.weight"] = torch.cat([tensors[key + "lora_A.weight"], a])
         tensors[key + "lora_B.weight"] = torch.cat([tensors[key + "lora_B.weight"], -b], 1).contiguous()
     save_file(tensors, path, metadata={"format": "pt"})

@@ -154,7 +154,7 @@ class Lora(PeftMethod):
     def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> nn.Module:
         """PEFT's model with A and B where they start."""
         from whet.methods import initial
-        from whet.methods.layers.group import set_rate_ratio
+        from whet.methods.layers.rates import set_rate_ratio
 
         model = super().attach(network, task)
         if self._takes_out or self.init_lora_weights in ("loftq", "eva"):

@@ -116,12 +116,14 @@ class PeftMethod(Method):
         return wrap(network, self.peft_config(network, task), task)
 
     def save(self, model: Any, directory: Path) -> None:
-        """Write the adapter in PEFT's format."""
+        """Write the adapter in PEFT's format. Where the model is sharded every rank must call."""
         from whet.engine.load.new_tokens import new_token_ids
+        from whet.methods.layers.state import saved_state
 
         # PEFT would write whole tables because they have grown, beside the rows that were trained
         tables = False if new_token_ids(model.get_base_model()) else "auto"
-        model.save_pretrained(str(directory), safe_serialization=True, save_embedding_layers=tables)
+        state = saved_state(model)
+        model.save_pretrained(str(directory), state_dict=state, save_embedding_layers=tables)
 
     def load(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> nn.Module:
         """PEFT's model with the adapter in `directory`."""

@@ -12,7 +12,8 @@ from typing import Any
 
 from whet.data.batch.batches import Batches
 from whet.engine.device import PACKED, Hardware, Placement
-from whet.engine.weights.linear import BLOCK, NESTED_BLOCK, frozen_names
+from whet.engine.weights.linear import frozen_names
+from whet.engine.weights.nf4 import BLOCK, NESTED_BLOCK
 from whet.methods.method import Method
 from whet.planning.costs import LayerShape, layer_shape
 

@@ -22,7 +22,8 @@ from whet.engine.device import Placement
 from whet.engine.memory.checkpointing import checkpoint_layers
 from whet.engine.memory.host_tables import offload_embedding
 from whet.engine.memory.tiles import tile_mlp
-from whet.methods.layers.group import Groups, fuse
+from whet.methods.layers.fuse import fuse
+from whet.methods.layers.group import Groups
 from whet.planning.layout import Layout
 from whet.training.captured import side_stream
 from whet.training.objective.objective import Objective

@@ -3,7 +3,8 @@
 A checkpoint is written to a directory of its own beside the others, flushed, given a manifest (size and sha256 of
 every file) as the last thing, and renamed. So a directory called step-N is whole, or its manifest says that it is not;
 "latest" is the newest one whose manifest holds, never a pointer that could lie. An invalid one is named and passed
-over, not deleted. Tensors are safetensors, the rest is JSON: nothing is ever unpickled.
+over, not deleted. Tensors are safetensors, the rest is JSON: nothing is ever unpickled. Weights have the names that
+they have in the adapter, however layers are grouped; the optimiser's state goes by the order of its parameters.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from safetensors.torch import load_file, save_file
 from whet.base.errors import UserError
 from whet.base.files import read_json, remove_tree, sync, whole_directory, write_json
 from whet.base.seed import random_state, restore_random_state
+from whet.methods.layers.state import load_trained_state, trained_state
 from whet.training.optim import Optimiser
 
 MANIFEST = "manifest.json"
+FORMAT = 2  # of a checkpoint's files; 1 had no number, and an entry of the optimiser's for each group of layers
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def save(
         for file in sorted(beside.iterdir()):
             sync(file)
             files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        write_json(beside / MANIFEST, {"recipe": identity.recipe, "data": identity.data, "files": files})
+        whole = {"format": FORMAT, "recipe": identity.recipe, "data": identity.data, "files": files}
+        write_json(beside / MANIFEST, whole)
     return target
 
 
@@ -91,12 +95,9 @@ def load(path: Path, model: torch.nn.Module, optimiser: Optimiser) -> dict[str, 
 
 def load_weights(path: Path, model: torch.nn.Module, optimiser: Optimiser | None = None) -> None:
     """Restore the trainable weights alone. optimiser: needed where it holds weights of its own."""
-    saved = load_file(path / "model.safetensors")
-    current = trainable(model, optimiser)
-    assert saved.keys() == current.keys(), sorted(saved.keys() ^ current.keys())[:5]
-    with torch.no_grad():
-        for name, tensor in current.items():
-            tensor.copy_(saved[name])
+    load_trained_state(
+        model, load_file(path / "model.safetensors"), {} if optimiser is None else optimiser.exact_weights
+    )
     if optimiser is not None:
         optimiser.follow_weights()
 
@@ -120,9 +121,8 @@ def sweep(directory: Path) -> None:
 
 
 def trainable(model: torch.nn.Module, optimiser: Optimiser | None = None) -> dict[str, torch.Tensor]:
-    """Name to tensor of every trainable parameter, as exact as `optimiser` has it; tied ones once."""
-    exact = {} if optimiser is None else optimiser.exact_weights
-    return {name: exact.get(p, p).detach() for name, p in model.named_parameters() if p.requires_grad}
+    """Name to tensor of everything that is trained, as exact as `optimiser` has it (`methods.layers.state`)."""
+    return trained_state(model, {} if optimiser is None else optimiser.exact_weights)
 
 
 def _flattened(optimiser: Optimiser) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -165,9 +165,12 @@ def _problem(path: Path) -> str | None:
     if not manifest.is_file():
         return "it has no manifest"
     try:
-        files = read_json(manifest)["files"]
+        found = read_json(manifest)
+        files, written = found["files"], found.get("format", 1)
     except (ValueError, KeyError):
         return "its manifest is damaged"
+    if written != FORMAT:
+        return f"another version of whet wrote it (format {written}; this one reads {FORMAT})"
     for name, facts in files.items():
         file = path / name
         if not file.is_file():

@@ -1,6 +1,6 @@
 """Optimisers: torch's, on the device or on the host, and bitsandbytes' 8-bit ones on a CUDA GPU.
 
-A parameter may learn at a multiple of the learning rate (`methods.layers.group.rate_ratio`, for LoRA+): it stands in a
+A parameter may learn at a multiple of the learning rate (`methods.layers.rates`, for LoRA+): it stands in a
 group of its own, whose rate is that multiple of the schedule's.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from whet.base.extras import require
 from whet.engine.memory.host_adam import HostAdamW
-from whet.methods.layers.group import rate_ratio
+from whet.methods.layers.rates import rate_ratio
 from whet.settings import Train
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8

@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 from whet.engine.memory.host_tables import HostTensors, offload_head
 from whet.engine.weights.linear import freeze
 from whet.engine.weights.product import backward_product, forward_product
+from whet.engine.weights.stored import Fp8Weight
 
 SLICE_ROWS = 1 << 14
 CHUNK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 27, "mps": 1 << 25}
@@ -125,7 +126,7 @@ class HeadLoss(torch.autograd.Function):
                 logits = raw[: part.shape[0]]
                 torch.mm(part, matrix.t(), out=logits)
             else:
-                logits = forward_product("fp8+fp8", part, fp8, None)
+                logits = forward_product(Fp8Weight(*fp8), part, None, fp8=True)
             each = _gradients(logits, wide[: part.shape[0]], bias, wanted, softcap)
             if weights is not None:
                 factor = weights[start : start + rows]
@@ -184,12 +185,12 @@ def _times_fp8(grad: torch.Tensor, fp8: tuple[torch.Tensor, ...]) -> torch.Tenso
     """grad [C, V] times the head [V, H]. Bytes that are not kept turned round are turned a slice at a time: turning all
     of them would take more memory than the logits."""
     if len(fp8) == 3:
-        return backward_product("fp8+fp8", grad, fp8)
+        return backward_product(Fp8Weight(*fp8), grad, fp8=True)
     codes, scale = fp8
     total = torch.zeros(grad.shape[0], codes.shape[1], dtype=torch.float32, device=grad.device)
     for start in range(0, codes.shape[0], SLICE_ROWS):
         part = slice(start, start + SLICE_ROWS)
-        total += backward_product("fp8+fp8", grad[:, part], (codes[part], scale[part]))
+        total += backward_product(Fp8Weight(codes[part], scale[part]), grad[:, part], fp8=True)
     return total.to(grad.dtype)
 
 

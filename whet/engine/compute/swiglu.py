@@ -18,7 +18,7 @@ from torch import fx, library
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.pattern_matcher import stable_topological_sort
 
-from whet.engine.weights.linear import FP8_MAX, quantise_fp8
+from whet.engine.weights.fp8 import FP8_MAX, quantise_fp8
 
 WIDEST = 32768  # numbers of a row of gate: above it a row and its codes do not fit into the registers of a program
 HALF = (torch.bfloat16, torch.float16)

@@ -12,13 +12,16 @@ import torch
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 
+from whet.engine.weights.fp8 import E4M3, FP8_MAX
+
 
 @triton.jit
 def _swiglu_kernel(
     dh, gate, up, channel, out, codes, scales, width, stride_dh, stride_gate, stride_up,
-    PARTS: tl.constexpr, PART: tl.constexpr, EVEN: tl.constexpr,
+    PARTS: tl.constexpr, PART: tl.constexpr, EVEN: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """One row: [dh up silu'(gate) | dh silu(gate)], rounded to out's type, then times `channel` as e4m3 codes."""
+    """One row: [dh up silu'(gate) | dh silu(gate)], rounded to out's type, then times `channel` as e4m3 codes.
+    LARGEST: what the codes hold."""
     row = tl.program_id(0).to(tl.int64)
     place = row * 2 * width
     largest = tl.zeros((PART,), tl.float32)
@@ -37,7 +40,7 @@ def _swiglu_kernel(
         of_up = tl.load(channel + width + at, mask=inside, other=0.0, eviction_policy="evict_last")
         largest = tl.maximum(largest, tl.abs(left.to(tl.float32) * of_gate))
         largest = tl.maximum(largest, tl.abs(right.to(tl.float32) * of_up))
-    scale = tl.maximum(tl.max(largest, 0), 1e-30) / 448.0
+    scale = tl.maximum(tl.max(largest, 0), 1e-30) / LARGEST
     tl.store(scales + row, scale)
     tl.debug_barrier()  # other threads wrote what this one reads
     for part in tl.static_range(PARTS):
@@ -59,13 +62,13 @@ def swiglu_rows(
     """dgu [T, 2F], its e4m3 codes [T, 2F] and their row scales float32 [T]; dh, gate, up [T, F], rows contiguous."""
     rows, width = dh.shape
     out = torch.empty(rows, 2 * width, dtype=dh.dtype, device=dh.device)
-    codes = torch.empty(rows, 2 * width, dtype=torch.float8_e4m3fn, device=dh.device)
+    codes = torch.empty(rows, 2 * width, dtype=E4M3, device=dh.device)
     scales = torch.empty(rows, dtype=torch.float32, device=dh.device)
     part, warps = (4096, 16) if width > 16384 else (2048, 8)
     part = min(part, triton.next_power_of_2(width))
     _swiglu_kernel[(rows,)](  # type: ignore[index]
         dh, gate, up, channel, out, codes, scales, width, dh.stride(0), gate.stride(0), up.stride(0),
-        PARTS=triton.cdiv(width, part), PART=part, EVEN=width % part == 0,
+        PARTS=triton.cdiv(width, part), PART=part, EVEN=width % part == 0, LARGEST=FP8_MAX,
         num_warps=warps if part >= 1024 else 4,
     )  # fmt: skip
     return out, codes, scales

@@ -20,16 +20,9 @@ from whet.base.extras import require
 from whet.engine.device import PACKED
 from whet.engine.load.stream import forget_quantiser, load_plain
 from whet.engine.task import CAUSAL, Task
-from whet.engine.weights.linear import (
-    BLOCK,
-    INT8_MAX,
-    NESTED_BLOCK,
-    FrozenLinear,
-    Int8Linear,
-    Nf4Linear,
-    freeze,
-    freeze_linears,
-)
+from whet.engine.weights.linear import FrozenLinear, Int8Linear, Nf4Linear, freeze, freeze_linears
+from whet.engine.weights.nf4 import BLOCK, NESTED_BLOCK
+from whet.engine.weights.stored import INT8_MAX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -21,7 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from whet.base.errors import UserError
 from whet.base.extras import require
 from whet.engine.task import CAUSAL, Task, head_names
-from whet.engine.weights.linear import BLOCK, FrozenLinear, freeze_linears, frozen_names, hollow
+from whet.engine.weights.linear import FrozenLinear, freeze_linears, frozen_names, hollow
+from whet.engine.weights.nf4 import BLOCK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

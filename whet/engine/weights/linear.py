@@ -8,8 +8,9 @@
 - `int8` is symmetric with one scale an output channel (the weights of LLM.int8, arXiv:2208.07339, without outliers).
 
 The tensors are ordinary frozen parameters, not a tensor class of their own, so that state dicts, FSDP2 and safetensors
-need no special case; FP8 bytes are kept as uint8 for the same reason. Gives up: a weight whose size is no multiple of
-the block stays dense.
+need no special case; FP8 bytes are kept as uint8, and an offset has one dimension, for the same reason. What is derived
+from them for FP8 products (`keep_for_fp8`) is a parameter too, so that sharding cuts it. The storages themselves are in
+`engine.weights.stored`. Gives up: a weight whose size is no multiple of the block stays dense.
 """
 
 from __future__ import annotations
@@ -21,12 +22,9 @@ from torch import nn
 
 from whet.base.extras import require
 from whet.engine.task import head_names
-from whet.engine.weights.nf4 import rebuild_nf4
-
-BLOCK = 64
-NESTED_BLOCK = 256
-FP8_MAX = 448.0
-INT8_MAX = 127.0
+from whet.engine.weights.fp8 import quantise_fp8
+from whet.engine.weights.nf4 import BLOCK, Packed, fp8_scale
+from whet.engine.weights.stored import INT8_MAX, DenseWeight, Fp8Weight, FrozenWeight, Int8Weight, Nf4Weight
 
 
 class FrozenLinear(nn.Module):
@@ -46,9 +44,18 @@ class FrozenLinear(nn.Module):
         """Quantise `weight` [out_features, in_features] into this layer, on the weight's device."""
         raise NotImplementedError
 
+    @property
+    def stored(self) -> FrozenWeight:
+        """The weight as the tensors that this layer holds now."""
+        raise NotImplementedError
+
+    def keep_for_fp8(self, *, both_orders: bool) -> None:
+        """Keep what FP8 products would else derive each time. both_orders: also bytes turned round, where the storage
+        has such (twice the bytes)."""
+
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out_features, in_features] in `dtype`, rebuilt from the codes."""
-        raise NotImplementedError
+        return self.stored.dense(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return FrozenProduct.apply(x, self)  # type: ignore[return-value]
@@ -58,19 +65,23 @@ class FrozenLinear(nn.Module):
 
 
 class Nf4Linear(FrozenLinear):
-    """packed uint8 [N, K / 2]; absmax of each 64 weights: float32, or uint8 with one scale for 256 of them."""
+    """The tensors of `engine.weights.nf4.Packed`; the tables are buffers."""
 
     storage = "nf4"
     packed: nn.Parameter
     absmax: nn.Parameter
     nested_absmax: nn.Parameter | None
     nested_offset: nn.Parameter | None
+    fp8_scale: nn.Parameter | None
+    code: torch.Tensor
+    nested_code: torch.Tensor | None
 
     def __init__(
         self, in_features: int, out_features: int, bias: torch.Tensor | None = None, *, double_quant: bool = True
     ) -> None:
         super().__init__(in_features, out_features, bias)
         self.double_quant = double_quant
+        self.register_parameter("fp8_scale", None)
 
     def fill(self, weight: torch.Tensor) -> None:
         functional = require("bitsandbytes.functional", "base.storage: nf4")
@@ -88,34 +99,49 @@ class Nf4Linear(FrozenLinear):
         self.register_buffer("nested_code", None, persistent=False)
         if state.nested:
             self.nested_absmax = _frozen(state.state2.absmax)
-            self.nested_offset = _frozen(state.offset.reshape(()))
+            self.nested_offset = _frozen(state.offset.reshape(1))
             self.register_buffer("nested_code", state.state2.code, persistent=False)
 
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """packed, absmax, nested_absmax, nested_offset, code, nested_code: what `engine.weights.nf4` rebuilds from."""
-        return self.packed, self.absmax, self.nested_absmax, self.nested_offset, self.code, self.nested_code  # type: ignore[return-value]
+    def tensors(self) -> Packed:
+        """What `engine.weights.nf4` rebuilds the weight from."""
+        nested = self.nested_absmax, self.nested_offset, self.code, self.nested_code
+        return Packed(self.packed, self.absmax, *nested, self.fp8_scale)
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        return rebuild_nf4([self.tensors()], dtype)
+    @property
+    def stored(self) -> Nf4Weight:
+        return Nf4Weight((self.tensors(),))
+
+    def keep_for_fp8(self, *, both_orders: bool) -> None:
+        self.fp8_scale = _frozen(fp8_scale(self.tensors()._replace(fp8_scale=None)))
 
 
 class Fp8Linear(FrozenLinear):
-    """codes uint8 [N, K], the bytes of float8_e4m3fn; scale float32 [N]: weight = code * scale."""
+    """The tensors of `engine.weights.stored.Fp8Weight`."""
 
     storage = "fp8"
     codes: nn.Parameter
     scale: nn.Parameter
+    turned: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: torch.Tensor | None = None) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.register_parameter("turned", None)
 
     def fill(self, weight: torch.Tensor) -> None:
         codes, scale = quantise_fp8(weight.detach())
         self.codes, self.scale = _frozen(codes.view(torch.uint8)), _frozen(scale)
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        return (self.codes.view(torch.float8_e4m3fn).float() * self.scale[:, None]).to(dtype)
+    @property
+    def stored(self) -> Fp8Weight:
+        return Fp8Weight(self.codes, self.scale, self.turned)
+
+    def keep_for_fp8(self, *, both_orders: bool) -> None:
+        if both_orders:
+            self.turned = _frozen(self.codes.t().contiguous())
 
 
 class Int8Linear(FrozenLinear):
-    """codes int8 [N, K]; scale float32 [N]: weight = code * scale."""
+    """The tensors of `engine.weights.stored.Int8Weight`."""
 
     storage = "int8"
     codes: nn.Parameter
@@ -127,8 +153,9 @@ class Int8Linear(FrozenLinear):
         self.codes = _frozen(torch.round(wide / scale[:, None]).to(torch.int8))
         self.scale = _frozen(scale)
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        return (self.codes.float() * self.scale[:, None]).to(dtype)
+    @property
+    def stored(self) -> Int8Weight:
+        return Int8Weight(self.codes, self.scale)
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -145,27 +172,21 @@ class FrozenProduct(torch.autograd.Function):
         return grad @ ctx.module.dense(grad.dtype), None
 
 
-def quantise_fp8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [M, K] as float8_e4m3fn [M, K] and their scales float32 [M]: row = codes * scale.
-
-    A row below 1e-33 becomes zeros; the bound lies far under gradients of tokens that are predicted almost surely.
-    """
-    wide = rows.float()
-    scale = wide.abs().amax(-1).clamp_min(1e-30) / FP8_MAX
-    return (wide / scale[:, None]).to(torch.float8_e4m3fn), scale
-
-
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 def dense_weight(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """The weight [out, in] of a plain or a frozen linear layer, in `dtype`."""
+    return stored_weight(linear).dense(dtype)
+
+
+def stored_weight(linear: nn.Module) -> FrozenWeight:
+    """The weight of a plain or a frozen linear layer as the tensors that it holds now."""
     if isinstance(linear, FrozenLinear):
-        return linear.dense(dtype)
-    weight = linear.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.to(dtype)
+        return linear.stored
+    assert isinstance(linear.weight, torch.Tensor)
+    return DenseWeight(linear.weight)
 
 
 def linear_names(model: nn.Module) -> list[str]:

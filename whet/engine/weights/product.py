@@ -3,103 +3,48 @@
 FP8 both ways from one copy of the weights: W = diag(s) Q with one scale s an output channel. Forward, x is quantised
 row by row and s is an outer scale of the product. Backward, dx = (dy * s) Q: s is folded into dy before dy is quantised
 row by row, so Q needs no second quantisation; only its bytes are turned round. e4m3 in both directions: the gradient of
-LoRA is nearer to exact with it than with e5m2. NF4 and int8 weights are rebuilt as FP8 codes at once.
-Everything is plain torch on purpose: inside a compiled layer the quantisation of x is fused into the norm or the
-activation that makes x. Gives up: on hardware without FP8 the same arithmetic is emulated, slowly.
+LoRA is nearer to exact with it than with e5m2. NF4 and int8 weights are rebuilt as FP8 codes at once
+(`engine.weights.stored`). Everything is plain torch on purpose: inside a compiled layer the quantisation of x is fused
+into the norm or the activation that makes x. Gives up: on hardware without FP8 the same arithmetic is emulated, slowly.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import library
 from torch.nn.functional import linear
 
-from whet.engine.weights.linear import FP8_MAX, INT8_MAX, quantise_fp8
-from whet.engine.weights.nf4 import TENSORS, rebuild_nf4, rebuild_nf4_as_fp8
+from whet.engine.weights.fp8 import quantise_fp8
+from whet.engine.weights.stored import FrozenWeight
 
-E4M3 = torch.float8_e4m3fn
 WIDEST_RANK = 128  # above it the low-rank product is no longer bound by memory, and cuBLAS is as good
 LONG = 8192  # from here on cuBLAS multiplies faster without scales of rows and columns than with them (docs/log.md)
-Tensors = Sequence[torch.Tensor | None]
 Update = tuple[torch.Tensor, torch.Tensor]
 
 
 def forward_product(
-    kind: str, x: torch.Tensor, weights: Tensors, bias: torch.Tensor | None, update: Update | None = None
+    weight: FrozenWeight, x: torch.Tensor, bias: torch.Tensor | None, update: Update | None = None, *, fp8: bool = False
 ) -> torch.Tensor:
-    """x [T, K] times the weights [N, K] of one input: [T, N] in x's type. kind: storage, or storage+fp8.
+    """x [T, K] times the weight [N, K]: [T, N] in x's type. fp8: multiply on FP8 tensor cores.
 
     update: a [T, r] and b [N, r]; a b^T is added.
     """
-    if not kind.endswith("+fp8"):
-        return _added(linear(x, dense(kind, weights, x.dtype), bias), update)
-    codes, scale = fp8_rows(kind, weights)
+    if not fp8:
+        return _added(linear(x, weight.dense(x.dtype), bias), update)
+    codes, scale = weight.fp8_rows()
     rows, row_scale = quantised_rows(x, None)
     return scaled_product(rows, row_scale, codes, scale, bias, x.dtype, update)
 
 
-def backward_product(kind: str, grad: torch.Tensor, weights: Tensors, update: Update | None = None) -> torch.Tensor:
-    """grad [T, N] times the weights [N, K]: [T, K] in grad's type. update: a [T, r] and b [K, r]; a b^T is added."""
-    if not kind.endswith("+fp8"):
-        return _added(grad @ dense(kind, weights, grad.dtype), update)
-    codes, scale = fp8_columns(kind, weights)
+def backward_product(
+    weight: FrozenWeight, grad: torch.Tensor, update: Update | None = None, *, fp8: bool = False
+) -> torch.Tensor:
+    """grad [T, N] times the weight [N, K]: [T, K] in grad's type. update: a [T, r] and b [K, r]; a b^T is added."""
+    if not fp8:
+        return _added(grad @ weight.dense(grad.dtype), update)
+    codes, scale = weight.fp8_columns()
     rows, row_scale = quantised_rows(grad, scale)
     return scaled_product(rows, row_scale, codes, None, None, grad.dtype, update)
-
-
-def dense(kind: str, weights: Tensors, dtype: torch.dtype) -> torch.Tensor:
-    """The weights [N, K] in `dtype`."""
-    if kind.startswith("nf4"):
-        return rebuild_nf4(nf4_parts(kind, weights), dtype)
-    if kind.startswith("dense"):
-        assert weights[0] is not None
-        return weights[0].to(dtype)
-    codes, scale = weights[:2]
-    assert codes is not None
-    assert scale is not None
-    wide = codes.view(E4M3).float() if kind.startswith("fp8") else codes.float()
-    return (wide * scale[:, None]).to(dtype)
-
-
-def fp8_rows(kind: str, weights: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 codes [N, K] and the scale of each output channel float32 [N]."""
-    if kind.startswith("nf4"):
-        scales = fp8_scales(weights)
-        return rebuild_nf4_as_fp8(nf4_parts(kind, weights), scales, False), torch.cat(scales)
-    codes, scale = weights[:2]
-    assert codes is not None
-    assert scale is not None
-    if kind.startswith("int8"):
-        return (codes.float() * (FP8_MAX / INT8_MAX)).to(E4M3), scale * (INT8_MAX / FP8_MAX)
-    return codes.view(E4M3), scale
-
-
-def fp8_columns(kind: str, weights: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same codes turned round [K, N], contiguous, and the scale of each output channel [N]."""
-    if kind.startswith("nf4"):
-        scales = fp8_scales(weights)
-        return rebuild_nf4_as_fp8(nf4_parts(kind, weights), scales, True), torch.cat(scales)
-    if kind.startswith("fp8") and len(weights) == 3:  # both orders are kept
-        _, scale, turned = weights
-        assert scale is not None
-        assert turned is not None
-        return turned.view(E4M3), scale
-    codes, scale = fp8_rows(kind, weights)
-    return codes.view(torch.uint8).t().contiguous().view(E4M3), scale
-
-
-def nf4_parts(kind: str, weights: Tensors) -> list[tuple[torch.Tensor | None, ...]]:
-    """The tensors of each nf4 layer, of a flat list in which each has TENSORS, and its FP8 scale if FP8 is computed."""
-    each = TENSORS + 1 if kind.endswith("+fp8") else TENSORS
-    return [tuple(weights[start : start + TENSORS]) for start in range(0, len(weights), each)]
-
-
-def fp8_scales(weights: Tensors) -> list[torch.Tensor]:
-    """The FP8 scales [N] of each nf4 layer in the flat list."""
-    found = [weights[start + TENSORS] for start in range(0, len(weights), TENSORS + 1)]
-    return [scale for scale in found if scale is not None]
 
 
 def quantised_rows(x: torch.Tensor, channel: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

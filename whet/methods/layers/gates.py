@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from whet.methods.layers.group import rate_ratio, set_rate_ratio
+from whet.methods.layers.rates import rate_ratio, set_rate_ratio
 
 LOW, HIGH = -1.5, 1.5  # what the sigmoid is stretched to, and log alpha at the start: the authors' values
 LOG_ALPHA = 5.0

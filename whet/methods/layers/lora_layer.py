@@ -1,11 +1,11 @@
 """The LoRA layer that PEFT is given for whet's models.
 
-While it is trained, `methods.layers.group` computes it together with the layers that read the same input. By itself it
-is one autograd function over any frozen weight: plain composition (`linear(x) + scale * B(A(x))`) writes the output
+It is one autograd function over any frozen weight: plain composition (`linear(x) + scale * B(A(x))`) writes the output
 twice and keeps three activations; here the update is accumulated into the output that the frozen product has just
 written, and backward keeps the input [T, K] and the rank-r product [T, r] alone. With a quantised base the dense weight
 is rebuilt for each product and never kept. What PEFT can do beyond the plain case (mixed batches, several adapters,
-merged weights, variants) runs through PEFT's own layer, of which this is a subclass.
+merged weights, variants) runs through PEFT's own layer, of which this is a subclass. Most training goes one step
+further and computes layers that read the same input together (`methods.layers.group`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import nn
 
 from whet.engine.weights.linear import dense_weight
 from whet.methods.layers.dora import DoraVariant
-from whet.methods.layers.group import Group
 
 
 class LoraFunction(torch.autograd.Function):
@@ -52,10 +51,7 @@ class LoraFunction(torch.autograd.Function):
 
 
 class LoraLinear(PeftLinear):
-    """PEFT's LoRA layer: in a `Group` while it is trained, else the plain case computed by `LoraFunction`."""
-
-    group: Group | None = None
-    place: int = 0
+    """PEFT's LoRA layer, the plain case computed by `LoraFunction`."""
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
@@ -63,12 +59,9 @@ class LoraLinear(PeftLinear):
         return {**super().lora_variants, ("use_dora",): DoraVariant}
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        name = self._plain_adapter()
+        name = self.plain_adapter()
         if name is None or args or any(value is not None for value in kwargs.values()):
-            assert self.group is None or not self.training, "a grouped layer cannot be trained through PEFT's own path"
             return super().forward(x, *args, **kwargs)
-        if self.group is not None:
-            return self.group.output(self.place, x)
         if torch.is_autocast_enabled(x.device.type):  # in-place products are not cast for us
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.training and not isinstance(self.lora_dropout[name], nn.Identity):
@@ -77,14 +70,15 @@ class LoraLinear(PeftLinear):
             x, self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         )  # type: ignore[return-value]
 
-    def is_plain(self, name: str) -> bool:
-        """Whether this adapter is LoRA and nothing else, and trained."""
-        if not self._is_lora_alone(name) or self.merged:
+    def trains_lora_alone(self) -> bool:
+        """Whether LoRA is all that is asked for, and it is trained, in float32."""
+        name = self.plain_adapter()
+        if name is None:
             return False
         weight = self.lora_A[name].weight
         return bool(weight.requires_grad) and weight.dtype == torch.float32
 
-    def _plain_adapter(self) -> str | None:
+    def plain_adapter(self) -> str | None:
         """The one active adapter when nothing but plain LoRA is asked for, else None."""
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
