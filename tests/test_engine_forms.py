@@ -248,6 +248,24 @@ def test_joined_micro_batches_make_the_same_step(formed: bool) -> None:
         assert_same_step("Llama", [whole], parts)
 
 
+def test_without_forms_flat_rows_are_filled_to_a_multiple() -> None:
+    batches, steps = batches_of(uneven(22))
+    bare = batches.recut(4)
+    sizes = [[batch.ids.size for step in range(steps) for batch in made.step(step)] for made in (bare, bare.filled(1))]
+    assert [-(-size // 32) * 32 for size in sizes[0]] == sizes[1] != sizes[0]
+    padded = TextBatches(bare.rows, flat=False, order=Order(5), cut=Cut(4))
+    for filled in (padded.filled(steps), padded.filled(steps, most_forms=2)):
+        assert [b.sha256() for b in filled.step(0)] == [b.sha256() for b in padded.step(0)]
+
+
+@pytest.mark.parametrize("capacity", [0, 512])
+def test_the_most_tokens_that_a_forward_pass_can_have(capacity: int) -> None:
+    lengths = uneven(12)
+    batches, _ = batches_of(lengths, size=3, capacity=capacity)
+    tokens = [sum(lengths[row] for row in unit) for unit in batches.units]
+    assert batches.most_tokens() == max(map(sum, itertools.combinations(tokens, 3)))
+
+
 def test_facts_are_those_of_the_batches() -> None:
     for case in CASES.values():
         batches, steps = batches_of(**case)

@@ -295,6 +295,31 @@ def test_an_fp8_head_is_within_its_rounding(
     assert relative(grad, exact_grad) < 0.055
 
 
+@pytest.mark.parametrize("both_orders", [False, True])
+def test_each_loss_of_an_fp8_head_takes_a_gradient_of_its_own(
+    both_orders: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes in for a row multiplies a gradient that is rounded already, so it adds no error of its own."""
+    monkeypatch.setitem(head_module.CHUNK_LOGITS, "cpu", 5 * 512)
+    targets = torch.randint(0, 512, (23,), generator=torch.Generator().manual_seed(4))
+    pull = 100.0 ** draw(23, 1, seed=7)[:, 0]  # from tiny to huge
+    pull[::2] *= -1
+    output = nn.Linear(64, 512, bias=False).requires_grad_(False)
+    kept = fp8_head(output.weight, both_orders)
+    hidden = draw(23, 64, seed=1).requires_grad_()
+    losses = HeadLoss.apply(hidden, kept[0], None, targets, None, kept)
+    losses.backward(pull)
+    wide = hidden.detach().double().requires_grad_()
+    exact = cross_entropy(wide @ output.weight.double().t(), targets, reduction="none")
+    exact.backward(pull.double())
+    assert hidden.grad is not None
+    assert wide.grad is not None
+    assert relative(losses.detach(), exact.detach()) < 0.005
+    for mine, theirs in zip(hidden.grad, wide.grad, strict=True):
+        assert relative(mine, theirs) < 0.075
+    assert relative(hidden.grad.flip(0), wide.grad) > 0.5, "the planted fault: gradients of other rows"
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_target_below_zero_counts_for_nothing(fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(head_module.CHUNK_LOGITS, "cpu", 4 * 512)  # one chunk holds nothing that counts

@@ -202,6 +202,20 @@ def test_pieces_are_halved_in_the_same_order(size: int, accumulate: int, expecte
     assert sizes == expected
 
 
+def test_smaller_pieces_are_filled_up_as_the_large_ones_were() -> None:
+    batches = TextBatches(rows([30 + 9 * n for n in range(23)]), flat=True, order=Order(3), cut=Cut(4))
+    for given in (batches.filled(12, most_forms=2), batches.filled(12), batches):
+        less = given.smaller(12)
+        assert less is not None
+        assert (less.size, less.accumulate) == (2, 2)
+        every = [batch for step in range(12) for batch in less.step(step)]
+        if given.forms:
+            assert {batch.form for batch in every} == set(less.forms)
+            assert len(less.forms) == len(given.forms)
+        assert less.cut.multiple == given.cut.multiple
+        assert all(batch.ids.size % (128 if given.forms else given.cut.multiple) == 0 for batch in every)
+
+
 def test_tasks_are_cut_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
     labelled = rows([4 + n for n in range(23)])
     object.__setattr__(labelled, "labels", np.zeros(23, np.int64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,6 +128,28 @@ def test_short_rows_come_first_in_the_first_epoch_only() -> None:
     assert not all(one < other for one, other in pairwise(plain)), "the check can fail"
     assert lengths[first].tolist() != sorted(lengths.tolist()), "random within a part"
     assert epoch(made[True], 1) == epoch(made[False], 1), "later epochs are random as ever"
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_short_rows_come_first_however_a_step_is_cut(size: int) -> None:
+    lengths = np.random.default_rng(2).integers(2, 90, 61)
+    batches = TextBatches(rows_of(lengths), flat=True, order=Order(3, short_first=True), cut=Cut(4, 2))
+    other = batches.recut(size).filled(2 * batches.steps_per_epoch, most_forms=2)
+    assert (other.size, other.accumulate) == (size, 8 // size)
+    for step in range(2 * batches.steps_per_epoch):
+        before, after = ([row for batch in made.step(step) for row in batch.sources] for made in (batches, other))
+        assert before == after
+
+
+def test_a_run_whose_short_rows_come_first_is_trained(recipe: Any) -> None:
+    from whet.training.run import train
+
+    lines = train(recipe(data__order="short_first", train__max_steps=6, train__per_device_train_batch_size=4)).lines(
+        "metrics.jsonl"
+    )
+    tokens = np.diff([0, *(line["tokens"] for line in lines if line["kind"] == "train")])
+    assert len(tokens) == 6
+    assert tokens[-1] > 2 * tokens[0]
 
 
 def test_a_step_is_looked_up_whatever_came_before() -> None:
