@@ -51,9 +51,7 @@ class Made:
         if compiled:
             compile_layers(net)
         train = Train(adam_epsilon=0.01, learning_rate=0.02)
-        self.optimiser = build_optimiser(
-            replace(train, learning_rate=0.02), nets.trained(self.model), captured=captured
-        )
+        self.optimiser = build_optimiser(train, nets.trained(self.model), captured=captured)
         self.steps = (GraphSteps if captured else Steps)(self.model, self.optimiser, objective, 1.0)
 
     def weights(self) -> torch.Tensor:
