@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(
 
         saved = load_file(path / "model.safetensors")
         assert all(torch.equal(value, saved[name]) for name, value in weights.items())
-    assert len(loop.run.lines("metrics.jsonl")) == loop.state.step
+    assert len(loop.checkpoints.run.lines("metrics.jsonl")) == loop.state.step
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
 
 
