@@ -26,11 +26,13 @@ from whet.base.errors import UserError
 from whet.data.batch.batches import Batches
 from whet.recipe import Parsed
 from whet.runs import Run
+from whet.settings import Train
 from whet.training import checkpoint
 from whet.training import finish as finish_module
 from whet.training import run as run_module
 from whet.training.loop import Loop
 from whet.training.observers import MetricsLog
+from whet.training.optim import build_optimiser
 from whet.training.resume import Checkpoints
 from whet.training.run import train
 from whet.training.state import State
@@ -208,7 +210,7 @@ def test_a_missing_file_of_a_checkpoint_is_noticed(recipe: Make, tmp_path: Path,
 
 def test_pruning_never_leaves_only_a_damaged_checkpoint(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimiser = build_optimiser(Train(optim="sgd", learning_rate=0.1), list(model.parameters()))
     identity = checkpoint.Identity("r", "d")
     for step in (8, 10):
         checkpoint.save(tmp_path, step, model, optimiser, {}, identity)
