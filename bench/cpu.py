@@ -110,7 +110,7 @@ def work_whet(job: dict[str, Any]) -> dict[str, Any]:
     steps = []
     for batch in (loop.batches.step(step)[0] for step in range(job["steps"])):
         labels = np.full_like(batch.ids, -100)
-        labels[0, batch.places + 1] = batch.targets
+        labels[0, batch.columns + 1] = batch.targets
         steps.append([array[0, : batch.tokens].tolist() for array in (batch.ids, labels)])
     return {"stamps": stamps, "steps": steps, "start": start}
 

@@ -126,7 +126,7 @@ def random_rows(count: int, seed: int = 0, longest: int = 12) -> Rows:
 
 def questions(batch: TextBatch) -> Counter[tuple[int, int, int]]:
     """(token, its position, the token to predict from there) of every target."""
-    ids, positions = batch.ids[batch.rows, batch.places], batch.positions[batch.rows, batch.places]
+    ids, positions = batch.ids[batch.rows, batch.columns], batch.positions[batch.rows, batch.columns]
     return Counter(zip(ids.tolist(), positions.tolist(), batch.targets.tolist(), strict=True))
 
 
@@ -201,7 +201,7 @@ def test_a_flat_row_says_where_its_documents_begin() -> None:
         for source, start, stop in zip(batch.sources, batch.bounds, batch.bounds[1:], strict=False):
             assert batch.ids[0, start:stop].tolist() == rows.row(source)[0].tolist()
             assert batch.positions[0, start:stop].tolist() == list(range(stop - start))
-            assert start not in batch.places + 1, "no document predicts the first token of the next"
+            assert start not in batch.columns + 1, "no document predicts the first token of the next"
     moved = replace(batch, positions=np.arange(batch.ids.shape[1])[None])
     assert moved.sha256() != batch.sha256()
 

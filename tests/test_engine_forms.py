@@ -86,7 +86,7 @@ def test_what_is_shown_has_the_size_of_the_form(case: str) -> None:
         assert form is not None
         assert shown.documents is not None
         assert shown.documents.cu.shape == (form.documents + 1,)
-        assert shown.places.shape == shown.targets.shape == (form.targets,)
+        assert shown.indices.shape == shown.targets.shape == (form.targets,)
         assert int((shown.targets >= 0).sum()) == len(batch.targets)
         assert shown.documents.longest == form.longest
         assert shown.documents.row == form.row
@@ -114,7 +114,7 @@ def test_filler_is_never_counted(case: str) -> None:
             assert not filled.ids[:, real:].any()
             assert np.array_equal(filled.positions[:, :real], bare.positions)
             assert np.array_equal(filled.targets, bare.targets)
-            assert np.array_equal(filled.places, bare.places)
+            assert np.array_equal(filled.columns, bare.columns)
     assert count == len(every)
 
 
@@ -228,7 +228,7 @@ def test_filler_that_is_learned_would_be_seen() -> None:
     plain, filled = batches.recut(4).step(0), batches.step(0)[0]
     last = filled.ids.shape[1] - 2
     wrong = dataclasses.replace(
-        filled, form=None, targets=np.append(filled.targets, 0), places=np.append(filled.places, last),
+        filled, form=None, targets=np.append(filled.targets, 0), columns=np.append(filled.columns, last),
         rows=np.append(filled.rows, 0),
     )  # fmt: skip
     with pytest.raises(AssertionError):

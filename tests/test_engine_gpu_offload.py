@@ -55,11 +55,8 @@ class Full:
         assert self.objective.head is not None
         if compiled:
             compile_layers(net)
-        trained = list(net.parameters())
-        matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
-        self.optimiser = build_optimiser(
-            Train(weight_decay=0.1, adam_epsilon=0.01), matrices, vectors, 0.02, masters=masters
-        )
+        settings = Train(weight_decay=0.1, adam_epsilon=0.01, learning_rate=0.02)
+        self.optimiser = build_optimiser(settings, list(net.parameters()), masters=masters)
         rows = nets.rows_of([70, 300, 170, 230, 120, 280, 400, 90])
         self.batches = TextBatches(rows, flat=True, order=Order(1), cut=Cut(2, 2))
 

@@ -215,7 +215,7 @@ def with_filler(batch: TextBatch) -> TextBatch:
     assert batch.tokens + 2 <= batch.ids.shape[1], "no filler to plant the fault in"
     extended = {
         "rows": np.append(batch.rows, 0),
-        "places": np.append(batch.places, batch.ids.shape[1] - 2),
+        "columns": np.append(batch.columns, batch.ids.shape[1] - 2),
         "targets": np.append(batch.targets, 0),
     }
     return dataclasses.replace(batch, **extended)
@@ -232,7 +232,8 @@ def test_mean_of_micro_batch_means_is_caught(model_dir: Path, recipe: Callable[.
 def test_a_dropped_target_is_caught(model_dir: Path, recipe: Callable[..., Parsed]) -> None:
     made = make(recipe(data__max_rows=8, **LAYOUTS["4x2"]))
     first, second = made.batches.step(0)
-    short = replaced([first], rows=lambda b: b.rows[1:], places=lambda b: b.places[1:], targets=lambda b: b.targets[1:])
+    names = ("rows", "columns", "targets")
+    short = replaced([first], **{name: lambda batch, name=name: getattr(batch, name)[1:] for name in names})
     assert distance(made.measure([*short, second]), reference(model_dir, made, range(8))) > 100 * TOLERANCE
 
 

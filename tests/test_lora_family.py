@@ -418,7 +418,7 @@ def test_only_plain_lora_is_put_into_groups(checkpoint: Path) -> None:
         assert sum(len(group.members) for group in nets.groups_of(model)) == expected, settings
         assert trained_state(model).keys() == names
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        optimiser = build_optimiser(Train(), nets.trained(model), [], 0.01)
+        optimiser = build_optimiser(Train(learning_rate=0.01), nets.trained(model))
         for _ in range(2):
             fused.refresh()
             nets.loss_of(model, IDS).backward()
@@ -441,7 +441,7 @@ def test_lora_plus_is_pefts(dora: bool, checkpoint: Path) -> None:
     fused = fuse(ours, compute=torch.float32)
     assert bool(len(fused)) != dora
     matrices, vectors = ([p for p in nets.trained(ours) if (p.ndim > 1) == matrix] for matrix in (True, False))
-    mine = build_optimiser(Train(weight_decay=decay), matrices, vectors, rates[0])
+    mine = build_optimiser(Train(weight_decay=decay, learning_rate=rates[0]), [*matrices, *vectors])
     peers = create_loraplus_optimizer(
         theirs, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay
     )
@@ -485,7 +485,7 @@ def test_two_rates_on_the_device_are_the_same_two_rates() -> None:
     for captured in (False, True):
         matrices = [nn.Parameter(torch.ones(4, 4, device="cuda")) for _ in range(2)]
         matrices[1].rate_ratio = 16.0  # type: ignore[attr-defined]
-        optimiser = build_optimiser(Train(weight_decay=0.1), matrices, [], 0.1, captured=captured)
+        optimiser = build_optimiser(Train(weight_decay=0.1, learning_rate=0.1), matrices, captured=captured)
         for rate in (0.1, 0.05):
             set_rate(optimiser, rate)
             for matrix in matrices:

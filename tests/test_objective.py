@@ -238,7 +238,7 @@ class PairBatch:
 
     ids: np.ndarray
     bounds: tuple[int, ...]
-    places: np.ndarray
+    indices: np.ndarray
     targets: np.ndarray
     sides: np.ndarray
     sources: tuple[int, ...]
@@ -257,12 +257,12 @@ class PairBatch:
 @dataclass(frozen=True)
 class PairsOnDevice:
     inputs: dict[str, Any]
-    places: torch.Tensor
+    indices: torch.Tensor
     targets: torch.Tensor
     sides: torch.Tensor
 
     def tensors(self) -> list[torch.Tensor]:
-        return [self.inputs["input_ids"], self.inputs["position_ids"], self.places, self.targets, self.sides]
+        return [self.inputs["input_ids"], self.inputs["position_ids"], self.indices, self.targets, self.sides]
 
 
 @dataclass(frozen=True)
@@ -281,12 +281,12 @@ class PairObjective(Objective[PairBatch, PairsOnDevice]):
         cu = move(np.asarray(batch.bounds, np.int32))
         documents = Documents(cu, int(lengths.max()), bounds=batch.bounds)
         inputs = {"input_ids": move(batch.ids), "position_ids": move(positions), "documents": documents}
-        return PairsOnDevice(inputs, move(batch.places), move(batch.targets), move(batch.sides))
+        return PairsOnDevice(inputs, move(batch.indices), move(batch.targets), move(batch.sides))
 
     def losses(self, model: torch.nn.Module, on_device: PairsOnDevice) -> torch.Tensor:
         assert self.head is not None
         with self.arithmetic.context():
-            each = self.head.losses(on_device.inputs | {"use_cache": False}, on_device.places, on_device.targets)
+            each = self.head.losses(on_device.inputs | {"use_cache": False}, on_device.indices, on_device.targets)
         pairs = int(on_device.sides[-1]) // 2 + 1
         sides = each.new_zeros(2 * pairs).index_add(0, on_device.sides, each).view(pairs, 2)
         return -logsigmoid(self.beta * (sides[:, 1] - sides[:, 0]))

@@ -479,7 +479,7 @@ def test_kept_differences_learn_at_the_whole_rate_and_all_others_at_a_part_of_it
     method = DiffPruning(density=0.5, dense_rate_ratio=0.1, gate_rate_ratio=7.0, fixed_mask_ratio=0.5)
     model = method.attach(network("Bert"), task_of("Bert")).train()
     nudge(model)
-    optimiser = build_optimiser(Train(optim="sgd"), list(trained(model).values()), [], 1e-3)
+    optimiser = build_optimiser(Train(optim="sgd", learning_rate=1e-3), list(trained(model).values()))
     method.begin(model, optimiser, 10, lambda: 0)
 
     def step(done: float) -> dict[str, float]:

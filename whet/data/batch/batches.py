@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -93,8 +94,12 @@ class Batches(ABC, Generic[B]):
 
     def __init__(self, rows: Rows, lengths: np.ndarray, order: Order, cut: Cut) -> None:
         self.rows, self.lengths, self.order, self.cut = rows, lengths, order, cut
-        self.steps_per_epoch = math.ceil(len(lengths) / cut.step_size)
         self._epoch, self._drawn = -1, (np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps that see every unit once."""
+        return math.ceil(len(self.lengths) / self.cut.step_size)
 
     @property
     def size(self) -> int:
@@ -161,6 +166,9 @@ class Batches(ABC, Generic[B]):
     def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(the units of an epoch in an order, int64 [U]; where in it each step begins, int64 [steps])."""
 
-    @abstractmethod
     def with_cut(self, cut: Cut) -> Self:
         """The same units in the same order, cut otherwise."""
+        assert cut.step_size == self.cut.step_size
+        other = copy(self)
+        other.cut = cut
+        return other

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
@@ -51,7 +50,7 @@ class SequencePairBatch:
     """Sources and answers in one forward pass. ids int64 [B, T] and mask bool [B, T] of the sources; answers int64
     [B, S] and answer_mask bool [B, S].
 
-    targets: the answers' tokens end to end, int64 [N], N as many as answer_mask has places.
+    targets: the answers' tokens end to end, int64 [N], as many as answer_mask is True.
     """
 
     ids: np.ndarray
@@ -111,9 +110,6 @@ class PaddedBatches(Batches[LabelledBatch | SequencePairBatch]):
             order[start : start + pool] = part[np.argsort(self.lengths[part], kind="stable")]
         starts = np.arange(0, len(order), together)
         return order, starts[draw.permutation(len(starts))]
-
-    def with_cut(self, cut: Cut) -> Self:
-        return type(self)(self.rows, order=self.order, cut=cut)
 
 
 def _padded(rows: Rows, chosen: list[int]) -> tuple[np.ndarray, np.ndarray]:

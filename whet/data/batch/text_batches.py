@@ -1,6 +1,6 @@
 """Batches of text: documents end to end in one flat row without padding, or padded rows.
 
-Both carry, for each learned token, the place that predicts it, so only those logits are ever computed.
+Both carry, for each learned token, the position that predicts it, so only those logits are ever computed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TextBatch:
     """One forward pass. ids, positions: int64 [B, T] (flat: B = 1).
 
     bounds: document boundaries of a flat row, else None. targets: learned token ids, int64 [N], predicted at
-    (rows, places), both int64 [N]. sources: indices of the rows of data in it; tokens: real ones. form: what the row
+    (rows, columns), both int64 [N]. sources: indices of the rows of data in it; tokens: real ones. form: what the row
     is filled up to, or None; lengths: tokens of each padded row. weights: factor on each target's loss, float32 [N],
     None: 1 for all.
     """
@@ -35,7 +35,7 @@ class TextBatch:
     positions: np.ndarray
     bounds: tuple[int, ...] | None
     rows: np.ndarray
-    places: np.ndarray
+    columns: np.ndarray
     targets: np.ndarray
     sources: tuple[int, ...]
     tokens: int
@@ -53,7 +53,7 @@ class TextBatch:
     def sha256(self) -> str:
         """Hash of the model's inputs and of the targets."""
         digest = hashlib.sha256()
-        for array in (self.ids, self.positions, self.targets, self.rows, self.places):
+        for array in (self.ids, self.positions, self.targets, self.rows, self.columns):
             digest.update(np.ascontiguousarray(array).tobytes())
         if self.weights is not None:
             digest.update(self.weights.tobytes())
@@ -67,7 +67,7 @@ class TextBatches(Batches[TextBatch]):
         self, rows: Rows, bins: Sequence[Sequence[int]] | None = None, *, flat: bool, order: Order, cut: Cut
     ) -> None:
         assert not order.short_first or bins is None, "packed rows are all of one length"
-        self.bins, self.flat = bins, flat
+        self.flat = flat
         self.units = [tuple(unit) for unit in bins] if bins is not None else [(index,) for index in range(len(rows))]
         lengths = rows.lengths
         if bins is not None:
@@ -151,9 +151,6 @@ class TextBatches(Batches[TextBatch]):
             order = short_first(order, self.lengths)
         return order, np.arange(0, len(self.units), self.cut.step_size)
 
-    def with_cut(self, cut: Cut) -> Self:
-        return type(self)(self.rows, self.bins, flat=self.flat, order=self.order, cut=cut)
-
     def _weights(self, rows: tuple[int, ...]) -> np.ndarray | None:
         """Factors of the targets of these rows, in order."""
         if self.rows.weights is None:
@@ -196,9 +193,9 @@ def _padded(
     for index, (row_ids, row_learned) in enumerate(pieces):
         ids[index, : len(row_ids)] = row_ids
         learned[index, : len(row_ids)] = row_learned
-    row_index, place = np.nonzero(learned)
+    row_index, column = np.nonzero(learned)
     positions = np.broadcast_to(np.arange(longest, dtype=np.int64), ids.shape).copy()
     tokens = sum(len(piece[0]) for piece in pieces)
     lengths = tuple(len(piece[0]) for piece in pieces)
-    targets = ids[row_index, place]
-    return TextBatch(ids, positions, None, row_index, place - 1, targets, rows, tokens, None, lengths, weights)
+    targets = ids[row_index, column]
+    return TextBatch(ids, positions, None, row_index, column - 1, targets, rows, tokens, None, lengths, weights)

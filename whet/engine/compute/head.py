@@ -51,17 +51,17 @@ class Head:
         return any(parameter.requires_grad for parameter in self.output.parameters())
 
     def losses(
-        self, inputs: dict[str, Any], places: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
+        self, inputs: dict[str, Any], indices: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """-log p(target) of the tokens predicted at `places` of the flattened batch, float32 [N].
+        """-log p(target) of the tokens predicted at `indices` of the flattened batch, float32 [N].
 
-        places, targets: int64 [N]; a target below 0 has loss 0. weights: factor on each loss, float32 [N].
+        indices, targets: int64 [N]; a target below 0 has loss 0. weights: factor on each loss, float32 [N].
         The backward pass raises RuntimeError where the head is trained and its losses are not simply added up.
         """
         if self.away is not None:
             self.away.call()
         hidden = self.decoder(**inputs).last_hidden_state
-        chosen = hidden.flatten(0, 1).index_select(0, places)
+        chosen = hidden.flatten(0, 1).index_select(0, indices)
         if torch.is_autocast_enabled(chosen.device.type):
             chosen = chosen.to(torch.get_autocast_dtype(chosen.device.type))
         if self.away is not None:
@@ -84,14 +84,14 @@ class Head:
         A head of its own gives way to its FP8 form in `network` (half the bytes, twice with `both_orders`, which saves
         turning them round in every chunk); one that is the input embedding too stays beside it.
         """
-        found = freeze(self.output, "fp8")
-        if found is None:
+        frozen = freeze(self.output, "fp8")
+        if frozen is None:
             return self
-        codes, scale = found.codes.detach(), found.scale.detach()  # type: ignore[union-attr]
+        codes, scale = frozen.codes.detach(), frozen.scale.detach()  # type: ignore[union-attr]
         output: Any = self.output
         if network.get_input_embeddings().weight is not output.weight:  # type: ignore[operator,union-attr]
-            network.set_output_embeddings(found)  # type: ignore[operator]
-            output = found
+            network.set_output_embeddings(frozen)  # type: ignore[operator]
+            output = frozen
         turned = (codes.t().contiguous(),) if both_orders else ()
         return Head(self.decoder, output, self.softcap, (codes, scale, *turned))
 

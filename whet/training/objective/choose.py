@@ -1,4 +1,4 @@
-"""Choice of a run's objective: the only place of training that tells tasks apart."""
+"""Choice of a run's objective: the only file of training that tells tasks apart."""
 
 from __future__ import annotations
 

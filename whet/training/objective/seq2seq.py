@@ -14,15 +14,16 @@ from whet.training.objective.padded_rows import PaddedObjective
 
 @dataclass(frozen=True)
 class SequencePairsOnDevice:
-    """Sources and answers. inputs: of encoder and decoder, by name; rows, places, targets [N]: the answers' tokens."""
+    """Sources and answers. inputs: of encoder and decoder, by name; targets [N]: the answers'
+    tokens, predicted at (rows, columns)."""
 
     inputs: dict[str, torch.Tensor]
     rows: torch.Tensor
-    places: torch.Tensor
+    columns: torch.Tensor
     targets: torch.Tensor
 
     def tensors(self) -> list[torch.Tensor]:
-        return [*self.inputs.values(), self.rows, self.places, self.targets]
+        return [*self.inputs.values(), self.rows, self.columns, self.targets]
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,18 @@ class Seq2SeqObjective(PaddedObjective[SequencePairBatch, SequencePairsOnDevice]
 
     def to_device(self, batch: SequencePairBatch) -> SequencePairsOnDevice:
         move, mask = self.arithmetic.move, batch.answer_mask
-        before = np.full_like(batch.answers, self.start)  # what the decoder reads: the answer, one place later
+        before = np.full_like(batch.answers, self.start)  # what the decoder reads: the answer, one token later
         before[:, 1:] = np.where(mask, batch.answers, self.pad)[:, :-1]
         inputs = self.inputs(batch.ids, batch.mask)
         inputs |= {"decoder_input_ids": move(before), "decoder_attention_mask": move(mask).long()}
-        rows, places = np.nonzero(mask)
-        return SequencePairsOnDevice(inputs, move(rows), move(places), move(batch.targets))
+        rows, columns = np.nonzero(mask)
+        return SequencePairsOnDevice(inputs, move(rows), move(columns), move(batch.targets))
 
     def losses(self, model: torch.nn.Module, on_device: SequencePairsOnDevice) -> torch.Tensor:
         length = on_device.inputs["decoder_input_ids"].shape[1]
         with self.arithmetic.context():  # virtual tokens of the method come first
             logits = self.call(model, on_device.inputs).logits[:, -length:]
-            return plain_losses(logits[on_device.rows, on_device.places], on_device.targets)
+            return plain_losses(logits[on_device.rows, on_device.columns], on_device.targets)
 
     def probe(self) -> dict[str, torch.Tensor]:
         inputs = super().probe()

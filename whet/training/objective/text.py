@@ -20,7 +20,8 @@ from whet.training.objective.objective import Objective
 
 @dataclass(frozen=True)
 class TextOnDevice:
-    """Text on the device. ids, positions [B, T]; places, targets [M]: where in the flattened batch what is learned.
+    """Text on the device. ids, positions [B, T]; targets [M]: learned tokens, predicted at `indices` [M] of the
+    flattened batch.
 
     Entries that only fill up to a form have target -1. weights: factor on each target's loss, float32 [M], or None.
     """
@@ -28,7 +29,7 @@ class TextOnDevice:
     ids: torch.Tensor
     positions: torch.Tensor
     documents: Documents | None
-    places: torch.Tensor
+    indices: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor | None = None
 
@@ -36,7 +37,7 @@ class TextOnDevice:
         """Everything that differs between batches of one form."""
         ends = [] if self.documents is None else [self.documents.cu]
         weights = [] if self.weights is None else [self.weights]
-        return [self.ids, self.positions, self.places, self.targets, *weights, *ends]
+        return [self.ids, self.positions, self.indices, self.targets, *weights, *ends]
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class TextObjective(Objective[TextBatch, TextOnDevice]):
 
     def to_device(self, batch: TextBatch) -> TextOnDevice:
         move, form = self.arithmetic.move, batch.form
-        places, targets, weights = batch.rows * batch.ids.shape[1] + batch.places, batch.targets, batch.weights
+        indices, targets, weights = batch.rows * batch.ids.shape[1] + batch.columns, batch.targets, batch.weights
         if form is not None:
             missing = form.targets - len(targets)
-            places = np.concatenate([places, np.zeros(missing, np.int64)])
+            indices = np.concatenate([indices, np.zeros(missing, np.int64)])
             targets = np.concatenate([targets, np.full(missing, -1, np.int64)])
             weights = None if weights is None else np.concatenate([weights, np.zeros(missing, np.float32)])
         return TextOnDevice(
-            move(batch.ids), move(batch.positions), self._documents(batch), move(places), move(targets),
+            move(batch.ids), move(batch.positions), self._documents(batch), move(indices), move(targets),
             None if weights is None else move(weights),
         )  # fmt: skip
 
@@ -67,9 +68,9 @@ class TextObjective(Objective[TextBatch, TextOnDevice]):
             inputs["documents"] = on_device.documents
         with self.arithmetic.context():
             if self.head is not None:
-                return self.head.losses(inputs, on_device.places, on_device.targets, on_device.weights)
+                return self.head.losses(inputs, on_device.indices, on_device.targets, on_device.weights)
             logits = model(**inputs).logits.flatten(0, 1)
-            return plain_losses(logits[on_device.places], on_device.targets, on_device.weights)
+            return plain_losses(logits[on_device.indices], on_device.targets, on_device.weights)
 
     def _documents(self, batch: TextBatch) -> Documents | None:
         """Boundaries of the documents of a flat row, as many as its form has; None for padded rows."""

@@ -19,18 +19,18 @@ from whet.training.objective.text import worth_of_tokens
 
 @dataclass(frozen=True)
 class VirtualTextOnDevice:
-    """Padded text. inputs: ids and mask [B, T]; rows, places, targets [N]: what is learned, and where; weights: factor
-    on each target's loss, float32 [N], or None."""
+    """Padded text. inputs: ids and mask [B, T]; targets [N]: learned tokens, predicted at (rows, columns); weights:
+    factor on each target's loss, float32 [N], or None."""
 
     inputs: dict[str, torch.Tensor]
     rows: torch.Tensor
-    places: torch.Tensor
+    columns: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor | None
 
     def tensors(self) -> list[torch.Tensor]:
         weights = [] if self.weights is None else [self.weights]
-        return [*self.inputs.values(), self.rows, self.places, self.targets, *weights]
+        return [*self.inputs.values(), self.rows, self.columns, self.targets, *weights]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class VirtualTextObjective(PaddedObjective[TextBatch, VirtualTextOnDevice]):
         if mask is None:
             mask = np.ones(batch.ids.shape, bool)
         return VirtualTextOnDevice(
-            self.inputs(batch.ids, mask), move(batch.rows), move(batch.places), move(batch.targets),
+            self.inputs(batch.ids, mask), move(batch.rows), move(batch.columns), move(batch.targets),
             None if batch.weights is None else move(batch.weights),
         )  # fmt: skip
 
@@ -53,5 +53,5 @@ class VirtualTextObjective(PaddedObjective[TextBatch, VirtualTextOnDevice]):
         length = on_device.inputs["input_ids"].shape[1]
         with self.arithmetic.context():
             logits = self.call(model, on_device.inputs).logits[:, -length:]
-            chosen = logits[on_device.rows, on_device.places]
+            chosen = logits[on_device.rows, on_device.columns]
             return plain_losses(chosen, on_device.targets, on_device.weights)
