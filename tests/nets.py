@@ -15,6 +15,7 @@ from whet.data.batch.rows import Rows
 from whet.engine.compute.attention import ATTENTION
 from whet.engine.weights.linear import FrozenLinear, freeze_linears
 from whet.methods.layers.group import LoraGroup
+from whet.training.optim import OnDevice
 
 VOCABULARY = 256
 SIZES: dict[str, Any] = {
@@ -32,6 +33,10 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 GPT2: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 1024}
+
+
+class Sgd(OnDevice, torch.optim.SGD):
+    """The plainest optimiser that a step takes: an update is the gradient times the rate."""
 
 
 def network(kind: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", **changes: Any) -> Any:

@@ -196,7 +196,7 @@ def measured(kind: str, batches: Sequence[TextBatch]) -> tuple[Any, dict[str, to
     head = find_head(model.get_base_model())
     assert head is not None
     objective = TextObjective(CPU, head=head)
-    done = train_step(model, torch.optim.SGD(trained, lr=1.0), batches, objective, max_grad_norm=0.0, step=1)
+    done = train_step(model, nets.Sgd(trained, lr=1.0), batches, objective, max_grad_norm=0.0, step=1)
     return done, {name: p.detach().clone() for name, p in nets.lora_parameters(model).items()}
 
 

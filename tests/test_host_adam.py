@@ -160,7 +160,9 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "gradients of the step before are kept": lambda patch: patch.setattr(
         host_adam, "_put", lambda staged, target, add: target.add_(staged)
     ),
-    "the weights stay as they were": lambda patch: patch.setattr(HostLink, "to_device", lambda self, tensor, into: None),
+    "the weights stay as they were": lambda patch: patch.setattr(
+        HostLink, "to_device", lambda self, tensor, into: None
+    ),
     "nobody waits for the gradients": lambda patch: patch.setattr(HostLink, "wait_on_host", lambda self: None),
     "the masters are made of the rounded weights": lambda patch: patch.setattr(
         host_adam, "_master",

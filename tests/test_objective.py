@@ -328,7 +328,7 @@ def two_steps(cut: Sequence[Sequence[int]]) -> tuple[list[float], list[torch.Ten
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     seen: list[torch.Tensor] = []
 
-    class Watched(torch.optim.SGD):
+    class Watched(nets.Sgd):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             if not seen:
                 seen.extend(parameter.grad.clone() for parameter in trained if parameter.grad is not None)
@@ -371,7 +371,7 @@ def test_a_wrong_worth_of_a_stranger_would_be_seen(monkeypatch: pytest.MonkeyPat
 def test_with_a_trained_head_it_is_refused_and_nothing_is_updated() -> None:
     net = nets.network("Llama", tie_word_embeddings=False)
     before = [parameter.detach().clone() for parameter in net.parameters()]
-    steps = Steps(net, torch.optim.SGD(net.parameters(), lr=0.3), PairObjective(CPU, head=find_head(net)), 0.0)
+    steps = Steps(net, nets.Sgd(net.parameters(), lr=0.3), PairObjective(CPU, head=find_head(net)), 0.0)
     with pytest.raises(RuntimeError, match="the output head is trained"):
         steps.step([pair_batch([0, 1])], 1)
     assert all(torch.equal(now, then) for now, then in zip(net.parameters(), before, strict=True))

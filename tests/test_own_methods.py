@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nets
 import numpy as np
 import pytest
 import tiny
@@ -427,7 +428,7 @@ def test_the_penalty_counts_once_however_a_step_is_cut() -> None:
         model = copy.deepcopy(net)
         batches: list[Any] = [Fake(part) for part in x.chunk(pieces)]
         train_step(
-            model, torch.optim.SGD(model.parameters(), lr=1.0), batches, Squares(Arithmetic(torch.device("cpu"))),
+            model, nets.Sgd(model.parameters(), lr=1.0), batches, Squares(Arithmetic(torch.device("cpu"))),
             max_grad_norm=0.0, step=1, penalty=lambda model=model: 5 * model.weight.sum(),
         )  # fmt: skip
         kept[pieces] = net.weight.detach() - model.weight.detach()
@@ -510,7 +511,7 @@ def test_kept_differences_learn_at_the_whole_rate_and_all_others_at_a_part_of_it
 def test_an_optimiser_that_updates_copies_is_refused(method: Method) -> None:
     model = method.attach(network("Llama"))
     copies = [nn.Parameter(p.detach().clone()) for p in trained(model).values()]
-    error = refused(lambda: method.begin(model, torch.optim.SGD(copies, lr=1.0), 10, lambda: 0))
+    error = refused(lambda: method.begin(model, nets.Sgd(copies, lr=1.0), 10, lambda: 0))
     assert error.fix == "train.offload_optimizer=false"
 
 

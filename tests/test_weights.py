@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nets
 import numpy as np
 import pytest
 import tiny
@@ -117,7 +118,7 @@ def test_a_step_is_the_weighted_mean_however_it_is_cut(
     objective = TextObjective(CPU, head=find_head(model) if own_head else None)
     grads: dict[str, torch.Tensor] = {}
 
-    class Watch(torch.optim.SGD):
+    class Watch(nets.Sgd):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             grads.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
