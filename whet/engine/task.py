@@ -78,19 +78,23 @@ def text_task(config: PreTrainedConfig) -> TaskName:
     return names[kind_of(config)]
 
 
-def check_task(name: TaskName, config: PreTrainedConfig) -> None:
-    """Raise UserError where the model cannot be trained for the task."""
+def fits_task(name: TaskName, config: PreTrainedConfig) -> bool:
+    """Whether the model can be trained for the task."""
     import transformers
 
     kind = kind_of(config)
     if name in LABELLED:
-        able = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    elif name == "seq2seq":
-        able = kind == "encoder_decoder" and type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    else:
-        able = kind == "decoder" and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if able:
+        return type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if name == "seq2seq":
+        return kind == "encoder_decoder" and type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    return kind == "decoder" and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def check_task(name: TaskName, config: PreTrainedConfig) -> None:
+    """Raise UserError where the model cannot be trained for the task."""
+    if fits_task(name, config):
         return
+    kind = kind_of(config)
     wanted = {"causal": "a decoder (Llama, Qwen, GPT-2)", "seq2seq": "an encoder-decoder (T5)"}
     fixes = {"encoder": "rows with text and label", "encoder_decoder": "model.task=seq2seq"}
     raise UserError(

@@ -35,15 +35,21 @@ def _offloaded(kind: type[nn.Embedding]) -> type[nn.Embedding]:
     return cast("type[nn.Embedding]", type(f"Offloaded{kind.__name__}", (OffloadedEmbedding, kind), {}))
 
 
-def check_embedding(network: nn.Module) -> None:
-    """Raise UserError where the input embedding is trained, or is the output head too; weights are not needed."""
+def embedding_obstacle(network: nn.Module) -> str | None:
+    """Why the input embedding must stay on the device, or None: it is trained, or is the output head too. Weights are
+    not needed."""
     module: Any = cast("Any", network).get_input_embeddings()
     output = cast("Any", network).get_output_embeddings()
-    obstacle = None
     if not isinstance(module, nn.Embedding) or module.weight.requires_grad or module.max_norm is not None:
-        obstacle = "it is trained or not a plain embedding"
-    elif output is not None and getattr(output, "weight", None) is module.weight:
-        obstacle = "it is the output head too"
+        return "it is trained or not a plain embedding"
+    if output is not None and getattr(output, "weight", None) is module.weight:
+        return "it is the output head too"
+    return None
+
+
+def check_embedding(network: nn.Module) -> None:
+    """Raise UserError where the input embedding is trained, or is the output head too; weights are not needed."""
+    obstacle = embedding_obstacle(network)
     if obstacle is not None:
         raise UserError(
             "the input embedding cannot be kept on the host", field="base.offload_embedding", found=obstacle,
@@ -133,19 +139,22 @@ def is_tied(network: nn.Module) -> bool:
     return output is not None and table is not None and getattr(output, "weight", None) is table
 
 
+def head_obstacle(network: nn.Module) -> str | None:
+    """Why the output head must stay on the device, or None: it is trained or no plain linear layer. Weights are not
+    needed."""
+    output = cast("Any", network).get_output_embeddings()
+    if not isinstance(output, nn.Linear):
+        return "it is trained or not a plain linear layer"
+    return "it is trained" if any(parameter.requires_grad for parameter in output.parameters()) else None
+
+
 def check_head(network: nn.Module, *, flat: bool = True) -> None:
     """Raise UserError where the output head is trained or not used by the loss alone; weights are not needed.
 
     flat: whether rows are text without padding, the loss of which whet computes from the head.
     """
-    output = cast("Any", network).get_output_embeddings()
-    obstacle = None
-    if not flat:
-        obstacle = "rows with padding, whose loss is made of the model's own logits"
-    elif not isinstance(output, nn.Linear):
-        obstacle = "it is trained or not a plain linear layer"
-    elif any(parameter.requires_grad for parameter in output.parameters()):
-        obstacle = "it is trained"
+    padded = "rows with padding, whose loss is made of the model's own logits"
+    obstacle = head_obstacle(network) if flat else padded
     if obstacle is not None:
         raise UserError(
             "the output head cannot be kept on the host", field="base.offload_head", found=obstacle,
