@@ -6,6 +6,7 @@ else of a run is told apart by the shape of its batches.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 TaskName = Literal["causal", "classification", "multi_label", "regression", "seq2seq"]
 LABELLED: tuple[TaskName, ...] = ("classification", "multi_label", "regression")
 _AUTO = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
+_CLASSES = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING", "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"}
 _PROBLEMS = {
     "classification": "single_label_classification", "multi_label": "multi_label_classification",
     "regression": "regression",
@@ -47,6 +49,12 @@ class Task:
         import transformers
 
         return getattr(transformers, _AUTO.get(self.name, "AutoModelForSequenceClassification"))
+
+    def classes(self) -> Mapping[Any, Any]:
+        """transformers' models for the task: class of config to class of model."""
+        import transformers
+
+        return getattr(transformers, _CLASSES.get(self.name, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"))
 
     def config_values(self) -> dict[str, Any]:
         """What the model's config must say: how many outputs there are, and their names."""
@@ -80,14 +88,8 @@ def text_task(config: PreTrainedConfig) -> TaskName:
 
 def fits_task(name: TaskName, config: PreTrainedConfig) -> bool:
     """Whether the model can be trained for the task."""
-    import transformers
-
-    kind = kind_of(config)
-    if name in LABELLED:
-        return type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    if name == "seq2seq":
-        return kind == "encoder_decoder" and type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    return kind == "decoder" and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    right_kind = name in LABELLED or kind_of(config) == ("encoder_decoder" if name == "seq2seq" else "decoder")
+    return right_kind and type(config) in Task(name).classes()
 
 
 def check_task(name: TaskName, config: PreTrainedConfig) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from whet.base.private import zero_all
 from whet.data.batch.batches import Batch
 from whet.training.loss import Forward, Shown, show
 from whet.training.step import NotFinite, Pending, Stepped, train_step
@@ -138,7 +139,7 @@ class GraphSteps:
 
     def _update_sums(self) -> None:
         self._update(self.total, self.sums)
-        torch._foreach_zero_(self.sums)
+        zero_all(self.sums)
         self.total.zero_()
 
     def _update(self, loss: torch.Tensor, grads: list[torch.Tensor]) -> None:

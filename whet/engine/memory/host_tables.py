@@ -9,7 +9,6 @@ step cannot be a CUDA graph.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from whet.base.errors import UserError
+from whet.base.private import swap_class
 
 
 class OffloadedEmbedding:
@@ -28,11 +28,6 @@ class OffloadedEmbedding:
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = super().forward(input.to("cpu"))  # type: ignore[misc]
         return rows.pin_memory().to(input.device, non_blocking=True) if input.is_cuda else rows
-
-
-@functools.cache
-def _offloaded(kind: type[nn.Embedding]) -> type[nn.Embedding]:
-    return cast("type[nn.Embedding]", type(f"Offloaded{kind.__name__}", (OffloadedEmbedding, kind), {}))
 
 
 def embedding_obstacle(network: nn.Module) -> str | None:
@@ -72,7 +67,7 @@ def offload_embedding(network: nn.Module) -> int:
     del module.weight
     module.register_buffer("weight", weight)
     module.to("cpu")  # whole: Gemma's embedding has a scale beside the weight
-    module.__class__ = _offloaded(type(module))
+    swap_class(module, OffloadedEmbedding)
     return weight.nbytes
 
 
@@ -119,17 +114,14 @@ class OffloadedHead:
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         module = cast("nn.Module", self)
-        waiting = dict(module._buffers)
-        module._buffers.update({name: None if t is None else t.to(input.device) for name, t in waiting.items()})
+        waiting = dict(module.named_buffers(recurse=False))
+        for name, tensor in waiting.items():
+            setattr(module, name, tensor.to(input.device))
         try:
             return super().forward(input)  # type: ignore[misc]
         finally:
-            module._buffers.update(waiting)
-
-
-@functools.cache
-def _headed(kind: type[nn.Module]) -> type[nn.Module]:
-    return cast("type[nn.Module]", type(f"Offloaded{kind.__name__}", (OffloadedHead, kind), {}))
+            for name, tensor in waiting.items():
+                setattr(module, name, tensor)
 
 
 def is_tied(network: nn.Module) -> bool:
@@ -180,12 +172,12 @@ def offload_head(network: nn.Module, output: nn.Module, fp8: tuple[torch.Tensor,
             waiting = known.get(name, None if fp8 is None else _of(parameter, fp8, travelling))
             delattr(output, name)
             output.register_buffer(name, parameter.detach().to("cpu") if waiting is None else waiting)
-    output.__class__ = _headed(type(output))
+    swap_class(output, OffloadedHead)
     if tied:
         del table.weight
         table.register_buffer("weight", cast("Any", output).weight)
         table.to("cpu")  # whole: Gemma's embedding has a scale beside the weight
-        table.__class__ = _offloaded(type(table))
+        swap_class(table, OffloadedEmbedding)
     return travelling
 
 
