@@ -1,8 +1,8 @@
 """`whet bench speed`: training speed and memory of a model on this machine, through the path that training takes.
 
 Rows are random tokens, all learned but the first; speed does not depend on what they say. The layout, the kernels, the
-optimiser and the step are those of `whet train`, so what it shows is what training will do. LoRA of rank 16 on all
-linear layers, dropout 0, as in the published comparisons.
+optimiser and the step are those of `whet train`, so what it shows is what training will do. LoRA as it is by default:
+rank 16 on all linear layers, dropout 0, as in the published comparisons.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import math
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,14 @@ from whet.data.batch.batches import Batches
 from whet.data.batch.pack import best_fit
 from whet.data.batch.rows import Rows
 
-MODES = {
-    "auto": {}, "off": {"gradient_checkpointing": False}, "recompute": {"gradient_checkpointing": True},
-    "offload": {"gradient_checkpointing": True, "activation_offload": True},
+SECTIONS = ("model", "base", "method")  # every setting of these counts, and of training those of one step
+OF_A_STEP = (
+    "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "gradient_checkpointing",
+    "activation_offload", "tile_mlp", "offload_optimizer", "compile", "cuda_graphs", "fit_micro_batches",
+)  # fmt: skip
+INSTEAD = {
+    "train.per_device_train_batch_size": "--rows", "train.gradient_accumulation_steps": "--accumulation",
+    "train.max_steps": "--steps", "data.max_length": "--length",
 }  # fmt: skip
 
 
@@ -45,37 +51,53 @@ class Load:
     lengths: str | None = None
     warm: int = 5
     steps: int = 15
-    r: int = 16
 
 
-def measure_speed(model: str, base: Any, train: Any, load: Load) -> dict[str, Any]:
-    """tokens_per_second (median of the timed steps) and what stands beside it; see the keys. Raises UserError."""
+def check_used(method: Any, paths: Iterable[str]) -> None:
+    """Raise UserError for a setting, by its dotted path, that a measurement of speed would not use."""
+    for path in paths:
+        section, _, name = path.partition(".")
+        if section not in SECTIONS and not (section == "train" and name in OF_A_STEP):
+            raise UserError(
+                "a measurement of speed does not use this setting", field=path,
+                expected=f"settings of {', '.join(SECTIONS)}, and of train: {', '.join(OF_A_STEP)}",
+                fix=f"{INSTEAD[path]} says it" if path in INSTEAD else "remove it",
+            )  # fmt: skip
+    if method.name != "lora":
+        raise UserError(
+            "speed is measured with LoRA", field="method.name", found=method.name, expected="lora", fix="remove it"
+        )
+
+
+def measure_speed(model: Any, base: Any, method: Any, train: Any, load: Load) -> dict[str, Any]:
+    """tokens_per_second (median of the timed steps) and what stands beside it; see the keys. Raises UserError.
+
+    model, base, method, train: sections of a recipe. Layers are compiled on a GPU, however short the measurement is,
+    unless train.compile says otherwise.
+    """
     import torch
 
-    from whet.engine.config import Model
     from whet.engine.device import device_name, place
     from whet.engine.load.load import load_config, load_model
-    from whet.methods.lora import Lora
     from whet.training.arrange import check_arrangement
     from whet.training.optim import check_optimiser
 
     seed_everything(0)
-    place_of = Model(path=model, from_config=model.endswith(".json"))
-    config = load_config(place_of)
-    text = config.get_text_config()
-    method = Lora(r=load.r)
+    if train.compile is None:
+        train = replace(train, compile=torch.cuda.is_available())
+    text = load_config(model).get_text_config()
     placement = place(base, method.can.storages, getattr(text, "hidden_size", None))
     check_optimiser(train, placement.device)
     check_arrangement(train, placement.device, padded=False)
     batches = _batches(load, min(30000, text.vocab_size))
     began = time.perf_counter()
     with torch.device(placement.device):  # random weights of a config are drawn where they stay
-        network = load_model(place_of, placement)
+        network = load_model(model, placement)
     loaded = time.perf_counter() - began
     attached = method.attach(network)
     found = _run(train, placement, attached.train(), network, batches, load)
     return {
-        "system": "whet", "model": Path(model).name, "device": device_name(placement.device),
+        "system": "whet", "model": Path(model.path).name, "device": device_name(placement.device),
         "torch": torch.__version__, "storage": placement.storage, "compute": placement.arithmetic, **asdict(load),
         "load_seconds": round(loaded, 3),
         **found,
