@@ -2,15 +2,17 @@
 
     pip install 'trl==1.16.0' 'datasets<5'     # the peer; whet itself does not need it
     python bench/cpu.py                        # writes bench/results/cpu/tickets.json
+    python bench/cpu.py --only ''              # whet alone
 
-Every system gets whet's own tokenised rows in whet's order (checked on each batch that was really used) and the same
-LoRA from the same start, AdamW, rates, clipping, batch size and steps. Each run is a process of its own; the order
-turns round with every seed (A B C, C B A, ...). A step lasts from the end of one optimiser step to the end of the next
-by the wall clock, book-keeping included (whet logs each step, the peers none). Tokens are real, not padding or filler.
-A system's figure is the median over seeds of its median step. The peers run in their defaults and in each setting that
-could help on a CPU (TRL documents padding_free for FlashAttention, which no CPU has; transformers' SDPA mask keeps
-flattened rows apart too); the opponent is the fastest, chosen afterwards. Packing would change what a batch is.
-Held-out loss comes from the saved adapters by one function: plain transformers and PEFT in fp32.
+Every system gets whet's own tokenised rows in whet's order and the same LoRA from the same start, AdamW, rates,
+clipping, batch size and steps. That is checked on each batch of a peer, and for whet on its own record of the tokens
+that each step read and learned. Each run is a process of its own; the order turns round with every seed (A B C, C B A,
+...). A step lasts from the end of one optimiser step to the end of the next by the wall clock (for whet as its
+timing.jsonl has it), book-keeping included (whet logs each step, the peers none). Tokens are real, not padding or
+filler. A system's figure is the median over seeds of its median step. The peers run in their defaults and in each
+setting that could help on a CPU (TRL documents padding_free for FlashAttention, which no CPU has; transformers' SDPA
+mask keeps flattened rows apart too); the opponent is the fastest, chosen afterwards. Packing would change what a batch
+is. Held-out loss comes from the saved adapters by one function: plain transformers and PEFT in fp32.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "bench" / "results" / "cpu" / "tickets.json"
 MODEL, TICKETS = ROOT / "whet" / "builtin" / "tiny", ROOT / "examples" / "support_tickets"
 RANK, ALPHA, ROWS, RATE = 16, 32, 8, 2e-3
 WORSE_BY = 0.01  # whet is no worse when its interval ends below this share of the opponent's held-out loss
@@ -56,24 +59,24 @@ PEERS: dict[str, dict[str, Any]] = {  # args: of SFTConfig; dtype: of the weight
 }
 
 
-def recipe(seed: int, steps: int, out: str) -> list[str]:
+def recipe(seed: int, steps: int, data: str, out: str) -> list[str]:
     """What whet is asked for; everything else is its default."""
     return [
         "model=builtin:tiny", "base.device=cpu", f"method.r={RANK}", f"method.lora_alpha={ALPHA}",
-        f"data.dataset={TICKETS / 'train.jsonl'}", f"data.eval_dataset={TICKETS / 'test.jsonl'}",
+        f"data.dataset={data}/train.jsonl", f"data.eval_dataset={data}/test.jsonl",
         f"train.max_steps={steps}", f"train.per_device_train_batch_size={ROWS}", f"train.learning_rate={RATE}",
         "train.lr_scheduler_type=cosine", "train.warmup_ratio=0", f"train.seed={seed}", f"output_dir={out}/run",
     ]  # fmt: skip
 
 
-def whet_rows(seed: int, steps: int) -> tuple[list[Any], ...]:
+def whet_rows(seed: int, steps: int, data: str) -> tuple[list[Any], ...]:
     """The rows of `steps` steps in whet's order, and the held-out rows: (ids, labels) each, -100 = not learned."""
     from whet.api import prepared
     from whet.data.batch.batches import Cut, Order
     from whet.data.batch.text_batches import TextBatches
     from whet.recipe import parse
 
-    ready = prepared(parse(None, recipe(seed, steps, "run")))
+    ready = prepared(parse(None, recipe(seed, steps, data, "run")))
     assert steps * ROWS <= len(ready.train), "more steps than the data have rows for"
     order = TextBatches(ready.train, flat=True, order=Order(seed), cut=Cut(ROWS))
     train = [source for step in range(steps) for source in order.step(step)[0].sources]
@@ -88,31 +91,35 @@ def start_sum(model: Any) -> float:
 
 
 def work_whet(job: dict[str, Any]) -> dict[str, Any]:
-    """Train as `whet train` does and note the end of each step, after its line is written."""
-    from whet.engine.memory.used import keep_freed_memory
+    """Train as `whet train` does; its own records say when each step ended and of how many tokens it was."""
     from whet.recipe import parse
-    from whet.training.run import Loop
-    from whet.training.setup import build_model, get_ready
+    from whet.training.run import train
 
-    stamps: list[float] = []
-
-    class Timed(Loop):
-        def _log(self, *args: Any) -> None:
-            super()._log(*args)
-            stamps.append(time.perf_counter())
-
-    keep_freed_memory()
-    model, ready, forward = build_model(get_ready(parse(None, recipe(job["seed"], job["steps"], job["out"]))))
-    start, loop = start_sum(model), Timed(ready, model, forward)
-    stamps.append(time.perf_counter())
-    loop.fit()
-    loop.recorder.close()
-    steps = []
-    for batch in (loop.batches.step(step)[0] for step in range(job["steps"])):
-        labels = np.full_like(batch.ids, -100)
-        labels[0, batch.columns + 1] = batch.targets
-        steps.append([array[0, : batch.tokens].tolist() for array in (batch.ids, labels)])
+    parsed = parse(None, recipe(job["seed"], job["steps"], job["data"], job["out"]))
+    start = start_sum(untrained(parsed.recipe))
+    run = train(parsed)
+    steps = [
+        [[token for row in job["rows"][first : first + ROWS] for token in row[side]] for side in (0, 1)]
+        for first in range(0, len(job["rows"]), ROWS)
+    ]
+    seen = [0, 0]
+    logged = [line for line in run.lines("metrics.jsonl") if line["kind"] == "train"]
+    for line, (ids, labels) in zip(logged, steps, strict=True):
+        seen = [seen[0] + len(ids), seen[1] + sum(label >= 0 for label in labels)]
+        assert seen == [line["tokens"], line["supervised_tokens"]], "trained on something else than whet's rows"
+    stamps = [0.0, *(line["seconds"] for line in run.lines("timing.jsonl"))]
     return {"stamps": stamps, "steps": steps, "start": start}
+
+
+def untrained(recipe: Any) -> Any:
+    """The model with its adapter as training starts from it."""
+    from whet.base.seed import seed_everything
+    from whet.engine.device import resolve_placement
+    from whet.engine.load.load import load_model
+
+    placement = resolve_placement(recipe.base, recipe.method.can.storages)
+    seed_everything(recipe.train.seed)
+    return recipe.method.attach(load_model(recipe.model, placement))
 
 
 def work_peer(job: dict[str, Any]) -> dict[str, Any]:
@@ -225,9 +232,12 @@ def measure(options: argparse.Namespace, systems: dict[str, Any], folder: Path) 
     """(figures of each system by seed, held-out nll of each row by "system seed")."""
     found: dict[str, Any] = {name: [] for name in systems}
     adapters, held_out = {"base": ""}, []
-    job = {"threads": options.threads, "warmup": options.warmup, "steps": options.warmup + options.steps}
+    job = {
+        "threads": options.threads, "warmup": options.warmup, "steps": options.warmup + options.steps,
+        "data": str(options.data),
+    }  # fmt: skip
     for seed in range(options.seeds):
-        train, held_out = whet_rows(seed, job["steps"])
+        train, held_out = whet_rows(seed, job["steps"], job["data"])
         for name in list(systems)[:: -1 if seed % 2 else 1]:
             out, mine = folder / f"{name} {seed}", name == "whet"
             task = job | {"seed": seed, "out": str(out), "rows": train, "settings": systems[name]}
@@ -235,6 +245,8 @@ def measure(options: argparse.Namespace, systems: dict[str, Any], folder: Path) 
             found[name].append(run)
             adapters |= {} if "failed" in run else {f"{name} {seed}": str(out / "run" / "adapter")}
             say(f"{name:24} seed {seed} {run.get('tokens_per_second', run)}")
+            if mine and "failed" in run:
+                sys.exit("whet itself failed: there is nothing to compare")
         starts = {run[seed]["start"] for run in found.values() if "failed" not in run[seed]}
         assert len(starts) == 1, "the systems started from different adapters"
     judge = job | {"adapters": adapters, "rows": held_out, "out": str(folder / "judge")}
@@ -250,53 +262,73 @@ def summary(options: argparse.Namespace, systems: dict[str, Any], found: dict[st
     speeds = {name: [run.get("tokens_per_second", 0.0) for run in runs] for name, runs in found.items()}
     speed = {name: statistics.median(values) for name, values in speeds.items()}
     order = [name for name in sorted(systems, key=lambda name: -speed[name]) if all(speeds[name])]
-    opponent = next(name for name in order if name != "whet")
     rows = {name: [v for seed in range(options.seeds) for v in nll[f"{name} {seed}"]] for name in order}
     loss = {name: statistics.mean(values) for name, values in rows.items()}
-    times = {name: round(speed["whet"] / speed[name], 2) for name in order}
-    result = paired(rows[opponent], rows["whet"])
-    fair = result.high < WORSE_BY * loss[opponent]
     say(f"\n{'system':24} {'tok/s':>7} {'median step':>12} {'held-out':>9} {'whet is':>9}")
     for name in order:
         step = statistics.median(run["step_ms_p10_p50_p90"][1] for run in found[name])
-        say(f"{name:24} {speed[name]:7,.0f} {step:9.0f} ms {loss[name]:9.4f} {times[name]:8.2f}x")
-    say(f"\nopponent: {opponent}; whet's held-out nll is {result.mean_difference:+.4f} ({result.low:+.4f} .. "
-        f"{result.high:+.4f}) from it: {'not worse' if fair else 'NOT SHOWN to be as good'}")  # fmt: skip
-    return {
+        say(f"{name:24} {speed[name]:7,.0f} {step:9.0f} ms {loss[name]:9.4f} {speed['whet'] / speed[name]:8.2f}x")
+    result = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": f"python bench/cpu.py --steps {options.steps} --warmup {options.warmup} --seeds {options.seeds}",
         "cpu": get_capabilities().get("cpu_name", "CPU"), "cores": os.cpu_count(), "threads": options.threads,
-        "whet": speed["whet"], "opponent": opponent, "opponent_speed": speed[opponent], "ratio": times[opponent],
-        "ratio_by_seed": [round(a / b, 3) for a, b in zip(speeds["whet"], speeds[opponent], strict=True)],
-        "held_out": {
-            "base": statistics.mean(nll["base"]), "opponent": loss[opponent], "whet": loss["whet"], "not_worse": fair,
-            "whet_minus_opponent": [result.low, result.mean_difference, result.high], "p_value": result.p_value,
-        },
+        "whet": speed["whet"], "held_out": {"base": statistics.mean(nll["base"]), "whet": loss["whet"]},
         "systems": {
             name: {"settings": systems[name], "tokens_per_second": speed[name], "held_out": loss.get(name),
-                   "whet_times": times.get(name), "seeds": found[name]} for name in systems
+                   "whet_times": round(speed["whet"] / speed[name], 2) if name in order else None, "seeds": found[name]}
+            for name in systems
         },
     }  # fmt: skip
+    opponent = next((name for name in order if name != "whet"), None)
+    if opponent is None:
+        return result
+    difference = paired(rows[opponent], rows["whet"])
+    fair = difference.high < WORSE_BY * loss[opponent]
+    say(f"\nopponent: {opponent}; whet's held-out nll is {difference.mean_difference:+.4f} ({difference.low:+.4f} .. "
+        f"{difference.high:+.4f}) from it: {'not worse' if fair else 'NOT SHOWN to be as good'}")  # fmt: skip
+    result["held_out"] |= {
+        "opponent": loss[opponent], "not_worse": fair, "p_value": difference.p_value,
+        "whet_minus_opponent": [difference.low, difference.mean_difference, difference.high],
+    }  # fmt: skip
+    return result | {
+        "opponent": opponent, "opponent_speed": speed[opponent], "ratio": round(speed["whet"] / speed[opponent], 2),
+        "ratio_by_seed": [round(a / b, 3) for a, b in zip(speeds["whet"], speeds[opponent], strict=True)],
+    }  # fmt: skip
+
+
+def peers_of(options: argparse.Namespace) -> list[str]:
+    """The peers to measure: those that are asked for, else all where there is a TRL to run them with."""
+    asked = list(PEERS) if options.only is None else [name for name in options.only.split(",") if name]
+    look = [options.peer_python, "-c", "import trl, datasets"]
+    if not asked or subprocess.run(look, capture_output=True, check=False).returncode == 0:
+        return asked
+    missing = "TRL is missing: pip install 'trl==1.16.0' 'datasets<5', or --peer-python INTERPRETER-THAT-HAS-IT"
+    if options.only is not None:
+        sys.exit(missing)
+    say(f"{missing}; whet is measured alone")
+    return []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("steps", 60), ("warmup", 5), ("seeds", 3), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--only", default=",".join(PEERS), help="peers by name, with commas")
+    parser.add_argument("--only", help="peers by name, with commas (all); none: whet alone")
+    parser.add_argument("--data", type=Path, default=TICKETS, help="folder of train.jsonl and test.jsonl")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has TRL")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "cpu" / "tickets.json")
+    parser.add_argument("--out", type=Path, help="file of the result (bench/results/cpu/tickets.json beside peers)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         sys.exit(work(options.worker, options.out))
-    if subprocess.run([options.peer_python, "-c", "import trl, datasets"], capture_output=True, check=False).returncode:
-        sys.exit("TRL is missing: pip install 'trl==1.16.0' 'datasets<5', or --peer-python INTERPRETER-THAT-HAS-IT")
-    systems = {"whet": {}} | {name: PEERS[name] for name in options.only.split(",")}
+    peers = peers_of(options)
+    systems = {"whet": {}} | {name: PEERS[name] for name in peers}
     with tempfile.TemporaryDirectory() as folder:
         result = summary(options, systems, *measure(options, systems, Path(folder)))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text := json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text, out = json.dumps(result, indent=1) + "\n", options.out or (RESULT if peers else None)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
     print(text, end="")
 
 

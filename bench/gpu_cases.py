@@ -50,14 +50,18 @@ def peer(name: str, bits: int, checkpointing: str = "default", kind: str = "unsl
 
 def whet(storage: str, compute: str, *more: str, note: str = "", **kw: Any) -> System:
     name = f"whet {storage if storage == compute else f'{storage} + {compute}'}"
-    settings = ("--storage", storage, "--compute", compute, *more)
+    settings = (f"base.storage={storage}", f"base.compute={compute}", *more)
     return System(f"{name}, {note}" if note else name, "whet", settings, **kw)
 
 
 DEFAULT, KEEP4, KEEP16 = peer("Unsloth", 4), peer("Unsloth", 4, "off"), peer("Unsloth", 16, "off")
 FP8, BF16, NF4 = whet("fp8", "fp8"), whet("bf16", "bf16"), whet("nf4", "fp8")
-HEAD = whet("fp8", "fp8", "--fp8-head", note="head too")
-LEAST = ("--optim", "adamw_8bit", "--checkpointing", "offload", "--offload-embedding", "--offload-head")
+HEAD = whet("fp8", "fp8", "base.fp8_head=true", note="head too")
+RERUN = "train.gradient_checkpointing=true"
+LEAST = (
+    "train.optim=adamw_8bit", RERUN, "train.activation_offload=true", "base.offload_embedding=true",
+    "base.offload_head=true",
+)  # fmt: skip
 GRAPHS = {"UNSLOTH_BLOCK_CUDAGRAPHS": "1"}  # Unsloth's own option for static shapes
 FLAT, SORTED, IN_ROWS = ("--packing", "flat"), ("--packing", "sorted"), ("--packing", "rows")
 CASES = {
@@ -88,14 +92,18 @@ CASES = {
     "llama8b-4096-memory": Case(
         "Llama-3.1-8B shape, 1 x 4096, least memory", "Llama-3.1-8B", 1, 4096, 1,
         (
-            whet("nf4", "fp8", "--fp8-head", *LEAST, note="least"), DEFAULT,
-            whet("nf4", "fp8", "--checkpointing", "recompute", note="recompute"),
+            whet("nf4", "fp8", "base.fp8_head=true", *LEAST, note="least"), DEFAULT,
+            whet("nf4", "fp8", RERUN, note="recompute"),
             whet("nf4", "bf16", *LEAST, note="least"),
         ),
     ),
     "llama8b-longest": Case(
         "Llama-3.1-8B shape, QLoRA, one row of 401,408 tokens, one step", "Llama-3.1-8B", 1, 401408, 1,
-        (whet("nf4", "fp8", "--fp8-head", *LEAST, "--tile-mlp", "16384", "--no-graphs", note="least"),), once=True,
+        (
+            whet("nf4", "fp8", "base.fp8_head=true", *LEAST, "train.tile_mlp=16384", "train.cuda_graphs=false",
+                 note="least"),
+        ),
+        once=True,
     ),
     "llama8b-first-step": Case(
         "Llama-3.1-8B shape from disk to the end of the first step, 1 x 2048", "Llama-3.1-8B", 1, 2048, 1,
@@ -112,8 +120,8 @@ def command(case: Case, system: System, scratch: Path, warm: int, steps: int) ->
     lengths = ["--lengths", str(case.lengths)] if case.lengths else []
     if system.kind == "whet":
         return [
-            sys.executable, "-m", "whet", "bench", "speed", str(scratch / case.config), "--rows", str(rows),
-            "--length", str(case.length), "--accumulation", str(accumulation), *system.settings, *lengths,
+            sys.executable, "-m", "whet", "bench", "speed", str(scratch / case.config), *system.settings,
+            "--rows", str(rows), "--length", str(case.length), "--accumulation", str(accumulation), *lengths,
             "--warm", str(warm), "--steps", str(steps), "--json",
         ]  # fmt: skip
     checkpointing, bits, *more = system.settings

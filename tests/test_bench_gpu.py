@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from whet import cli, speed
+from whet.recipe import parse
+
 BENCH = Path(__file__).parents[1] / "bench"
 SPEEDS = {"whet": 60_000, "unsloth": 5_000, "peft": 5_200}
 
@@ -107,8 +110,8 @@ def test_rounds_turn_around_and_count_by_their_median(gpu: Any, tmp_path: Path) 
     commands = [command for command, _ in calls[1:]]
     assert commands == commands[::-1]
     case = json.loads((out / "qwen4b-2048.json").read_text())
-    for row, speed in zip([r for r in case["rows"] if r["name"] == "whet fp8"], (10, 30), strict=True):
-        row["tokens_per_second"] = speed
+    for row, figure in zip([r for r in case["rows"] if r["name"] == "whet fp8"], (10, 30), strict=True):
+        row["tokens_per_second"] = figure
     assert importlib.import_module("gpu_report").medians(case)["whet fp8"]["figure"] == 20
 
 
@@ -164,12 +167,17 @@ def test_processes_end_with_their_error_or_at_their_limit(gpu: Any) -> None:
     assert "stopped after" in done.error
 
 
-def test_every_command_is_one_that_the_peers_script_takes(gpu: Any, peers: Any, tmp_path: Path) -> None:
+def test_every_command_is_one_that_whet_or_the_peers_script_takes(gpu: Any, peers: Any, tmp_path: Path) -> None:
     for case in gpu.CASES.values():
         assert (BENCH / "configs" / f"{case.config}.json").is_file()
         for system in case.systems:
             task = gpu.command(case, system, tmp_path, 5, 15)
-            if system.kind != "whet":
+            if system.kind == "whet":
+                words = cli._parser().parse_args(task[3:])
+                parsed = parse(None, words.overrides)
+                speed.check_used(parsed.recipe.method, parsed.origins)
+                assert (words.rows, words.length) == (system.rows or case.rows, case.length)
+            else:
                 options = peers.arguments(task[2:])
                 assert options.steps == (1 if case.first_step else 15)
                 assert (options.lengths is None) == (case.lengths is None)

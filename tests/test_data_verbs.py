@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 from fake_endpoint import Fake, Say, serving
 
+import whet
 from whet import cli
 from whet.data.judge.added import refused_beside
+from whet.data.judge.endpoint import Endpoint
 from whet.data.judge.output import replies_beside
 
 KEY = "sk-test-Z9y8X7w6V5u4T3s2R1q0"
@@ -278,6 +280,22 @@ def test_a_writer_that_loses_a_field_is_seen(
         assert run("augment", path, fake) == 1
     assert "would be read as another one" in capsys.readouterr().err
     assert not Path("added.jsonl").exists()
+
+
+def test_the_same_verbs_in_python_take_an_endpoint() -> None:
+    data = {"data.dataset": chats(4), "data.val_size": 0}
+    with serving(score) as fake:
+        asked = {"base_url": fake.base_url, "model": "judge-1", "concurrency": 2}
+        found = whet.judge(endpoint=asked, least=3, out="s.jsonl", **data)
+        assert whet.judge(endpoint=Endpoint(**asked), out="s.jsonl", **data)["rows"] == found["rows"] == 4
+        assert len(fake.asked) == 4
+    assert len(lines("s.jsonl")) == 4
+    with serving(paraphrase) as fake:
+        asked = {"base_url": fake.base_url, "model": "judge-1"}
+        assert whet.augment(endpoint=asked, copies=1, out="a.jsonl", **data)["rows"] == len(lines("a.jsonl")) == 4
+        with pytest.raises(whet.UserError, match="an endpoint has no such setting") as refused:
+            whet.augment(endpoint=asked | {"base_ulr": "x"}, **data)
+    assert refused.value.fix == "write base_url"
 
 
 @pytest.mark.parametrize("words", [["check"], ["judge"], ["augment"]])

@@ -21,7 +21,7 @@ from whet.methods.lora import Lora
 from whet.planning import memory
 from whet.planning.costs import MemoryMode, activation_bytes
 from whet.planning.decide import LEAST_TOKENS, MAX_COMPILED_FORMS, MAX_FORMS, SLACK_BYTES, decide
-from whet.planning.facts import Facts, MethodFacts, Work, count_model, nf4_bytes
+from whet.planning.facts import Facts, Work, count_model, nf4_bytes
 from whet.planning.layout import Layout
 from whet.settings import Train
 
@@ -51,7 +51,7 @@ def facts(
     parts = ((index, np.full(n, 5, np.int32), np.ones(n, bool)) for index, n in enumerate(lengths))
     batches = TextBatches(Rows.gather(parts), flat=flat, order=Order(0), cut=cut or Cut(8, 1))
     return Facts(
-        hardware, placement, count_model(model, network, placement), MethodFacts(**changes), Work(batches, steps),
+        hardware, placement, count_model(model, network, placement), Work(batches, steps),
         flat=flat, padded_task=False,
     )  # fmt: skip
 
@@ -162,7 +162,6 @@ def test_layers_are_compiled_where_the_run_is_long(big: Facts) -> None:
     assert decide(Train(compile=True), replace(big, work=Work(big.work.batches, 2))).compile_layers
     assert not decide(Train(compile=False), big).compile_layers
     assert not decide(Train(), facts(CPU)).compile_layers
-    assert not decide(Train(), replace(big, method=MethodFacts(compiles=False))).compile_layers
 
 
 def test_steps_are_captured_wherever_they_can_be(big: Facts) -> None:
@@ -172,10 +171,8 @@ def test_steps_are_captured_wherever_they_can_be(big: Facts) -> None:
     assert not decide(Train(gradient_checkpointing=True), big).cuda_graphs
     assert not decide(Train(offload_optimizer=True), big).cuda_graphs
     assert not decide(Train(), facts(CPU)).cuda_graphs
-    assert not decide(Train(), replace(big, method=MethodFacts(uncapturable="a penalty"))).cuda_graphs
     assert not decide(Train(), facts(gpu(80), base=Base(offload_embedding=True))).cuda_graphs
-    with pytest.raises(UserError, match="cannot be captured"):
-        decide(Train(cuda_graphs=True, gradient_checkpointing=True), big)
+    assert not decide(Train(cuda_graphs=True, gradient_checkpointing=True), big).cuda_graphs, "a rule refuses that"
 
 
 def test_fp8_bytes_are_kept_in_both_orders_where_they_are_small(big: Facts) -> None:
@@ -206,8 +203,6 @@ def test_the_optimiser_goes_to_the_host_only_when_nothing_else_fits() -> None:
     assert tight.host_bytes >= 16 * known.model.trainable
     with pytest.raises(UserError, match="do not fit"):
         decide(Train(offload_optimizer=False), with_free(known, 100))
-    follows = replace(with_free(known, 300), method=MethodFacts(follows_updates=True))
-    assert not decide(Train(offload_optimizer=True), follows).offload_optimizer
     assert not decide(Train(optim="adafactor"), known).offload_optimizer
 
 

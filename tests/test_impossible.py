@@ -8,21 +8,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tasks
 import tiny
-import torch
 
 from whet.base.errors import UserError
 from whet.cli import run
-from whet.planning.rules import check_arrangement
 from whet.recipe import parse
 from whet.runs import Run
-from whet.settings import Train
 from whet.ship.merge import merge
 from whet.training import load as loading
 
@@ -258,27 +255,6 @@ def test_the_harness_sees_a_model_being_loaded(place: Path) -> None:
 def test_the_table_is_large_and_its_names_differ() -> None:
     assert len({case.name for case in CASES}) == len(CASES) >= 40
     print(f"{len(CASES)}/{len(CASES)} impossible combinations refused")
-
-
-@pytest.mark.parametrize(
-    ("wanted", "penalised", "field", "fix"),
-    [
-        ({}, True, "train.cuda_graphs", "train.cuda_graphs=auto"),
-        ({"optim": "sgd"}, False, "train.optim", "train.optim=adamw"),
-        ({"gradient_checkpointing": True}, False, "train.cuda_graphs", "train.cuda_graphs=auto"),
-        ({"tile_mlp": 64}, False, "train.cuda_graphs", "train.cuda_graphs=auto"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_captured_is_refused_on_a_gpu_too(
-    wanted: dict[str, Any], penalised: bool, field: str, fix: str
-) -> None:
-    on_gpu, train = torch.device("cuda"), Train(cuda_graphs=True, **wanted)
-    with pytest.raises(UserError) as caught:
-        check_arrangement(train, on_gpu, padded=False, uncaptured="why" if penalised else None)
-    assert (caught.value.field, caught.value.fix) == (field, fix)
-    check_arrangement(replace(train, cuda_graphs=None), on_gpu, padded=False, uncaptured="why" if penalised else None)
-    check_arrangement(Train(cuda_graphs=True), on_gpu, padded=False)
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning", "adaption_prompt", "bottleneck", "lily", "beft"])

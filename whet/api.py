@@ -8,7 +8,7 @@ print(whet.evaluate(run.path)["tuned"]["metrics"])
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -103,27 +103,46 @@ def prepared(parsed: Parsed, *, any_model: bool = False) -> Prepared:
     from dataclasses import replace
 
     from whet.engine.load.load import load_config
-    from whet.planning.rules import check_recipe, rows_for
+    from whet.planning.asked import Asked
+    from whet.planning.rules import ROWS, TASK, check, data_for_method
     from whet.runs import prepared as prepare_rows
 
-    found = prepare_rows(replace(parsed.recipe, data=rows_for(parsed.recipe)), any_model=any_model)
-    check_recipe(parsed.recipe, load_config(parsed.recipe.model), found.task)
-    return found
+    asked = Asked.of(parsed.recipe, config=load_config(parsed.recipe.model))
+    check(asked, ROWS)
+    rows = prepare_rows(replace(parsed.recipe, data=data_for_method(parsed.recipe)), any_model=any_model)
+    check(replace(asked, task=rows.task.name), TASK)
+    return rows
 
 
 def judge(
-    recipe: str | Path | None = None, /, *, endpoint: str, model: str, api_key_env: str | None = None,
-    rubric: Literal["quality", "harm"] = "quality", least: int = 1, out: str | Path = "scores.jsonl", jobs: int = 4,
-    **overrides: Any,
+    recipe: str | Path | None = None, /, *, endpoint: Endpoint | Mapping[str, Any],
+    rubric: Literal["quality", "harm"] = "quality", least: int = 1, out: str | Path = "scores.jsonl", **overrides: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Have the rows to learn from scored by the model at an OpenAI-compatible endpoint, for `data.scores`.
 
-    api_key_env: the environment variable that holds the key. Returns the counts and the worst rows. Raises UserError.
+    endpoint: `{"base_url": "http://127.0.0.1:8000/v1", "model": "qwen3-32b"}`, and what else
+    `whet.data.judge.endpoint.Endpoint` has. Returns the counts and the worst rows. Raises UserError.
     """
+    return judge_parsed(_parsed(recipe, overrides), _endpoint(endpoint), out, rubric, least)
+
+
+def _endpoint(given: Endpoint | Mapping[str, Any]) -> Endpoint:
+    from dataclasses import fields
+
+    from whet.base.errors import UserError, nearest
     from whet.data.judge.endpoint import Endpoint
 
-    asked = Endpoint(base_url=endpoint, model=model, api_key_env=api_key_env, concurrency=jobs)
-    return judge_parsed(_parsed(recipe, overrides), asked, out, rubric, least)
+    if isinstance(given, Endpoint):
+        return given
+    known = [field.name for field in fields(Endpoint)]
+    for name in given:
+        if name not in known:
+            near = nearest(name, known)
+            raise UserError(
+                "an endpoint has no such setting", field=f"endpoint.{name}", found=str(given[name]),
+                expected=", ".join(known), fix=f"write {near}" if near else "remove it",
+            )  # fmt: skip
+    return Endpoint(**given)
 
 
 def judge_parsed(
@@ -138,14 +157,11 @@ def judge_parsed(
 
 
 def augment(
-    recipe: str | Path | None = None, /, *, endpoint: str, model: str, api_key_env: str | None = None, copies: int = 2,
-    out: str | Path = "added.jsonl", jobs: int = 4, **overrides: Any,
+    recipe: str | Path | None = None, /, *, endpoint: Endpoint | Mapping[str, Any], copies: int = 2,
+    out: str | Path = "added.jsonl", **overrides: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Have the rows to learn from paraphrased by the model at an endpoint, for `data.added_dataset`; as `judge`."""
-    from whet.data.judge.endpoint import Endpoint
-
-    asked = Endpoint(base_url=endpoint, model=model, api_key_env=api_key_env, concurrency=jobs)
-    return augment_parsed(_parsed(recipe, overrides), asked, out, copies)
+    return augment_parsed(_parsed(recipe, overrides), _endpoint(endpoint), out, copies)
 
 
 def augment_parsed(parsed: Parsed, endpoint: Endpoint, out: str | Path, copies: int) -> dict[str, Any]:
@@ -180,29 +196,22 @@ def compose(
     return compose_on_disk(out, parts, weights=weights, how=how, rank=rank, density=density)
 
 
-def bench_speed(
-    model: str, *, storage: str | None = None, compute: str | None = None, checkpointing: str = "auto",
-    optim: str = "adamw", fp8_head: bool = False, offload_embedding: bool = False, offload_head: bool = False,
-    offload_optimizer: bool = False, keep_transposed: bool = False,
-    tile_mlp: int | None = None, compile: bool | None = None, cuda_graphs: bool | None = None, **load: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Training speed and memory of LoRA on `model` here; load: fields of `whet.speed.Load`, the rest as in a recipe."""
-    import torch
+def bench_speed(model: str, overrides: Sequence[str] = (), **load: Any) -> dict[str, Any]:
+    """Training speed and memory of LoRA on `model` here, or on random weights of a config.json.
 
-    from whet.base.console import quiet_libraries
-    from whet.engine.config import Base
-    from whet.settings import Train
-    from whet.speed import MODES, Load, measure_speed
+    overrides: `section.key=value` as on the command line; load: fields of `whet.speed.Load`. Raises UserError.
+    """
+    from whet.base.console import quiet_libraries, say
+    from whet.speed import Load, check_used, measure_speed
 
     quiet_libraries()
-    base = Base(
-        storage=storage, compute=compute, fp8_head=fp8_head, offload_embedding=offload_embedding,  # type: ignore[arg-type]
-        keep_transposed=keep_transposed or None, offload_head=offload_head,
-    )  # fmt: skip
-    settled = {"optim": optim, "tile_mlp": tile_mlp, "cuda_graphs": cuda_graphs, **MODES[checkpointing]}
-    settled["offload_optimizer"] = offload_optimizer or None
-    settled["compile"] = torch.cuda.is_available() if compile is None else compile
-    return measure_speed(model, base, Train(**settled), Load(**load))
+    drawn = ["model.from_config=true"] if model.endswith(".json") else []
+    parsed = parse(None, [*overrides, f"model.path={json.dumps(model)}", *drawn])
+    for note in parsed.notes:
+        say(note, style="dim")
+    recipe = parsed.recipe
+    check_used(recipe.method, parsed.origins)
+    return measure_speed(recipe.model, recipe.base, recipe.method, recipe.train, Load(**load))
 
 
 def capabilities() -> list[dict[str, Any]]:

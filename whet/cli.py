@@ -106,8 +106,8 @@ def _parser() -> argparse.ArgumentParser:
                      )  # fmt: skip
     _adapter_options(adapters)
     bench = _verb(verbs, "bench", "training speed and memory of a model on this machine", do.bench,
-                  "whet bench speed Qwen/Qwen3-0.6B --rows 8 --length 512\n  whet bench speed model/ --storage nf4 "
-                  "--checkpointing recompute --json")  # fmt: skip
+                  "whet bench speed Qwen/Qwen3-0.6B --rows 8 --length 512\n  whet bench speed model/ base.storage=nf4 "
+                  "train.gradient_checkpointing=true --steps 30 --json")  # fmt: skip
     _bench_options(bench)
     _verb(verbs, "methods", "what can be trained, and how", do.methods, "whet methods")
     _verb(verbs, "doctor", "what is installed, what is missing, does the arithmetic hold", do.doctor, "whet doctor")
@@ -195,6 +195,9 @@ def _adapter_options(adapters: argparse.ArgumentParser) -> None:
 def _bench_options(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("what", choices=["speed"], help="speed: tokens a second and peak memory of training with LoRA")
     bench.add_argument("target", help="a model directory, a hub name, builtin:tiny, or a config.json")
+    bench.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings as in a recipe; before the options"
+    )
     for name, default, what in (
         ("rows", 8, "rows in a forward pass"), ("length", 512, "tokens of a row"),
         ("accumulation", 1, "forward passes in a step"), ("steps", 15, "timed steps"),
@@ -202,20 +205,6 @@ def _bench_options(bench: argparse.ArgumentParser) -> None:
         bench.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"{what} ({default})")
     bench.add_argument("--warm", type=_count, default=5, metavar="N", help="steps before the timed ones (5)")
     bench.add_argument("--lengths", metavar="FILE", help="JSON list of document lengths to pack into rows x length")
-    bench.add_argument("--storage", choices=["fp32", "bf16", "fp8", "int8", "nf4"], help="as base.storage (auto)")
-    bench.add_argument("--compute", choices=["fp32", "bf16", "fp8"], help="as base.compute (auto)")
-    bench.add_argument("--checkpointing", choices=["auto", "off", "recompute", "offload"], default="auto",
-                       help="what is kept for the backward pass (auto)")  # fmt: skip
-    bench.add_argument("--optim", choices=["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"],
-                       default="adamw", help="as train.optim (adamw)")  # fmt: skip
-    bench.add_argument("--fp8-head", action="store_true", help="as base.fp8_head")
-    bench.add_argument("--offload-embedding", action="store_true", help="as base.offload_embedding")
-    bench.add_argument("--offload-head", action="store_true", help="as base.offload_head")
-    bench.add_argument("--offload-optimizer", action="store_true", help="as train.offload_optimizer")
-    bench.add_argument("--keep-transposed", action="store_true", help="as base.keep_transposed")
-    bench.add_argument("--tile-mlp", type=_positive, metavar="N", help="as train.tile_mlp")
-    bench.add_argument("--no-compile", action="store_true", help="do not compile, as short runs do")
-    bench.add_argument("--no-graphs", action="store_true", help="start every kernel from Python")
 
 
 def _normalised(arguments: list[str]) -> list[str]:

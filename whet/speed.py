@@ -1,8 +1,8 @@
 """`whet bench speed`: training speed and memory of a model on this machine, through the path that training takes.
 
 Rows are random tokens, all learned but the first; speed does not depend on what they say. The layout, the kernels, the
-optimiser and the step are those of `whet train`, so what it shows is what training will do. LoRA of rank 16 on all
-linear layers, dropout 0, as in the published comparisons.
+optimiser and the step are those of `whet train`, so what it shows is what training will do. LoRA as it is by default:
+rank 16 on all linear layers, dropout 0, as in the published comparisons.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,15 @@ from whet.data.batch.rows import Rows
 from whet.data.batch.text_batches import TextBatches
 
 RATE = 2e-4
+SECTIONS = ("model", "base", "method")  # every setting of these counts, and of training those of one step
+OF_A_STEP = (
+    "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "gradient_checkpointing",
+    "activation_offload", "tile_mlp", "offload_optimizer", "compile", "cuda_graphs", "fit_micro_batches",
+)  # fmt: skip
+INSTEAD = {
+    "train.per_device_train_batch_size": "--rows", "train.gradient_accumulation_steps": "--accumulation",
+    "train.max_steps": "--steps", "data.max_length": "--length",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,43 +53,50 @@ class Load:
     lengths: str | None = None
     warm: int = 5
     steps: int = 15
-    r: int = 16
 
 
-def measure_speed(model: str, base: Any, train: Any, load: Load) -> dict[str, Any]:
+def check_used(method: Any, paths: Iterable[str]) -> None:
+    """Raise UserError for a setting, by its dotted path, that a measurement of speed would not use."""
+    for path in paths:
+        section, _, name = path.partition(".")
+        if section not in SECTIONS and not (section == "train" and name in OF_A_STEP):
+            raise UserError(
+                "a measurement of speed does not use this setting", field=path,
+                expected=f"settings of {', '.join(SECTIONS)}, and of train: {', '.join(OF_A_STEP)}",
+                fix=f"{INSTEAD[path]} says it" if path in INSTEAD else "remove it",
+            )  # fmt: skip
+    if method.name != "lora":
+        raise UserError(
+            "speed is measured with LoRA", field="method.name", found=method.name, expected="lora", fix="remove it"
+        )
+
+
+def measure_speed(model: Any, base: Any, method: Any, train: Any, load: Load) -> dict[str, Any]:
     """tokens_per_second (median of the timed steps) and what stands beside it; see the keys. Raises UserError.
 
-    base, train: the sections of a recipe; where `train.compile` is open, layers are compiled wherever they can be.
+    model, base, method, train: sections of a recipe. Layers are compiled on a GPU, however short the measurement is,
+    unless train.compile says otherwise.
     """
     import torch
 
-    from whet.engine.config import Model
     from whet.engine.load.load import load_config
     from whet.engine.task import CAUSAL
-    from whet.methods.lora import Lora
     from whet.planning.facts import Work
     from whet.planning.plan import plan_run, resolve_base
-    from whet.planning.rules import check
     from whet.recipe import Recipe
 
     seed_everything(0)
-    settings = Model(path=model, from_config=model.endswith(".json"))
-    config = load_config(settings)
-    recipe = Recipe(model=settings, base=base, method=Lora(r=load.r), train=train)
-    placed = resolve_base(recipe, config)
-    hardware, placement = placed
-    check(recipe, placement, config, CAUSAL)
     total = load.warm + load.steps
-    on_gpu = placement.device.type == "cuda"
-    train = replace(
-        train, compile=on_gpu if train.compile is None else train.compile, learning_rate=train.learning_rate or RATE,
-        max_steps=total,
-    )  # fmt: skip
-    recipe = replace(recipe, train=train)
+    recipe = Recipe(model=model, base=base, method=method, train=train)
+    config = load_config(model)
+    hardware, placement = placed = resolve_base(recipe, config)
+    compiled = placement.device.type == "cuda" if train.compile is None else train.compile
+    rate = train.learning_rate or RATE
+    recipe = replace(recipe, train=replace(train, compile=compiled, learning_rate=rate, max_steps=total))
     batches = _batches(load, min(30000, config.get_text_config().vocab_size))
     plan = plan_run(recipe, placed, CAUSAL, Work(batches, total))
     return {
-        "system": "whet", "model": Path(model).name, "device": hardware.name, "torch": torch.__version__,
+        "system": "whet", "model": Path(model.path).name, "device": hardware.name, "torch": torch.__version__,
         "storage": placement.storage, "compute": placement.arithmetic, **asdict(load), **_measure(plan, total, load),
     }  # fmt: skip
 
@@ -183,7 +200,7 @@ def _arranged(plan: Any) -> tuple[Any, float, float]:
     model = recipe.method.attach(network).train()
     objective = objective_for(network, placement, plan.task, padded=False, virtual=False)
     # The objective is handed over: a head that gives way to its FP8 form must be let go.
-    return apply(plan.layout, placement, Loaded(network, model, {}), objective, plan.facts.work.batches), loaded, began
+    return apply(plan, Loaded(network, model, {}), objective), loaded, began
 
 
 def _now(device: Any) -> float:

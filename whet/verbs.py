@@ -312,13 +312,8 @@ def bench(words: argparse.Namespace) -> dict[str, Any]:
     from whet.base.console import bytes_text, say
 
     _prepare_libraries()
-    found = api.bench_speed(words.target, **{
-        name: getattr(words, name) for name in (
-            "rows", "length", "accumulation", "steps", "warm", "lengths", "storage", "compute", "checkpointing",
-            "optim", "fp8_head", "offload_embedding", "offload_head", "offload_optimizer", "keep_transposed",
-            "tile_mlp",
-        )
-    }, compile=False if words.no_compile else None, cuda_graphs=False if words.no_graphs else None)  # fmt: skip
+    load = ("rows", "length", "accumulation", "lengths", "warm", "steps")
+    found = api.bench_speed(words.target, words.overrides, **{name: getattr(words, name) for name in load})
     say(f"{found['tokens_per_second']:,} tokens a second ({found['median_seconds'] * 1000:.1f} ms a step), "
         f"peak {bytes_text(int(found['peak_allocated_gib'] * 2**30))}, {found['storage']} weights, {found['compute']} "
         f"arithmetic on {found['device']}", style="bold")  # fmt: skip

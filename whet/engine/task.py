@@ -6,6 +6,7 @@ else of a run is told apart by the shape of its batches.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 TaskName = Literal["causal", "classification", "multi_label", "regression", "seq2seq"]
 LABELLED: tuple[TaskName, ...] = ("classification", "multi_label", "regression")
 _AUTO = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
+_CLASSES = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING", "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"}
 _PROBLEMS = {
     "classification": "single_label_classification", "multi_label": "multi_label_classification",
     "regression": "regression",
@@ -47,6 +49,12 @@ class Task:
         import transformers
 
         return getattr(transformers, _AUTO.get(self.name, "AutoModelForSequenceClassification"))
+
+    def classes(self) -> Mapping[Any, Any]:
+        """transformers' models for the task: class of config to class of model."""
+        import transformers
+
+        return getattr(transformers, _CLASSES.get(self.name, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"))
 
     def config_values(self) -> dict[str, Any]:
         """What the model's config must say: how many outputs there are, and their names."""
@@ -78,28 +86,10 @@ def text_task(config: PreTrainedConfig) -> TaskName:
     return names[kind_of(config)]
 
 
-def check_task(name: TaskName, config: PreTrainedConfig) -> None:
-    """Raise UserError where the model cannot be trained for the task."""
-    import transformers
-
-    kind = kind_of(config)
-    if name in LABELLED:
-        able = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    elif name == "seq2seq":
-        able = kind == "encoder_decoder" and type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    else:
-        able = kind == "decoder" and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if able:
-        return
-    wanted = {"causal": "a decoder (Llama, Qwen, GPT-2)", "seq2seq": "an encoder-decoder (T5)"}
-    fixes = {"encoder": "rows with text and label", "encoder_decoder": "model.task=seq2seq"}
-    raise UserError(
-        f"this kind of model cannot be trained for the task {name}", field="model.task",
-        found=f"{config.model_type}, {'an' if kind[0] == 'e' else 'a'} {kind.replace('_', '-')}",
-        expected=wanted.get(name, "a model with a classification head in transformers"),
-        fix=fixes.get(kind, "model.task=causal" if name == "seq2seq" else "give another model") if name not in LABELLED
-        else "give another model",
-    )  # fmt: skip
+def fits_task(name: TaskName, config: PreTrainedConfig) -> bool:
+    """Whether the model can be trained for the task."""
+    right_kind = name in LABELLED or kind_of(config) == ("encoder_decoder" if name == "seq2seq" else "decoder")
+    return right_kind and type(config) in Task(name).classes()
 
 
 def set_pad(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast | None) -> None:

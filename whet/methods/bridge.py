@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from whet.base.config import config, setting
 from whet.base.errors import UserError
+from whet.base.private import other_forward
 from whet.engine.task import CAUSAL, Task, head_names
 from whet.methods.bridged import BRIDGED, BridgedName
 from whet.methods.capability import Capability
@@ -90,13 +91,12 @@ class Bridge(PeftMethod):
         from peft.utils import ModulesToSaveWrapper
 
         heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-        wrapped, model.forward = model.forward, model.get_base_model().forward
         try:
             for head in heads:
                 head.enable_adapters(False)
-            yield
+            with other_forward(model, model.get_base_model().forward):
+                yield
         finally:
-            model.forward = wrapped
             for head in heads:
                 head.enable_adapters(True)
 

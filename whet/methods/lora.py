@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Lt, Predicate
 from whet.base.config import config, setting
 from whet.base.errors import UserError, nearest
 from whet.base.files import read_json, write_json
+from whet.base.private import revision_of
 from whet.engine.task import CAUSAL, Task
 from whet.methods.capability import ANY, DENSE, Capability
 from whet.methods.method import PeftMethod
@@ -321,14 +322,14 @@ def _dense_twin(network: PreTrainedModel, task: Task) -> PreTrainedModel:
     from whet.engine.device import Placement
     from whet.engine.load.load import load_config, load_model
 
-    path = getattr(network.config, "_name_or_path", "")
+    path = network.config.name_or_path
     if not path:
         raise UserError(
             "LoftQ needs the weights as they were before quantising, and this model was made from nothing",
             field="method.init_lora_weights", found="loftq", expected="a checkpoint in model.path",
             fix="method.init_lora_weights=kaiming",
         )  # fmt: skip
-    source = Model(path=path, revision=getattr(network.config, "_commit_hash", None))
+    source = Model(path=path, revision=revision_of(network.config))
     stored = torch.bfloat16 if load_config(source).dtype == torch.bfloat16 else torch.float32
     host = Placement(torch.device("cpu"), "bf16" if stored == torch.bfloat16 else "fp32", stored, False, {})
     return load_model(source, host, task)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from whet.base.errors import UserError
 from whet.data.batch.batches import Batches
 from whet.data.batch.text_batches import TextBatches
 from whet.engine.compute.compile import worth_compiling
@@ -53,8 +52,6 @@ def asks_for_memory_mode(train: Train) -> bool:
 
 def _compiles(train: Train, facts: Facts) -> bool:
     """As set, else where the whole run is long enough."""
-    if not facts.method.compiles or facts.padded_task:
-        return False
     if train.compile is not None or not facts.on_gpu or not facts.flat:
         return bool(train.compile)
     return worth_compiling(facts.model.total, facts.work.tokens)
@@ -74,11 +71,8 @@ def _keeps_transposed(facts: Facts, layout: Layout) -> bool:
 def _place_optimiser(train: Train, facts: Facts, layout: Layout) -> Layout:
     """On the host where that is asked for, or where not even the leanest activations would fit beside it."""
     wanted = train.offload_optimizer
-    if facts.method.follows_updates:
-        wanted = False
     room = _room(facts, layout)
-    may = train.optim == "adamw" and not train.cuda_graphs and not facts.padded_task
-    if wanted is None and room is not None and may:
+    if wanted is None and room is not None and train.optim == "adamw" and not (train.cuda_graphs or facts.padded_task):
         wanted = room < memory.activations(facts, _leanest(facts, layout))
     if not wanted:
         return layout
@@ -150,16 +144,10 @@ def _keep_activations(train: Train, facts: Facts, layout: Layout, room: int | No
 
 
 def _captures(train: Train, facts: Facts, layout: Layout) -> bool:
-    """Whole steps as CUDA graphs: as set, else wherever they can be. Raises UserError where they are asked for and
-    cannot be."""
+    """Whole steps as CUDA graphs: wherever they can be and are not turned off."""
     on_host = facts.placement.offload_embedding or facts.placement.offload_head or layout.offload_optimizer
     possible = (
         facts.on_gpu and train.optim == "adamw" and bool(layout.cut.forms) and layout.mode == MemoryMode()
-        and facts.method.uncapturable is None and not on_host
+        and not on_host
     )  # fmt: skip
-    if train.cuda_graphs and not possible:
-        raise UserError(
-            "this run's steps cannot be captured", field="train.cuda_graphs", found="true",
-            expected="padding-free rows, optim adamw, no checkpointed layers", fix="train.cuda_graphs=auto",
-        )  # fmt: skip
     return possible and train.cuda_graphs is not False

@@ -14,7 +14,6 @@ from whet.data.batch.batches import Batches
 from whet.engine.device import PACKED, Hardware, Placement
 from whet.engine.weights.linear import frozen_names
 from whet.engine.weights.nf4 import BLOCK, NESTED_BLOCK
-from whet.methods.method import Method
 from whet.planning.costs import LayerShape, layer_shape
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
@@ -43,18 +42,6 @@ class ModelFacts:
     tied: bool = False
     short_numbers: int = 0
     has_peft: bool = False
-
-
-@dataclass(frozen=True)
-class MethodFacts:
-    """Limits that a method sets. uncapturable: why no step of it can be captured in a CUDA graph, or None; compiles:
-    its layers are one graph; follows_updates: it hooks itself to the optimiser on the device; whole_model: it saves a
-    model, not an adapter."""
-
-    uncapturable: str | None = None
-    compiles: bool = True
-    follows_updates: bool = False
-    whole_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +76,6 @@ class Facts:
     hardware: Hardware
     placement: Placement
     model: ModelFacts
-    method: MethodFacts
     work: Work
     flat: bool
     padded_task: bool
@@ -98,17 +84,6 @@ class Facts:
     def on_gpu(self) -> bool:
         """The device is a CUDA GPU: memory has a hard end, and kernels can be compiled and captured."""
         return self.hardware.device.type == "cuda"
-
-
-def method_facts(method: Any, *, new_tokens: bool) -> MethodFacts:
-    """The limits of a method with these settings; new_tokens: the recipe adds tokens."""
-    why = None
-    if method.penalised:
-        why = "the method adds a penalty to the loss after the forward pass, which a captured step would leave out"
-    elif new_tokens or getattr(method, "trainable_token_indices", None):
-        why = "PEFT copies the places of the trained tokens from the host in every forward pass"
-    follows = type(method).begin is not Method.begin
-    return MethodFacts(why, method.can.compiles, follows, method.can.whole_model)
 
 
 def count_model(model: Any, network: Any, placement: Placement) -> ModelFacts:

@@ -6,27 +6,24 @@ attached, looks at the hardware, and decides. Where the rows are not known, full
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from whet.base.errors import UserError
 from whet.data.batch.batches import Cut, Order
 from whet.data.batch.rows import Rows
 from whet.data.batch.text_batches import TextBatches
 from whet.engine.device import PACKED, Hardware, Placement, find_hardware, resolve_placement
 from whet.engine.load.load import checkpoint_storage, empty_model, load_config, longest_input
-from whet.engine.memory.host_tables import check_embedding, check_head, is_tied
 from whet.engine.task import Task, text_task
 from whet.engine.weights.linear import frozen_names
+from whet.planning.asked import Asked, Structure
 from whet.planning.decide import decide
-from whet.planning.facts import Facts, Work, count_model, method_facts
+from whet.planning.facts import Facts, Work, count_model
 from whet.planning.layout import Layout
-from whet.planning.rules import check
+from whet.planning.rules import check, decided
 from whet.recipe import Recipe
 
 USUAL_LENGTH = 2048
@@ -35,10 +32,11 @@ ASSUMED_STEPS = 1000
 
 @dataclass(frozen=True)
 class Plan:
-    """How a recipe would run: the facts, and the layout that follows from them. assumed: what was not known."""
+    """How a recipe would run: the facts, and the layout that follows from them; asked: the facts of the rules."""
 
     recipe: Recipe
     task: Task
+    asked: Asked
     facts: Facts
     layout: Layout
 
@@ -78,33 +76,28 @@ def plan_recipe(recipe: Recipe) -> Plan:
     config = load_config(recipe.model)
     task = assumed_task(recipe, config)
     hardware, placement = resolve_base(recipe, config)
-    check(recipe, placement, config, task)
     return plan_run(recipe, (hardware, placement), task, assumed_work(recipe, config, task))
 
 
 def plan_run(recipe: Recipe, base: tuple[Hardware, Placement], task: Task, work: Work) -> Plan:
-    """The plan of a recipe over the batches of `work`; base: as `resolve_base` gives it. Raises UserError for what the
-    model's structure rules out."""
+    """The plan of a recipe over the batches of `work`; base: as `resolve_base` gives it. Raises UserError for what
+    excludes each other, in the recipe or in the model's structure."""
     hardware, placement = base
+    asked = Asked.of(recipe, task=task.name, config=load_config(recipe.model)).on(hardware, placement)
+    check(asked)
     network = empty_model(recipe.model, "fp32", task)
     packed = frozen_names(network) if placement.storage in PACKED else []
     with torch.device("meta"):
         model = recipe.method.attach(network, task)
-    padded_task = is_padded_task(recipe, task)
-    _check_together(network, model, placement, packed)
-    if placement.offload_head:
-        check_head(network, flat=not padded_task)
+    asked = replace(asked, structure=Structure.of(network, model, packed))
+    check(asked)
     facts = Facts(
-        hardware=hardware, placement=placement, model=count_model(model, network, placement),
-        method=method_facts(recipe.method, new_tokens=bool(recipe.model.new_tokens)), work=work,
-        flat=bool(work.batches.flat), padded_task=padded_task,
+        hardware=hardware, placement=placement, model=count_model(model, network, placement), work=work,
+        flat=bool(work.batches.flat), padded_task=asked.padded,
     )  # fmt: skip
-    return Plan(recipe, task, facts, decide(recipe.train, facts))
-
-
-def is_padded_task(recipe: Recipe, task: Task) -> bool:
-    """Tell whether the model is called as a whole on padded rows: for labels, answers, and virtual tokens in front."""
-    return task.name != "causal" or not recipe.method.can.inside
+    layout = decide(decided(asked), facts)
+    check(replace(asked, can_capture=layout.cuda_graphs))
+    return Plan(recipe, task, asked, facts, layout)
 
 
 def assumed_task(recipe: Recipe, config: Any) -> Task:
@@ -121,31 +114,8 @@ def assumed_work(recipe: Recipe, config: Any, task: Task) -> Work:
     count = train.per_device_train_batch_size * train.gradient_accumulation_steps
     rows = Rows.gather((index, np.zeros(length, np.int32), np.ones(length, bool)) for index in range(count))
     cut = Cut(train.per_device_train_batch_size, train.gradient_accumulation_steps)
-    flat = recipe.data.padding_free is not False and not is_padded_task(recipe, task)
+    flat = recipe.data.padding_free is not False and not Asked.of(recipe, task=task.name).padded
     return Work(TextBatches(rows, flat=flat, order=Order(0), cut=cut), train.max_steps or ASSUMED_STEPS)
-
-
-def _check_together(network: Any, model: torch.nn.Module, placement: Placement, packed: Collection[str]) -> None:
-    """Raise UserError where the method trains what the base settings need frozen.
-
-    network: the model inside of `model`, without weights; packed: names of its layers that the storage takes.
-    """
-    if placement.offload_embedding and not (placement.offload_head and is_tied(network)):
-        check_embedding(network)
-    head = network.get_output_embeddings()
-    trained = head is not None and any(parameter.requires_grad for parameter in head.parameters())
-    if placement.fp8_head and (trained or not isinstance(head, torch.nn.Linear)):
-        raise UserError(
-            "only an output head that stays frozen can be multiplied in FP8", field="base.fp8_head", found="true",
-            expected="false where the method trains the head", fix="base.fp8_head=false",
-        )  # fmt: skip
-    for name, parameter in model.named_parameters():
-        owner = re.sub(r"\.modules_to_save\.\w+", "", name.removeprefix("base_model.model.")).rpartition(".")[0]
-        if parameter.requires_grad and ".modules_to_save." in name and owner in packed:
-            raise UserError(
-                "a quantised module cannot be trained whole", field="method.modules_to_save", found=owner,
-                expected="a module of dense weights", fix="base.storage=bf16, or train it with target_modules",
-            )  # fmt: skip
 
 
 def print_plan(found: dict[str, Any]) -> None:

@@ -1,161 +1,379 @@
-"""What cannot hold together (to be replaced by the table)."""
+"""What excludes each other: settings, device, method, task and the layout of rows, in one table.
+
+A recipe may ask for parts that are each possible but not together. Every such pair is a row of `RULES`, in the order in
+which it is refused; `check` raises the first one that holds. What is wrong with one value alone, with the rows, or with
+the names in a model is said where that value is defined or read.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
-import torch
-
-from whet.base.errors import UserError
 from whet.data.config import Data
-from whet.engine.device import Placement
-from whet.engine.task import Task, check_task
-from whet.planning.facts import method_facts
+from whet.engine.task import LABELLED, fits_task, kind_of
+from whet.methods.capability import DENSE
+from whet.methods.method import Method
+from whet.planning.asked import Asked
+from whet.planning.rule import Rule
 from whet.recipe import Recipe
 from whet.settings import Train
 
 FLAT_ONLY = ("compile", "cuda_graphs", "fit_micro_batches", "activation_offload", "tile_mlp")
+PACKED_FIRST = ("fp8", "nf4", "int8")  # in the order in which a fix names them
+AUTOMATIC = ("compile", "cuda_graphs", "offload_optimizer")  # on a GPU whet decides these by itself
 
 
-def check(recipe: Recipe, placement: Placement, config: Any, task: Task | None = None) -> None:
-    check_optimiser(recipe.train, placement.device)
-    facts = method_facts(recipe.method, new_tokens=bool(recipe.model.new_tokens))
-    check_arrangement(
-        recipe.train, placement.device, padded=recipe.data.padding_free is False, uncaptured=facts.uncapturable
-    )
-    if recipe.train.offload_optimizer and facts.follows_updates:
-        raise UserError(
-            f"{recipe.method.name} reads the gradients on the device after each update",
-            field="train.offload_optimizer", found="true", expected="false or auto", fix="remove the line",
-        )  # fmt: skip
-    if task is None and recipe.model.task is not None:
-        task = Task(recipe.model.task)
-    if task is not None:
-        check_recipe(recipe, config, task)
+def check(asked: Asked, rules: Iterable[Rule] | None = None) -> None:
+    """Raise the UserError of the first rule that is broken, of all or of `rules`."""
+    for rule in RULES if rules is None else rules:
+        if not rule.holds(asked):
+            raise rule.refusal(asked)
 
 
-def asks_for_memory_mode(train: Train) -> bool:
+def decided(asked: Asked) -> Train:
+    """The training settings, with those that whet would decide by itself turned off where a rule forbids them."""
+    train = asked.train
+    for name in AUTOMATIC:
+        if getattr(train, name) is None:
+            wanted = replace(asked, train=replace(train, **{name: True}))
+            if not all(rule.holds(wanted) for rule in RULES):
+                train = replace(train, **{name: False})
+    return train
+
+
+def data_for_method(recipe: Recipe) -> Data:
+    """The data settings, with what the method cannot read turned off."""
+    if recipe.method.can.inside:
+        return recipe.data
+    return replace(recipe.data, packing=False, padding_free=False)
+
+
+def follows_updates(method: Method) -> bool:
+    """Whether the method hooks itself to the optimiser."""
+    return type(method).begin is not Method.begin
+
+
+def _asks_for_memory(train: Train) -> bool:
+    """Whether a memory mode is asked for: layers that run again, or in tiles."""
     return bool(train.gradient_checkpointing or train.activation_offload or train.tile_mlp)
 
 
-def check_optimiser(train: Train, device: torch.device) -> None:
-    """Refuse settings that could not take effect. Raises UserError; loads nothing."""
-    adam = train.optim in ("adamw", "adamw_8bit", "paged_adamw_8bit")
-    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-        if getattr(train, name) is not None and not adam:
-            raise UserError(
-                f"{train.optim} has no such setting", field=f"train.{name}", found=str(getattr(train, name)),
-                expected="auto", fix="train.optim=adamw, or remove the line",
-            )  # fmt: skip
-    if train.decay_ratio is not None and train.lr_scheduler_type != "warmup_stable_decay":
-        raise UserError(
-            f"the {train.lr_scheduler_type} schedule has no decay phase", field="train.decay_ratio",
-            found=str(train.decay_ratio), expected="auto",
-            fix="train.lr_scheduler_type=warmup_stable_decay, or remove the line",
-        )  # fmt: skip
-    if train.offload_optimizer and train.optim != "adamw":
-        raise UserError(
-            f"{train.optim} has no form on the host", field="train.offload_optimizer", found=f"true with {train.optim}",
-            expected="adamw", fix="train.optim=adamw, or train.offload_optimizer=auto",
-        )  # fmt: skip
-    if train.optim.endswith("8bit") and device.type != "cuda":
-        raise UserError(
-            "8-bit optimisers run on CUDA only", field="train.optim", found=f"{train.optim} on {device.type}",
-            expected="adamw, adafactor or sgd", fix="train.optim=adamw",
-        )  # fmt: skip
+def _trains_tokens(asked: Asked) -> bool:
+    """Whether PEFT trains single rows of the embedding."""
+    return bool(asked.model.new_tokens or getattr(asked.method, "trainable_token_indices", None))
 
 
-def check_arrangement(train: Train, device: torch.device, *, padded: bool, uncaptured: str | None = None) -> None:
-    """Raise UserError for a setting that could not take effect on the device, or beside another one.
+def _packed(asked: Asked) -> list[str]:
+    """The storages of few bits on which the method trains."""
+    return [one for one in PACKED_FIRST if one in asked.method.can.storages]
 
-    padded: batches are laid out with padding, so their shapes are many; uncaptured: why no step of this method
-    can be captured, or None.
-    """
-    if train.cuda_graphs:
-        for holds, field, why, fix in (
-            (uncaptured is not None, "train.cuda_graphs", uncaptured or "", "train.cuda_graphs=auto"),
-            (train.optim != "adamw", "train.optim", "only adamw can be captured in a CUDA graph", "train.optim=adamw"),
-            (train.offload_optimizer, "train.cuda_graphs", "an update on the host cannot be captured",
-             "train.cuda_graphs=auto"),
-            (asks_for_memory_mode(train), "train.cuda_graphs", "steps that run layers again or in tiles cannot be captured",  # noqa: E501
-             "train.cuda_graphs=auto"),
-        ):  # fmt: skip
-            if holds:
-                raise UserError(
-                    why, field=field, found=train.optim if field == "train.optim" else "true",
-                    expected="adamw, or train.cuda_graphs auto" if field == "train.optim" else "auto or false", fix=fix,
-                )  # fmt: skip
-    for name in ("compile", "cuda_graphs", "fit_micro_batches"):
-        if getattr(train, name) and device.type != "cuda":
-            raise UserError(
-                "this runs on CUDA only", field=f"train.{name}", found="true", expected="auto", fix="remove the line"
-            )
-        if getattr(train, name) and padded:
-            raise UserError(
-                "padded batches have too many shapes for this", field=f"train.{name}", found="true", expected="auto",
+
+def _fits_the_task(asked: Asked) -> bool:
+    assert asked.task is not None
+    assert asked.config is not None
+    return fits_task(asked.task, asked.config)
+
+
+def _kind(asked: Asked) -> str:
+    """The model's family and kind, as in `bert, an encoder`."""
+    assert asked.config is not None
+    kind = kind_of(asked.config)
+    return f"{asked.config.model_type}, {'an' if kind[0] == 'e' else 'a'} {kind.replace('_', '-')}"
+
+
+def _kind_for_the_task(asked: Asked) -> str:
+    wanted = {"causal": "a decoder (Llama, Qwen, GPT-2)", "seq2seq": "an encoder-decoder (T5)"}
+    return wanted.get(str(asked.task), "a model with a classification head in transformers")
+
+
+def _task_for_the_kind(asked: Asked) -> str:
+    """The fix where a model cannot be trained for a task."""
+    assert asked.config is not None
+    if asked.task in LABELLED:
+        return "give another model"
+    fixes = {"encoder": "rows with text and label", "encoder_decoder": "model.task=seq2seq"}
+    other = "model.task=causal" if asked.task == "seq2seq" else "give another model"
+    return fixes.get(kind_of(asked.config), other)
+
+
+STORAGE = (
+    Rule(
+        name="storage_of_method", field="base.storage", needs=("storage",),
+        broken=lambda asked: asked.storage not in asked.method.can.storages,
+        problem="this method cannot train on this storage", found="{storage}",
+        expected=lambda asked: " or ".join(asked.method.can.storages),
+        fix="base.storage={method.can.storages[0]}; plain method=lora trains on each",
+    ),
+    Rule(
+        name="fp32_on_bf16", field="base.compute", needs=("storage",),
+        broken=lambda asked: asked.storage == "bf16" and asked.compute == "fp32",
+        problem="weights stored as bf16 are computed with in bf16", found="{compute}", expected="bf16 or auto",
+        fix="base.storage=fp32",
+    ),
+    Rule(
+        name="fp8_on_dense", field="base.compute", needs=("storage",),
+        broken=lambda asked: asked.compute == "fp8" and asked.storage in DENSE,
+        problem="FP8 products need frozen weights that are stored in few bits", found="fp8 with {storage} storage",
+        expected=lambda asked: "storage fp8, nf4 or int8" if _packed(asked) else "fp32, bf16 or auto",
+        fix=lambda asked: f"base.storage={_packed(asked)[0]}" if _packed(asked) else "base.compute=bf16",
+    ),
+    Rule(  # a CPU emulates it: slow, for trying out
+        name="fp8_without_hardware", field="base.compute", needs=("storage", "device"),
+        broken=lambda asked: asked.compute == "fp8" and asked.device != "cpu" and not asked.has_fp8,
+        problem="this device has no FP8 arithmetic", found="{device_name}",
+        expected="an NVIDIA GPU of compute capability 8.9 or newer", fix="base.compute=bf16",
+    ),
+    Rule(
+        name="double_quant_alone", field="base.double_quant", needs=("storage",),
+        broken=lambda asked: asked.base.double_quant is not None and asked.storage != "nf4",
+        problem="this needs nf4 storage and would do nothing here",
+        found=lambda asked: str(asked.base.double_quant).lower(), expected="auto",
+        fix="base.storage=nf4, or remove the line",
+    ),
+    Rule(
+        name="keep_transposed_alone", field="base.keep_transposed", needs=("storage",),
+        broken=lambda asked: (
+            asked.base.keep_transposed is not None and not (asked.storage == "fp8" and asked.compute == "fp8")
+        ),
+        problem="this needs fp8 storage and fp8 compute and would do nothing here",
+        found=lambda asked: str(asked.base.keep_transposed).lower(), expected="auto", fix="remove the line",
+    ),
+    Rule(
+        name="fp8_head_alone", field="base.fp8_head", needs=("storage",),
+        broken=lambda asked: asked.base.fp8_head and asked.compute != "fp8",
+        problem="this needs fp8 compute and would do nothing here", expected="auto", fix="remove the line",
+    ),
+)  # fmt: skip
+
+OPTIMISER = (
+    *(
+        Rule(
+            name=f"{name}_without_adam", field=f"train.{name}",
+            broken=lambda asked, name=name: getattr(asked.train, name) is not None and "adamw" not in asked.train.optim,
+            problem="{train.optim} has no such setting", found=f"{{train.{name}}}", expected="auto",
+            fix="train.optim=adamw, or remove the line",
+        )
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon")
+    ),
+    Rule(
+        name="decay_of_another_schedule", field="train.decay_ratio",
+        broken=lambda asked: (
+            asked.train.decay_ratio is not None and asked.train.lr_scheduler_type != "warmup_stable_decay"
+        ),
+        problem="the {train.lr_scheduler_type} schedule has no decay phase", found="{train.decay_ratio}",
+        expected="auto", fix="train.lr_scheduler_type=warmup_stable_decay, or remove the line",
+    ),
+    Rule(
+        name="another_optimiser_on_the_host", field="train.offload_optimizer",
+        broken=lambda asked: asked.train.offload_optimizer and asked.train.optim != "adamw",
+        problem="{train.optim} has no form on the host", found="true with {train.optim}", expected="adamw",
+        fix="train.optim=adamw, or train.offload_optimizer=auto",
+    ),
+    Rule(
+        name="8bit_without_cuda", field="train.optim", needs=("device",),
+        broken=lambda asked: asked.train.optim.endswith("8bit") and asked.device != "cuda",
+        problem="8-bit optimisers run on CUDA only", found="{train.optim} on {device}",
+        expected="adamw, adafactor or sgd", fix="train.optim=adamw",
+    ),
+)  # fmt: skip
+
+LAYOUT = (
+    Rule(
+        name="captured_penalty", field="train.cuda_graphs",
+        broken=lambda asked: asked.train.cuda_graphs and asked.method.penalised,
+        problem="the method adds a penalty to the loss after the forward pass, which a captured step would leave out",
+        expected="auto or false", fix="train.cuda_graphs=auto",
+    ),
+    Rule(
+        name="captured_tokens", field="train.cuda_graphs",
+        broken=lambda asked: asked.train.cuda_graphs and _trains_tokens(asked),
+        problem="PEFT copies the places of the trained tokens from the host in every forward pass",
+        expected="auto or false", fix="train.cuda_graphs=auto",
+    ),
+    Rule(
+        name="captured_optimiser", field="train.optim",
+        broken=lambda asked: asked.train.cuda_graphs and asked.train.optim != "adamw",
+        problem="only adamw can be captured in a CUDA graph", found="{train.optim}",
+        expected="adamw, or train.cuda_graphs auto", fix="train.optim=adamw",
+    ),
+    Rule(
+        name="captured_host_optimiser", field="train.cuda_graphs",
+        broken=lambda asked: asked.train.cuda_graphs and asked.train.offload_optimizer,
+        problem="an update on the host cannot be captured", expected="auto or false", fix="train.cuda_graphs=auto",
+    ),
+    Rule(
+        name="captured_memory_mode", field="train.cuda_graphs",
+        broken=lambda asked: asked.train.cuda_graphs and _asks_for_memory(asked.train),
+        problem="steps that run layers again or in tiles cannot be captured", expected="auto or false",
+        fix="train.cuda_graphs=auto",
+    ),
+    *(
+        rule
+        for name in ("compile", "cuda_graphs", "fit_micro_batches")
+        for rule in (
+            Rule(
+                name=f"{name}_without_cuda", field=f"train.{name}", needs=("device",),
+                broken=lambda asked, name=name: getattr(asked.train, name) and asked.device != "cuda",
+                problem="this runs on CUDA only", expected="auto", fix="remove the line",
+            ),
+            Rule(
+                name=f"{name}_of_padded_rows", field=f"train.{name}",
+                broken=lambda asked, name=name: getattr(asked.train, name) and asked.data.padding_free is False,
+                problem="padded batches have too many shapes for this", expected="auto",
                 fix="data.padding_free=true, or remove the line",
-            )  # fmt: skip
-    if (train.activation_offload or train.tile_mlp) and train.gradient_checkpointing is False:
-        raise UserError(
-            "this needs recomputed layers", field="train.gradient_checkpointing", found="false",
-            expected="true or auto", fix="train.gradient_checkpointing=true",
-        )  # fmt: skip
+            ),
+        )
+    ),
+    Rule(
+        name="memory_mode_without_checkpointing", field="train.gradient_checkpointing",
+        broken=lambda asked: (
+            (asked.train.activation_offload or asked.train.tile_mlp) and asked.train.gradient_checkpointing is False
+        ),
+        problem="this needs recomputed layers", found="false", expected="true or auto",
+        fix="train.gradient_checkpointing=true",
+    ),
+    Rule(
+        name="host_optimiser_of_a_method_that_follows_it", field="train.offload_optimizer",
+        broken=lambda asked: asked.train.offload_optimizer and follows_updates(asked.method),
+        problem="{method.name} reads the gradients on the device after each update", expected="false or auto",
+        fix="remove the line",
+    ),
+)  # fmt: skip
 
+TASK = (
+    Rule(
+        name="task_of_another_kind_of_model", field="model.task", needs=("task", "config"),
+        broken=lambda asked: not _fits_the_task(asked),
+        problem="this kind of model cannot be trained for the task {task}", found=_kind, expected=_kind_for_the_task,
+        fix=_task_for_the_kind,
+    ),
+    Rule(
+        name="task_of_another_method", field="model.task", needs=("task",),
+        broken=lambda asked: asked.task not in asked.method.can.tasks,
+        problem="the method {method.name} cannot be used for this task", found="{task}",
+        expected=lambda asked: ", ".join(asked.method.can.tasks), fix="method=lora can",
+    ),
+    Rule(
+        name="new_tokens_that_are_not_trained", field="model.new_tokens", needs=("task",),
+        broken=lambda asked: asked.model.new_tokens and not asked.method.can.new_tokens,
+        problem="{method.name} does not train the rows of new tokens, which would stay as they start",
+        found=lambda asked: ", ".join(asked.model.new_tokens), expected="[]", fix="remove them, or method.name=lora",
+    ),
+    Rule(
+        name="template_of_another_task", field="model.chat_template", needs=("task",),
+        broken=lambda asked: asked.task != "causal" and asked.model.chat_template is not None,
+        problem="rows of the task {task} are not rendered by a template", found="{model.chat_template}",
+        expected="auto", fix="remove the line",
+    ),
+    Rule(
+        name="checkpointing_of_a_trained_cache", field="train.gradient_checkpointing", needs=("task",),
+        broken=lambda asked: asked.train.gradient_checkpointing and not asked.method.can.recomputes,
+        problem="{method.name} trains a cache, and layers that are run again have none", expected="false or auto",
+        fix="remove the line",
+    ),
+    Rule(
+        name="compiled_method", field="train.compile", needs=("task",),
+        broken=lambda asked: asked.train.compile and not asked.method.can.compiles,
+        problem="the layers of {method.name} with these settings are not one graph", expected="auto or false",
+        fix="remove the line",
+    ),
+    *(
+        Rule(
+            name=f"{name}_with_padding", field=f"train.{name}", needs=("task",),
+            broken=lambda asked, name=name: asked.padded and getattr(asked.train, name),
+            problem="this is for text in rows without padding",
+            found=lambda asked, name=name: str(getattr(asked.train, name)).lower(), expected="auto",
+            fix="remove the line",
+        )
+        for name in FLAT_ONLY
+    ),
+    Rule(
+        name="fp8_head_with_padding", field="base.fp8_head", needs=("task",),
+        broken=lambda asked: asked.padded and asked.base.fp8_head,
+        problem="this is for the output head of text in rows without padding", expected="false",
+        fix="remove the line",
+    ),
+)  # fmt: skip
 
-def rows_for(recipe: Recipe) -> Data:
-    """The data settings as the method allows them. Raises UserError for rows laid out as it cannot read them."""
-    data, method = recipe.data, recipe.method
-    if method.can.inside:
-        return data
-    for name in ("packing", "padding_free"):
-        if getattr(data, name):
-            raise UserError(
-                f"{method.name} puts its own tokens in front of each row, so no two documents can share one",
-                field=f"data.{name}", found="true", expected="false or auto", fix="remove the line",
-            )  # fmt: skip
-    return replace(data, packing=False, padding_free=False)
+ROWS = (
+    *(
+        Rule(
+            name=f"{name}_behind_tokens_of_the_method", field=f"data.{name}",
+            broken=lambda asked, name=name: getattr(asked.data, name) and not asked.method.can.inside,
+            problem="{method.name} puts its own tokens in front of each row, so no two documents can share one",
+            expected="false or auto", fix="remove the line",
+        )
+        for name in ("packing", "padding_free")
+    ),
+    Rule(
+        name="stopping_early_without_held_out_rows", field="train.early_stopping_patience", needs=("held_out_rows",),
+        broken=lambda asked: not asked.held_out_rows and asked.train.early_stopping_patience is not None,
+        problem="early stopping needs held-out rows", found="no held-out row",
+        expected="data.val_size above 0, or data.eval_dataset", fix="data.val_size=0.05",
+    ),
+)  # fmt: skip
 
+STRUCTURE = (
+    Rule(
+        name="embedding_on_the_host", field="base.offload_embedding", needs=("structure",),
+        broken=lambda asked: (
+            asked.base.offload_embedding
+            and asked.built.embedding_obstacle
+            and not (asked.base.offload_head and asked.built.tied)
+        ),
+        problem="the input embedding cannot be kept on the host", found="{structure.embedding_obstacle}",
+        expected="a frozen embedding of its own", fix="base.offload_embedding=false",
+    ),
+    Rule(
+        name="fp8_head_that_is_trained", field="base.fp8_head", needs=("structure",),
+        broken=lambda asked: asked.base.fp8_head and not asked.built.head_frozen,
+        problem="only an output head that stays frozen can be multiplied in FP8",
+        expected="false where the method trains the head", fix="base.fp8_head=false",
+    ),
+    Rule(
+        name="quantised_module_trained_whole", field="method.modules_to_save", needs=("structure",),
+        broken=lambda asked: asked.built.trained_whole, problem="a quantised module cannot be trained whole",
+        found="{structure.trained_whole}", expected="a module of dense weights",
+        fix="base.storage=bf16, or train it with target_modules",
+    ),
+    Rule(
+        name="head_on_the_host_with_padding", field="base.offload_head", needs=("structure", "task"),
+        broken=lambda asked: asked.base.offload_head and asked.padded,
+        problem="the output head cannot be kept on the host",
+        found="rows with padding, whose loss is made of the model's own logits",
+        expected="a frozen head that is a plain linear layer", fix="base.offload_head=false",
+    ),
+    Rule(
+        name="head_on_the_host", field="base.offload_head", needs=("structure",),
+        broken=lambda asked: asked.base.offload_head and asked.built.head_obstacle,
+        problem="the output head cannot be kept on the host", found="{structure.head_obstacle}",
+        expected="a frozen head that is a plain linear layer", fix="base.offload_head=false",
+    ),
+    Rule(
+        name="layers_that_cannot_run_again", field="train.gradient_checkpointing", needs=("structure", "task"),
+        broken=lambda asked: asked.padded and asked.train.gradient_checkpointing and not asked.built.reruns,
+        problem="this model's layers cannot be run again", expected="auto", fix="remove the line",
+    ),
+)  # fmt: skip
 
-def check_recipe(recipe: Recipe, config: Any, task: Task) -> None:
-    """Raise UserError where model, method or settings cannot be used for the task; loads nothing."""
-    check_task(task.name, config)
-    able = recipe.method.can.tasks
-    if task.name not in able:
-        raise UserError(
-            f"the method {recipe.method.name} cannot be used for this task", field="model.task", found=task.name,
-            expected=", ".join(able), fix="method=lora can",
-        )  # fmt: skip
-    if recipe.model.new_tokens and not recipe.method.can.new_tokens:
-        raise UserError(
-            f"{recipe.method.name} does not train the rows of new tokens, which would stay as they start",
-            field="model.new_tokens", found=", ".join(recipe.model.new_tokens), expected="[]",
-            fix="remove them, or method.name=lora",
-        )  # fmt: skip
-    if task.name != "causal" and recipe.model.chat_template is not None:
-        raise UserError(
-            f"rows of the task {task.name} are not rendered by a template", field="model.chat_template",
-            found=recipe.model.chat_template, expected="auto", fix="remove the line",
-        )  # fmt: skip
-    if recipe.train.gradient_checkpointing and not recipe.method.can.recomputes:
-        raise UserError(
-            f"{recipe.method.name} trains a cache, and layers that are run again have none",
-            field="train.gradient_checkpointing", found="true", expected="false or auto", fix="remove the line",
-        )  # fmt: skip
-    if recipe.train.compile and not recipe.method.can.compiles:
-        raise UserError(
-            f"the layers of {recipe.method.name} with these settings are not one graph", field="train.compile",
-            found="true", expected="auto or false", fix="remove the line",
-        )  # fmt: skip
-    if task.name != "causal" or not recipe.method.can.inside:
-        for name in FLAT_ONLY:
-            if getattr(recipe.train, name):
-                raise UserError(
-                    "this is for text in rows without padding", field=f"train.{name}",
-                    found=str(getattr(recipe.train, name)).lower(), expected="auto", fix="remove the line",
-                )  # fmt: skip
-        if recipe.base.fp8_head:
-            raise UserError(
-                "this is for the output head of text in rows without padding", field="base.fp8_head", found="true",
-                expected="false", fix="remove the line",
-            )  # fmt: skip
+LOADED = (
+    Rule(
+        name="fp8_head_of_another_form", field="base.fp8_head", needs=("head_in_fp8",),
+        broken=lambda asked: asked.base.fp8_head and not asked.head_in_fp8,
+        problem="this model's output head cannot be multiplied in FP8", expected="false", fix="base.fp8_head=false",
+    ),
+    Rule(
+        name="head_on_the_host_of_another_form", field="base.offload_head", needs=("head_alone",),
+        broken=lambda asked: asked.base.offload_head and not asked.head_alone,
+        problem="this model's output head cannot be kept on the host", expected="false", fix="base.offload_head=false",
+    ),
+    Rule(
+        name="layout_that_cannot_be_captured", field="train.cuda_graphs", needs=("can_capture",),
+        broken=lambda asked: asked.train.cuda_graphs and not asked.can_capture,
+        problem="this run's steps cannot be captured",
+        expected="padding-free rows, optim adamw, no recomputed layers", fix="train.cuda_graphs=auto",
+    ),
+)  # fmt: skip
+
+RULES = (*STORAGE, *OPTIMISER, *LAYOUT, *TASK, *ROWS, *STRUCTURE, *LOADED)

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 
 from whet.base.console import bytes_text, say
-from whet.base.errors import UserError
+from whet.base.private import compile_errors
 from whet.engine.compute.attention import fastest_attention
-from whet.engine.compute.compile import compile_errors, compile_layers, forget_compilation, lean_activations
+from whet.engine.compute.compile import compile_layers, forget_compilation, lean_activations
 from whet.engine.compute.head import Head
 from whet.engine.device import Placement
 from whet.engine.memory.checkpointing import checkpoint_layers
@@ -25,6 +25,8 @@ from whet.engine.memory.tiles import tile_mlp
 from whet.methods.layers.fuse import fuse
 from whet.methods.layers.group import Groups
 from whet.planning.layout import Layout
+from whet.planning.plan import Plan
+from whet.planning.rules import LOADED, check
 from whet.training.captured import side_stream
 from whet.training.objective.objective import Objective
 from whet.training.objective.text import TextObjective
@@ -94,23 +96,22 @@ class Arranged:
         return self.layout.as_dict() | {"groups": self.groups}
 
 
-def apply(layout: Layout, placement: Placement, loaded: Loaded, objective: Objective, batches: Any) -> Arranged:
-    """Lay out a loaded model. Raises UserError where the model has no such layers or head."""
-    network, model = loaded.network, loaded.model
+def apply(plan: Plan, loaded: Loaded, objective: Objective) -> Arranged:
+    """Lay out a loaded model as planned. Raises UserError where its output head is not what the settings need."""
+    layout, placement, network, model = plan.layout, plan.facts.placement, loaded.network, loaded.model
     if layout.padded_task:
         _train_in_fp32(model)
     groups = _grouped(layout, placement, loaded, objective)
     if groups is not None:
         objective = replace(objective, refresh=groups.refresh)
     if isinstance(objective, TextObjective):
-        head = _placed_head(objective.head, placement, network, both_orders=layout.keep_transposed)
-        objective = replace(objective, head=head)
+        objective = replace(objective, head=_placed_head(objective.head, plan, network))
     if placement.offload_embedding:
         offload_embedding(network)
     _keep_less(layout, network)
     if layout.compile_layers:
         compile_layers(network, tokens=layout.tokens, whole=not layout.mode.tile_tokens)
-    batches = batches.with_cut(layout.cut)
+    batches = plan.facts.work.batches.with_cut(layout.cut)
     masters = loaded.masters if layout.offload_optimizer else None
     arranged = Arranged(layout, network, model, objective, batches, masters, 0 if groups is None else len(groups))
     if placement.device.type == "cuda":
@@ -135,19 +136,13 @@ def _grouped(layout: Layout, placement: Placement, loaded: Loaded, objective: Ob
     return groups if len(groups) else None
 
 
-def _placed_head(head: Head | None, placement: Placement, network: Any, *, both_orders: bool) -> Head | None:
+def _placed_head(head: Head | None, plan: Plan, network: Any) -> Head | None:
     """The output head in FP8 and on the host, where that is asked for. Raises UserError where it cannot be."""
+    placement = plan.facts.placement
     if head is not None and placement.fp8_head:
-        head = head.in_fp8(network, both_orders=both_orders)
-    for wanted, there, what, field in (
-        (placement.fp8_head, head is not None and head.fp8 is not None, "multiplied in FP8", "base.fp8_head"),
-        (placement.offload_head, head is not None, "kept on the host", "base.offload_head"),
-    ):
-        if wanted and not there:
-            raise UserError(
-                f"this model's output head cannot be {what}", field=field, found="true", expected="false",
-                fix=f"{field}=false",
-            )  # fmt: skip
+        head = head.in_fp8(network, both_orders=plan.layout.keep_transposed)
+    in_fp8 = head is not None and head.fp8 is not None
+    check(replace(plan.asked, head_alone=head is not None, head_in_fp8=in_fp8), LOADED)
     return head.on_host(network) if head is not None and placement.offload_head else head
 
 
@@ -155,11 +150,6 @@ def _keep_less(layout: Layout, network: Any) -> None:
     """Gradient checkpointing and tiles; padded tasks have transformers' own switch, for all layers."""
     mode = layout.mode
     if mode.checkpointed_layers and layout.padded_task:
-        if not network.supports_gradient_checkpointing:
-            raise UserError(
-                "this model's layers cannot be run again", field="train.gradient_checkpointing", found="true",
-                expected="auto", fix="remove the line",
-            )  # fmt: skip
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     elif mode.checkpointed_layers:
         checkpoint_layers(network, range(mode.checkpointed_layers), offload=mode.offload)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-from whet.base.errors import UserError
 from whet.data.prepare import Prepared
 from whet.engine.device import Placement
 from whet.recipe import Recipe
@@ -17,8 +16,7 @@ Decided = dict[str, tuple[object, str]]
 
 
 def decide_settings(recipe: Recipe, prepared: Prepared, placement: Placement) -> Decided:
-    """Dotted path to (value, reason) of every open setting. Raises UserError for early stopping without held-out
-    rows."""
+    """Dotted path to (value, reason) of every open setting."""
     train, method = recipe.train, recipe.method
     decided = dict(prepared.decided) | _of_base(recipe, placement)
     if train.learning_rate is None:
@@ -28,11 +26,6 @@ def decide_settings(recipe: Recipe, prepared: Prepared, placement: Placement) ->
     if train.lr_scheduler_type == "warmup_stable_decay" and train.decay_ratio is None:
         decided["train.decay_ratio"] = (DECAY_RATIO, "the last fifth")
     decided |= {path: entry for path, entry in _of_rows(recipe).items() if path not in prepared.decided}
-    if not len(prepared.evaluation) and train.early_stopping_patience is not None:
-        raise UserError(
-            "early stopping needs held-out rows", field="train.early_stopping_patience", found="no held-out row",
-            expected="data.val_size above 0, or data.eval_dataset", fix="data.val_size=0.05",
-        )  # fmt: skip
     return decided
 
 

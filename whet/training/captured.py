@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from whet.base.private import zero_all
 from whet.data.batch.batches import Batch
 from whet.training.objective.objective import DeviceBatch, Objective
 from whet.training.optim import Optimiser
@@ -140,7 +141,7 @@ class GraphSteps:
 
     def _update_sums(self) -> None:
         self._update(self.total, self.sums)
-        torch._foreach_zero_(self.sums)
+        zero_all(self.sums)
         self.total.zero_()
 
     def _update(self, loss: torch.Tensor, grads: list[torch.Tensor]) -> None:

@@ -57,7 +57,7 @@ def build(ready: Ready) -> tuple[Arranged, Ready]:
         loaded.network, placement, plan.task, padded=not plan.facts.flat, virtual=not recipe.method.can.inside
     )
     start_from_rows(recipe.method, loaded.model, objective, ready.batches)
-    arranged = apply(plan.layout, placement, loaded, objective, ready.batches)
+    arranged = apply(plan, loaded, objective)
     ready.run.write("layout.json", arranged.as_dict())
     return arranged, ready
 

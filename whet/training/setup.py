@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ from whet.data.template.template import use_template
 from whet.engine.device import Hardware, Placement
 from whet.engine.load.load import load_config, load_tokenizer, longest_input
 from whet.engine.task import text_task
+from whet.planning.asked import Asked
 from whet.planning.facts import Work
 from whet.planning.plan import Plan, plan_run, resolve_base
-from whet.planning.rules import check, rows_for
+from whet.planning.rules import check, data_for_method
 from whet.recipe import Parsed, Recipe, resolve
 from whet.runs import Run
 from whet.training.auto import decide_settings
@@ -65,12 +66,13 @@ def get_ready(parsed: Parsed) -> Ready:
     config = load_config(recipe.model)
     base = resolve_base(recipe, config)
     _, placement = base
-    check(recipe, placement, config)
+    asked = Asked.of(recipe, config=config, task=recipe.model.task).on(*base)
+    check(asked)
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.model.chat_template)
-    prepared = prepare(rows_for(recipe), tokenizer, longest_input(config), recipe.model.task, text_task(config))
+    prepared = prepare(data_for_method(recipe), tokenizer, longest_input(config), recipe.model.task, text_task(config))
     prepared.ledger.gate()
-    check(recipe, placement, config, prepared.task)
+    check(replace(asked, task=prepared.task.name, held_out_rows=len(prepared.evaluation)))
     decided = decide_settings(recipe, prepared, placement)
     resolved = resolve(recipe, {path: value for path, (value, _) in decided.items()})
     plan = plan_of(resolved, prepared, base)

@@ -19,6 +19,7 @@ import torch
 
 from whet.base.console import say
 from whet.base.errors import UserError
+from whet.base.private import attention_name, has_sdpa
 from whet.engine.answer.decode import Decoder, padded, proven
 from whet.engine.answer.static_cache import generation_bytes, layers_of
 from whet.engine.compute.cached_attention import CACHED_ATTENTION
@@ -52,10 +53,10 @@ USUAL = Way()
 @contextlib.contextmanager
 def generating(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode and attention with a cache inside, what was before outside."""
-    was_training, attention = model.training, model.config._attn_implementation or "sdpa"
+    was_training, attention = model.training, attention_name(model)
     model.eval()
     # Without sdpa of its own a model has scores that only its eager attention knows, as with attention sinks.
-    model.set_attn_implementation(CACHED_ATTENTION if model._supports_sdpa else "eager")
+    model.set_attn_implementation(CACHED_ATTENTION if has_sdpa(model) else "eager")
     try:
         yield
     finally:

@@ -28,6 +28,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from whet.base.private import flash_attention
+
 ATTENTION = "whet"
 FUSED_TYPES = (torch.float16, torch.bfloat16)
 
@@ -159,22 +161,8 @@ def _varlen(
     sliding_window: int | None,
 ) -> torch.Tensor:
     """All documents in one kernel call; [1, H, T, D] in, [1, T, H, D] out. The kernel shares keys among query heads."""
-    output = torch.ops.aten._flash_attention_forward(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        documents.cu,
-        documents.cu,
-        documents.longest,
-        documents.longest,
-        0.0,
-        True,
-        False,
-        scale=scaling,
-        window_size_left=-1 if sliding_window is None else sliding_window - 1,
-        window_size_right=0,
-    )[0]
-    return output.unsqueeze(0)
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    return flash_attention(q, k, v, documents.cu, documents.longest, scaling, sliding_window).unsqueeze(0)
 
 
 def _flexible(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from whet.base.private import activation_budget, undo_compile
 from whet.engine.layers import decoder_layers
 
 COMPILE_SECONDS = 40.0  # two forms; one took 10 to 25 s on an H100 (docs/log.md)
@@ -50,23 +51,14 @@ def lean_activations(lean: bool) -> Iterator[None]:
     if not lean:
         yield
         return
-    import torch._functorch.config as settings
-
-    with settings.patch(activation_memory_budget=LEAN_BUDGET):
+    with activation_budget(LEAN_BUDGET):
         yield
 
 
 def forget_compilation(network: nn.Module) -> None:
     """Let the layers of `network` run as they were written again."""
     for layer in decoder_layers(network):
-        layer._compiled_call_impl = None
-
-
-def compile_errors() -> tuple[type[Exception], ...]:
-    """The errors of a layer that cannot be compiled."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    return (TorchDynamoException,)
+        undo_compile(layer)
 
 
 @contextlib.contextmanager

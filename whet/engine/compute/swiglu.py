@@ -2,7 +2,7 @@
 
 transformers writes `down(act(gate(x)) * up(x))`; what happens between the two products backward is decided by the
 compiler alone. So the place is found in the compiler's graph of the backward pass (inductor's option for a pass of
-one's own, torch._inductor.custom_graph_pass), by structure: the gradients of gate and up side by side, made from silu
+one's own, `base.private.graph_pass`), by structure: the gradients of gate and up side by side, made from silu
 as torch decomposes it, scaled by channel and rounded row by row as `engine.weights.product` does. That is replaced by
 one operator; anything else is left as it is, and the layer of transformers is not touched. Gives up: a form of silu
 that a future torch writes in another way is not found, which costs the speed and nothing else.
@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx, library
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._inductor.pattern_matcher import stable_topological_sort
 
+from whet.base.private import graph_pass, hash_of_files, sort_graph
 from whet.engine.weights.fp8 import FP8_MAX, quantise_fp8
 
 WIDEST = 32768  # numbers of a row of gate: above it a row and its codes do not fit into the registers of a program
@@ -98,7 +97,7 @@ def _all_matched(values: Any, patterns: Any, found: dict[str, Any] | None) -> di
     return found
 
 
-class FuseSwiglu(CustomGraphPass):
+class FuseSwiglu(graph_pass()):
     """The pass. replaced: how many places it has found since it was made; a cached compilation does not ask it."""
 
     def __init__(self) -> None:
@@ -135,7 +134,7 @@ class FuseSwiglu(CustomGraphPass):
         return {**found, "both": both} if same and typed and fits and found["type"] in HALF else None
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))
+        return hash_of_files(__file__)
 
     def __eq__(self, other: object) -> bool:  # so that layers that are compiled later count as compiled alike
         return type(other) is type(self)
@@ -160,5 +159,5 @@ def _replace(graph: fx.Graph, codes: fx.Node, found: dict[str, Any]) -> None:
         if old is not None:
             old.replace_all_uses_with(new)
     both.replace_all_uses_with(shaped)
-    stable_topological_sort(graph)
+    sort_graph(graph)
     graph.eliminate_dead_code()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from whet.base.errors import UserError, nearest
+from whet.base.private import has_sdpa, takes_attention
 from whet.engine.compute import attention
 from whet.engine.config import Model
 from whet.engine.device import DTYPES, PACKED, Placement
@@ -153,10 +154,10 @@ def attention_of(task: Task, config: PreTrainedConfig) -> str:
     A family that computes attention by itself (BLOOM) would be given no mask for whet's, and so would see the future;
     one that torch's attention is not enough for (the sinks of gpt-oss) would lose a part of it without a word.
     """
-    owner: Any = task.auto_class()._model_mapping.get(type(config), None)
-    if owner is not None and not owner._supports_sdpa:
+    owner = task.classes().get(type(config), None)
+    if owner is not None and not has_sdpa(owner):
         return "eager"
-    own = owner is not None and not owner._can_set_attn_implementation()
+    own = owner is not None and not takes_attention(owner)
     return "sdpa" if own or task.name != "causal" else attention.ATTENTION
 
 

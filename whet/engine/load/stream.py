@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from whet.base.errors import UserError
 from whet.base.extras import require
+from whet.base.private import draw_weights, mark_initialised, unmark_quantised, weight_conversions
 from whet.engine.task import CAUSAL, Task, head_names
 from whet.engine.weights.linear import FrozenLinear, freeze_linears, frozen_names, hollow
 from whet.engine.weights.nf4 import BLOCK
@@ -128,7 +129,7 @@ class Freeze(ConversionOps):
                 continue
             frozen.fill(weight)
             self.quantiser.filled[place] = frozen
-            _mark_initialised(linear.weight)
+            mark_initialised(linear.weight)
             missing.discard(name)
         return kept
 
@@ -202,10 +203,10 @@ def random_frozen(network: PreTrainedModel, device: torch.device, storage: str, 
             continue
         linear.to_empty(device=device)
         with torch.no_grad():
-            network._init_weights(linear)
+            draw_weights(network, linear)
         frozen.bias = _frozen_bias(linear)
         frozen.fill(linear.weight)
-        _mark_initialised(frozen)
+        mark_initialised(frozen)
         setattr(parent, child, frozen)
     made: dict[int, torch.Tensor] = {}
     for owner, name, tensor in list(_on_meta(network)):
@@ -221,23 +222,16 @@ def forget_quantiser(network: PreTrainedModel, quantiser: HfQuantizer) -> None:
     """Make `network` an ordinary model again, which may be moved, cast and saved."""
     quantiser.remove_quantization_config(network)
     packing = {type(step) for conversion in quantiser.get_weight_conversions() for step in conversion.operations}
-    used: list[Any] = vars(network).get("_weight_conversions", [])  # saving turns them round: not all can be
+    used = weight_conversions(network)  # saving turns them round: not all can be
     used[:] = [one for one in used if packing.isdisjoint(map(type, getattr(one, "operations", ())))]
     for mark in vars(network).keys() & MARKS:
         delattr(network, mark)
     for module in network.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_is_quantized"):
-            del config._is_quantized
+        unmark_quantised(getattr(module, "config", None))
 
 
 def _frozen_bias(linear: Any) -> nn.Parameter | None:
     return None if linear.bias is None else linear.bias.requires_grad_(False)
-
-
-def _mark_initialised(done: Any) -> None:
-    # The mark by which transformers knows what it must not fill with random numbers.
-    done._is_hf_initialized = True
 
 
 def _on_meta(network: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import GradientCheckpointingLayer
 
 from whet.base.errors import UserError
+from whet.base.private import checkpoint_with, is_compiled, swap_class
 from whet.engine.layers import decoder_layers
 from whet.engine.memory.rerun import autocast_now, drawn_again, has_moved, random_state_of
 from whet.engine.memory.stash import Stash
@@ -45,17 +46,12 @@ def checkpoint_layers(network: nn.Module, layers: Sequence[int] | None = None, *
     stash = Stash() if offload else None
     for index, layer in enumerate(stack):
         if index in chosen and not isinstance(layer, GradientCheckpointingLayer):
-            layer.__class__ = _switchable(type(layer))
+            swap_class(layer, GradientCheckpointingLayer)
         if isinstance(layer, GradientCheckpointingLayer):
             checkpoint: Any = CheckpointedCall(stash, away=offload and index != max(chosen, default=-1))
             layer.gradient_checkpointing = index in chosen
-            layer._gradient_checkpointing_func = checkpoint
+            checkpoint_with(layer, checkpoint)
     return chosen
-
-
-@functools.cache
-def _switchable(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Recomputed{kind.__name__}", (GradientCheckpointingLayer, kind), {})
 
 
 @dataclass(frozen=True)
@@ -138,7 +134,7 @@ def _first_run(call: functools.partial[Any], args: Any, arguments: Any, inputs: 
     Compiled without gradients it would be another program, which costs a second compilation, rounds otherwise and need
     not draw the same dropout masks.
     """
-    if getattr(_owner(call), "_compiled_call_impl", None) is None:
+    if not is_compiled(_owner(call)):
         return call(*args)
     with torch.enable_grad():
         again, kwargs = _fill(arguments, [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs])

@@ -9,14 +9,13 @@ step cannot be a CUDA graph.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from whet.base.errors import UserError
+from whet.base.private import swap_class
 
 
 class OffloadedEmbedding:
@@ -30,43 +29,36 @@ class OffloadedEmbedding:
         return rows.pin_memory().to(input.device, non_blocking=True) if input.is_cuda else rows
 
 
-@functools.cache
-def _offloaded(kind: type[nn.Embedding]) -> type[nn.Embedding]:
-    return cast("type[nn.Embedding]", type(f"Offloaded{kind.__name__}", (OffloadedEmbedding, kind), {}))
-
-
-def check_embedding(network: nn.Module) -> None:
-    """Raise UserError where the input embedding is trained, or is the output head too; weights are not needed."""
+def embedding_obstacle(network: nn.Module) -> str | None:
+    """Why the input embedding must stay on the device, or None: it is trained, or is the output head too. Weights are
+    not needed."""
     module: Any = cast("Any", network).get_input_embeddings()
     output = cast("Any", network).get_output_embeddings()
-    obstacle = None
     if not isinstance(module, nn.Embedding) or module.weight.requires_grad or module.max_norm is not None:
-        obstacle = "it is trained or not a plain embedding"
-    elif output is not None and getattr(output, "weight", None) is module.weight:
-        obstacle = "it is the output head too"
-    if obstacle is not None:
-        raise UserError(
-            "the input embedding cannot be kept on the host", field="base.offload_embedding", found=obstacle,
-            expected="a frozen embedding of its own", fix="base.offload_embedding=false",
-        )  # fmt: skip
+        return "it is trained or not a plain embedding"
+    if output is not None and getattr(output, "weight", None) is module.weight:
+        return "it is the output head too"
+    return None
 
 
 def offload_embedding(network: nn.Module) -> int:
     """Keep the frozen input embedding on the host; returns the device bytes that this frees, V * H * itemsize.
 
     Names in the state dict stay. The weight becomes a buffer, because `parameters()` is where everybody looks for the
-    device of a model. Call it when the model is on its device with its method attached. Raises UserError when the
+    device of a model. Call it when the model is on its device with its method attached. Raises ValueError when the
     embedding is trained, or is the output head too and so is needed on the device.
     """
     module: Any = cast("Any", network).get_input_embeddings()
     if isinstance(module, OffloadedEmbedding):
         return 0
-    check_embedding(network)
+    obstacle = embedding_obstacle(network)
+    if obstacle is not None:
+        raise ValueError(f"the input embedding must stay on the device: {obstacle}")
     weight = module.weight.detach()
     del module.weight
     module.register_buffer("weight", weight)
     module.to("cpu")  # whole: Gemma's embedding has a scale beside the weight
-    module.__class__ = _offloaded(type(module))
+    swap_class(module, OffloadedEmbedding)
     return weight.nbytes
 
 
@@ -113,17 +105,14 @@ class OffloadedHead:
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         module = cast("nn.Module", self)
-        waiting = dict(module._buffers)
-        module._buffers.update({name: None if t is None else t.to(input.device) for name, t in waiting.items()})
+        waiting = dict(module.named_buffers(recurse=False))
+        for name, tensor in waiting.items():
+            setattr(module, name, tensor.to(input.device))
         try:
             return super().forward(input)  # type: ignore[misc]
         finally:
-            module._buffers.update(waiting)
-
-
-@functools.cache
-def _headed(kind: type[nn.Module]) -> type[nn.Module]:
-    return cast("type[nn.Module]", type(f"Offloaded{kind.__name__}", (OffloadedHead, kind), {}))
+            for name, tensor in waiting.items():
+                setattr(module, name, tensor)
 
 
 def is_tied(network: nn.Module) -> bool:
@@ -133,24 +122,13 @@ def is_tied(network: nn.Module) -> bool:
     return output is not None and table is not None and getattr(output, "weight", None) is table
 
 
-def check_head(network: nn.Module, *, flat: bool = True) -> None:
-    """Raise UserError where the output head is trained or not used by the loss alone; weights are not needed.
-
-    flat: whether rows are text without padding, the loss of which whet computes from the head.
-    """
+def head_obstacle(network: nn.Module) -> str | None:
+    """Why the output head must stay on the device, or None: it is trained or no plain linear layer. Weights are not
+    needed."""
     output = cast("Any", network).get_output_embeddings()
-    obstacle = None
-    if not flat:
-        obstacle = "rows with padding, whose loss is made of the model's own logits"
-    elif not isinstance(output, nn.Linear):
-        obstacle = "it is trained or not a plain linear layer"
-    elif any(parameter.requires_grad for parameter in output.parameters()):
-        obstacle = "it is trained"
-    if obstacle is not None:
-        raise UserError(
-            "the output head cannot be kept on the host", field="base.offload_head", found=obstacle,
-            expected="a frozen head that is a plain linear layer", fix="base.offload_head=false",
-        )  # fmt: skip
+    if not isinstance(output, nn.Linear):
+        return "it is trained or not a plain linear layer"
+    return "it is trained" if any(parameter.requires_grad for parameter in output.parameters()) else None
 
 
 def offload_head(network: nn.Module, output: nn.Module, fp8: tuple[torch.Tensor, ...] | None = None) -> HostTensors:
@@ -158,10 +136,10 @@ def offload_head(network: nn.Module, output: nn.Module, fp8: tuple[torch.Tensor,
 
     fp8: the tensors of its FP8 products, which then travel in place of the weight. An embedding that is the head too
     goes with it, and its rows are picked on the host. Names in the state dict stay; weights become buffers, as those
-    of `offload_embedding` do. A bias stays where it is. Raises UserError where the head is trained.
+    of `offload_embedding` do. A bias stays where it is. Raises ValueError where the head is trained.
     """
     if any(parameter.requires_grad for parameter in output.parameters()):
-        check_head(network)
+        raise ValueError("the output head must stay on the device: it is trained")
     table, tied = cast("Any", network).get_input_embeddings(), is_tied(network)
     device = next(output.parameters()).device
     travelling = HostTensors((cast("Any", output).weight.detach(),) if fp8 is None else fp8, device)
@@ -171,12 +149,12 @@ def offload_head(network: nn.Module, output: nn.Module, fp8: tuple[torch.Tensor,
             waiting = known.get(name, None if fp8 is None else _of(parameter, fp8, travelling))
             delattr(output, name)
             output.register_buffer(name, parameter.detach().to("cpu") if waiting is None else waiting)
-    output.__class__ = _headed(type(output))
+    swap_class(output, OffloadedHead)
     if tied:
         del table.weight
         table.register_buffer("weight", cast("Any", output).weight)
         table.to("cpu")  # whole: Gemma's embedding has a scale beside the weight
-        table.__class__ = _offloaded(type(table))
+        swap_class(table, OffloadedEmbedding)
     return travelling
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from whet.base.errors import UserError
+from whet.base.private import restore_class, swap_class
 from whet.engine.layers import decoder_layers
 from whet.engine.memory.rerun import autocast_now, drawn_again, has_moved, random_state_of
 
@@ -32,8 +33,11 @@ def tile_mlp(network: nn.Module, tokens: int, *, compiled: Callable[[Any], Any] 
     for mlp in mlps:
         if "forward" in vars(mlp):
             raise TypeError(f"{type(mlp).__name__} has a forward of its own on the instance, which tiling would miss")
-        kind = _untiled(type(mlp))
-        mlp.__class__ = kind if not tokens else _tiled(kind, tokens, compiled)
+        restore_class(mlp, TiledMlp)
+        if tokens:
+            inner = _inner(type(mlp), compiled)
+            swap_class(mlp, TiledMlp)
+            mlp.tokens, mlp.inner = tokens, inner  # type: ignore[assignment]
     return len(mlps)
 
 
@@ -63,7 +67,7 @@ class TiledMlp(nn.Module):
 
 @torch.compiler.disable
 def _in_tiles(mlp: TiledMlp, hidden: torch.Tensor) -> torch.Tensor:
-    run = functools.partial(type(mlp).inner, mlp)
+    run = functools.partial(mlp.inner, mlp)
     rows = hidden.reshape(1, -1, hidden.shape[-1])
     if torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in mlp.parameters())):
         anchor = torch.empty(0, requires_grad=True, device=rows.device)
@@ -74,9 +78,8 @@ def _in_tiles(mlp: TiledMlp, hidden: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _tiled(kind: type[nn.Module], tokens: int, compiled: Callable[[Any], Any] | None) -> type[nn.Module]:
-    inner = kind.forward if compiled is None else compiled(kind.forward)
-    return type(f"Tiled{kind.__name__}", (TiledMlp, kind), {"tokens": tokens, "inner": staticmethod(inner)})
+def _inner(kind: type[nn.Module], compiled: Callable[[Any], Any] | None) -> Callable[..., torch.Tensor]:
+    return kind.forward if compiled is None else compiled(kind.forward)
 
 
 def _untiled(kind: type[nn.Module]) -> type[nn.Module]:

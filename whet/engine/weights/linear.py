@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from whet.base.extras import require
+from whet.base.private import kept_in_fp32
 from whet.engine.task import head_names
 from whet.engine.weights.fp8 import quantise_fp8
 from whet.engine.weights.nf4 import BLOCK, Packed, fp8_scale
@@ -203,7 +204,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 def frozen_names(model: nn.Module) -> list[str]:
     """Of these, the ones that a storage may take: not those that the architecture wants in full precision (T5's wo)."""
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept = kept_in_fp32(model)
     return [name for name in linear_names(model) if kept.isdisjoint(name.split("."))]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import library
 from torch.nn.functional import linear
 
+from whet.base.private import scaled_mm
 from whet.engine.weights.fp8 import quantise_fp8
 from whet.engine.weights.stored import FrozenWeight
 
@@ -73,12 +74,10 @@ def scaled_product(
         return _added((product if bias is None else product + bias).to(dtype), update)
     if update is not None and bias is None and rows.shape[1] >= LONG and dtype == torch.bfloat16:
         one = torch.ones((), dtype=torch.float32, device=rows.device)
-        raw = torch._scaled_mm(rows, codes.t(), one, one, out_dtype=dtype, use_fast_accum=True)
+        raw = scaled_mm(rows, codes.t(), one, one, dtype)
         return add_product(raw, *update, of_row=row_scale, of_column=scale)
     column = torch.ones(codes.shape[0], dtype=torch.float32, device=rows.device) if scale is None else scale
-    product = torch._scaled_mm(
-        rows, codes.t(), row_scale[:, None], column[None, :], bias=bias, out_dtype=dtype, use_fast_accum=True
-    )
+    product = scaled_mm(rows, codes.t(), row_scale[:, None], column[None, :], dtype, bias)
     return _added(product, update)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whet.base.errors import UserError
+from whet.base.private import adapt_by, has_sdpa
 from whet.engine.compute.cached_attention import CACHED_ATTENTION
 from whet.engine.task import CAUSAL, Task, head_names
 
@@ -33,11 +34,11 @@ def wrap(network: PreTrainedModel, config: Any, task: Task = CAUSAL, name: str =
 
     config.task_type = peft.TaskType[task.peft_type]
     if isinstance(config, peft.LoraConfig):
-        config._register_custom_module({nn.Linear: LoraLinear, FrozenLinear: LoraLinear})
+        adapt_by(config, {nn.Linear: LoraLinear, FrozenLinear: LoraLinear})
     if task.labelled and hasattr(config, "modules_to_save"):
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *head_names(network)})
     if config.is_prompt_learning:
-        network.set_attn_implementation(CACHED_ATTENTION if network._supports_sdpa else "eager")
+        network.set_attn_implementation(CACHED_ATTENTION if has_sdpa(network) else "eager")
     return getattr(peft, _MODELS[task.peft_type])(network, config, adapter_name=name)
 
 
