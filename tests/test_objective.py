@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nets
@@ -31,6 +32,7 @@ from whet.training.objective.objective import Arithmetic, Objective
 from whet.training.objective.seq2seq import Seq2SeqObjective
 from whet.training.objective.text import TextObjective, TextOnDevice
 from whet.training.objective.virtual_text import VirtualTextObjective
+from whet.training.start import start_from_rows
 from whet.training.step import Steps, held_out_loss
 
 CPU = Arithmetic(torch.device("cpu"))
@@ -189,6 +191,24 @@ def test_batches_of_one_form_have_tensors_of_one_shape(name: str) -> None:
             assert set(shapes) == set(batches.forms)
             assert all(len(found) == 1 for found in shapes.values())
     assert len(shapes[None]) > 1, "without forms they would differ"
+
+
+def test_a_method_that_starts_from_rows_is_told_what_is_padding() -> None:
+    """Flat rows have none; of padded ones the mask says which tokens are real."""
+    seen: list[Any] = []
+    method = SimpleNamespace(wants_data=True, prepare=lambda model, passes: seen.extend(passes))
+    for name in ("flat text", "padded text"):
+        seen.clear()
+        batches, _ = cut_of(CASES[name], Path(), 3)
+        start_from_rows(method, torch.nn.Identity(), CASES[name].objective, batches)
+        expected = [batch for step in range(4) for batch in batches.step(step)]
+        assert len(seen) == len(expected)
+        for (run, mask), batch in zip(seen, expected, strict=True):
+            assert run.args[1].sha256() == batch.sha256()
+            assert (mask is None) == (name == "flat text")
+            if mask is not None:
+                assert mask.shape == batch.ids.shape
+                assert mask.sum(1).tolist() == [len(nets.rows_of(LENGTHS).row(row)[0]) for row in batch.sources]
 
 
 # The choice.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,25 @@ def test_an_epoch_has_every_row_once_and_steps_do_not_depend_on_the_cut(tmp_path
     by_chance = np.random.default_rng(0).permutation(203)
     parts = [by_chance[start : start + 8] for start in range(0, 203, 8)]
     assert places < 0.8 * sum(len(part) * rows.lengths[part].max() for part in parts)
+
+
+def test_the_steps_of_an_epoch_come_in_no_order_of_length(tmp_path: Path) -> None:
+    """Rows are sorted within pools so that little is padded; then the steps are drawn again."""
+    batches = PaddedBatches(prepared(tmp_path, task_nets.rows("classification", 203)).train, order=Order(5), cut=Cut(8))
+    longest = [int(batches.lengths[list(batch.sources)].max()) for step in range(26) for batch in batches.step(step)]
+    rising = sum(one <= other for one, other in pairwise(longest))
+    assert 6 <= rising <= 20, "pools of sorted steps would rise nearly always"
+
+
+@pytest.mark.parametrize(("kind", "task"), [("Bert", "classification"), ("T5", "seq2seq")])
+def test_the_most_tokens_that_a_forward_pass_can_have(kind: str, task: str, tmp_path: Path) -> None:
+    rows = prepared(tmp_path, task_nets.rows(task, 9), kind).train
+    batches = PaddedBatches(rows, order=Order(0), cut=Cut(2))
+    lengths = [
+        len(rows.row(row)[0]) + (0 if rows.answers is None else len(rows.answers.row(row)[0])) for row in range(9)
+    ]
+    assert len(set(lengths)) > 1
+    assert batches.most_tokens() == 2 * max(lengths)
 
 
 def test_a_batch_is_padded_under_a_mask(tmp_path: Path) -> None:
