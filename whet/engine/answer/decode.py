@@ -211,7 +211,7 @@ class Decoder:
 
     def _loop_for(self, longest: int, rows: int, rule: StopRule) -> DecodingLoop:
         """The loop that is kept, where it serves, or a new one; `longest`: tokens of the longest prompt."""
-        needed, loop = longest + rule.max_new_tokens - 1, self.loop
+        needed, loop = -(-(longest + rule.max_new_tokens - 1) // ROUND) * ROUND, self.loop
         if loop is not None and loop.graphed and len(loop.rows) == rows and loop.rows.rule.stop_ids == rule.stop_ids:
             length, room = loop.cache.position.length, loop.rows.rule.max_new_tokens
             if length // 2 < needed <= length and rule.max_new_tokens <= room:
@@ -221,7 +221,7 @@ class Decoder:
         loop = DecodingLoop(
             self.model,
             Rows(rows, rule, weight.device),
-            StaticCache(self.layout, rows, -(-needed // ROUND) * ROUND, weight),
+            StaticCache(self.layout, rows, needed, weight),
             self.graphed,
             self.forward,
             notices=self.notices,

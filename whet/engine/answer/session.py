@@ -9,7 +9,7 @@ For its life a session owns what answering needs beside the weights: evaluation 
 copies of quantised layers, the proof that cached decoding is right, the decoder with its cache and its graphs. The
 first question sets it up, `close` puts it back; `answer.state` says how it never answers from another state of the
 model. There is one class for each kind of model: `DecoderSession`, `EncoderDecoderSession`, `LabelSession`. What a
-person should be told waits in `notices`.
+person should be told waits in `notices`. A model has one session at a time.
 
 Where later work belongs, without a change for callers that are here now: sampling in `answer.choice` (and its settings
 for transformers' `generate` in `answer.generate` and `answer.encoder_decoder`); rows that come and go in `answer.rows`

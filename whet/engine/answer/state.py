@@ -6,8 +6,8 @@ addresses of the state in which it was captured, a dense copy with the numbers t
 for what was proven. So nothing that is set up in one state is used in another. Who switches does it inside of
 `Session.state` (or `base`), before and after which everything is put back, and is set up anew by the next question. And
 each question first compares the model with how it was when it was set up: a switch behind the session's back is found
-and costs the same. Gives up: keeping the graphs of two states side by side; a comparison for each question, some
-milliseconds for a large model.
+and costs the same. Gives up: keeping the graphs of two states side by side; some ten milliseconds a question for the
+comparison, with an adapter on every layer of a large model.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
-import torch
 from torch import nn
 
 from whet.engine.answer.notices import Notices
+
+PLAIN = frozenset((bool, int, float, str, type(None)))
+COLLECTIONS = frozenset((list, tuple, set))
+OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 
 
 class Session:
@@ -35,7 +38,7 @@ class Session:
         self.notices = Notices()
         self._base_only = base_only
         self._undo = contextlib.ExitStack()
-        self._state: tuple[Any, ...] | None = None
+        self._state: list[Any] | None = None
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -113,35 +116,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def state_of(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
-    """What tells two states apart: the modules, their settings of plain values, and for each tensor where it lies and
-    how often it was written to. Equal states answer alike; a change that alters no answer may be seen, too."""
-    return tuple(
-        (
-            id(module),
-            tuple((name, _frozen(value)) for name, value in vars(module).items() if _is_plain(value)),
-            tuple(_identity(tensor) for tensor in module.parameters(recurse=False)),
-            tuple(_identity(tensor) for tensor in module.buffers(recurse=False)),
-        )
-        for module in modules
-    )
+def state_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """All that tells two states apart: the modules, what they hold beside tensors, and for each tensor where it lies
+    and how often it was written to. Equal states answer alike; a change that alters no answer may be seen, too."""
+    state: list[Any] = []
+    for module in modules:
+        state.append(id(module))
+        state += [_plain(value) for name, value in vars(module).items() if name not in OF_EVERY_MODULE]
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            state += (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
+    return state
 
 
-def _identity(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
-
-
-def _is_plain(value: Any) -> bool:
-    """Numbers, names, and collections of them."""
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple | set):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _frozen(value: Any) -> Any:
-    """A value that later changes of `value` do not reach."""
-    if isinstance(value, dict):
-        return tuple((key, _frozen(inner)) for key, inner in value.items())
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple | set) else value
+def _plain(value: Any) -> Any:
+    """A copy of numbers, names and collections of them; which object it is of anything else."""
+    if type(value) in PLAIN:
+        return value
+    if type(value) in COLLECTIONS and all(type(inner) in PLAIN for inner in value):
+        return tuple(value)
+    if type(value) is dict and all(type(inner) in PLAIN for inner in value.values()):
+        return tuple(value.items())
+    return id(value)
