@@ -13,8 +13,7 @@ import torch
 
 from whet.base.errors import UserError
 from whet.engine.answer import decode
-from whet.engine.answer.generate import DecoderSession, DecodingOptions
-from whet.engine.answer.generate import cached_attention as reading_caches
+from whet.engine.answer.generate import DecoderSession, DecodingOptions, use_cached_attention
 from whet.engine.answer.proof import find_fault
 from whet.engine.answer.rows import Rows, StopRule
 from whet.engine.answer.static_cache import StaticCache, attention_layout
@@ -101,7 +100,7 @@ def test_the_loop_is_transformers_greedy_generation(kind: str) -> None:
     model, prompts = build(kind), draw(LENGTHS)
     exact = expected(model, prompts)
     assert len({token for row in exact for token in row}) > 20, "the reference says nothing"
-    with reading_caches(model):
+    with use_cached_attention(model):
         assert find_fault(model, attention_layout(model)) == ""
     for options in (LOOSE, FIXED, DecodingOptions(), DecodingOptions(static=False)):
         assert ours(model, prompts, options=options) == exact, options
@@ -320,7 +319,7 @@ def test_capturing_leaves_no_trace(broken: bool, monkeypatch: pytest.MonkeyPatch
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     model, prompts = build("gemma2"), draw(LENGTHS)
-    with torch.inference_mode(), reading_caches(model):
+    with torch.inference_mode(), use_cached_attention(model):
         loop = loop_of(model, len(prompts), 64, NEW, graphed=True, forward=decode.last_logits)
         loop.accept(loop.fill(prompts))
         loop.capture()

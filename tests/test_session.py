@@ -325,7 +325,7 @@ def test_another_choice_of_tokens_is_one_function() -> None:
     def second(logits: torch.Tensor) -> torch.Tensor:
         return logits.topk(2).indices[:, 1]
 
-    with torch.inference_mode(), generate.cached_attention(model):
+    with torch.inference_mode(), generate.use_cached_attention(model):
         found = loop_of(model, 2, 64, 4, graphed=False, choose=second).run(prompts, 4)
     for prompt, reply in zip(prompts, found, strict=True):
         ids = list(prompt)

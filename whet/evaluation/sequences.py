@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from whet.data.prepare import Prepared
+from whet.engine.answer.encoder_decoder import EncoderDecoderSession
 from whet.engine.answer.session import TextSession
 from whet.evaluation.metrics import score
 from whet.evaluation.texts import base_and_tuned, comparison, write_answers
@@ -26,6 +27,7 @@ def evaluate_sequences(run: Run, prepared: Prepared, rows: int) -> dict[str, Any
     limit = recipe.eval.max_new_tokens or max(8, int(1.25 * longest) + 1)
 
     def write(session: TextSession, done: Callable[[int], None]) -> list[str]:
+        assert isinstance(session, EncoderDecoderSession)
         ids = session.answer(
             sources, max_new_tokens=limit, batch_size=recipe.eval.per_device_eval_batch_size, done=done
         )

@@ -124,7 +124,7 @@ class DecoderSession(Session):
 
     def _set_up(self, undo: contextlib.ExitStack) -> None:
         super()._set_up(undo)
-        undo.enter_context(cached_attention(self.model))
+        undo.enter_context(use_cached_attention(self.model))
         packed = [module for module in self.model.modules() if isinstance(module, FrozenLinear)]
         if undo.enter_context(unpacked(self.model, self.options.dense, self._room_bytes)):
             self._packed = [*packed]
@@ -161,7 +161,7 @@ class DecoderSession(Session):
 
 
 @contextlib.contextmanager
-def cached_attention(model: PreTrainedModel) -> Iterator[None]:
+def use_cached_attention(model: PreTrainedModel) -> Iterator[None]:
     """Attention that reads caches and masks inside, what was before outside."""
     before = model.config._attn_implementation or "sdpa"
     # Without sdpa of its own a model has scores that only its eager attention knows, as with attention sinks.

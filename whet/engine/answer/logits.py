@@ -40,12 +40,12 @@ class LabelSession(Session):
         self._prepare()
         model, pad = self.model, padding_token(self.model)
 
-        def values_of(batch: list[int], _: int) -> NDArray[np.float32]:
+        def values_of(batch: list[int], _: int) -> list[NDArray[np.float32]]:
             chosen = [np.asarray(rows[index], np.int64) for index in batch]
             inputs = {"input_ids": filled_up(chosen, pad or 0), "attention_mask": filled_up(map(np.ones_like, chosen))}
             if types is not None and _knows_types(model):
                 inputs["token_type_ids"] = filled_up(np.asarray(types[index], np.int64) for index in batch)
-            return _logits(model, inputs)
+            return [*_logits(model, inputs)]
 
         values = in_batches(
             [len(row) for row in rows], 1 if pad is None else batch_size, values_of, done=done,
