@@ -1,4 +1,4 @@
-"""Batched greedy generation: whet's `answer` against transformers' own `generate` on the same model and prompts.
+"""Batched greedy generation: a session of whet against transformers' own `generate` on the same model and prompts.
 
     python bench/generate.py MODEL_DIR --prompts 32 --prompt-tokens 128 --new-tokens 128 --out FILE.json
     python bench/generate.py --from-config Qwen3-4B.json --storage nf4 --out FILE.json      # random weights
@@ -29,7 +29,7 @@ import torch
 import transformers
 
 from whet.base.console import quiet_libraries
-from whet.engine.answer.generate import Way, answer
+from whet.engine.answer.generate import DecoderSession, DecodingOptions
 from whet.engine.config import Model
 from whet.engine.device import Placement, device_name
 from whet.engine.load.load import load_model
@@ -132,10 +132,15 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     model.generation_config.eos_token_id = None
     prompts = draw_prompts(chosen, model.get_input_embeddings().weight.shape[0])
     size, new_tokens = chosen.batch_size or len(prompts), chosen.new_tokens
-    options = {"stop_ids": (), "max_new_tokens": new_tokens, "batch_size": size}
-    calls: dict[str, Callable[[], Answers]] = {"whet": lambda: answer(model, prompts, **options)}
+
+    def whet(options: DecodingOptions) -> Answers:
+        """A session for each call: dense copies and the graph are part of what is timed."""
+        with DecoderSession(model, options=options) as session:
+            return session.answer(prompts, stop_ids=(), max_new_tokens=new_tokens, batch_size=size)
+
+    calls: dict[str, Callable[[], Answers]] = {"whet": lambda: whet(DecodingOptions())}
     if chosen.compiled:
-        calls["whet compiled"] = lambda: answer(model, prompts, **options, way=Way(compiled=True))
+        calls["whet compiled"] = lambda: whet(DecodingOptions(compiled=True))
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     # For transformers, whose sdpa leaves a soft cap out; whet takes its own attention for the time of a call.
     model.set_attn_implementation("eager" if capped else "sdpa")

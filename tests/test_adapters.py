@@ -10,13 +10,14 @@ import pytest
 import tiny
 import torch
 
+from whet.adapters import Adapters, describe, find
 from whet.base.errors import UserError
 from whet.engine.config import Model
 from whet.engine.device import Placement
 from whet.engine.load.load import load_model
 from whet.methods.layers.adapter import attach_adapter
 from whet.methods.lora import Lora
-from whet.ship.adapters import Adapters, delete_on_disk, describe, find, rename_on_disk
+from whet.ship.compose import delete_on_disk, rename_on_disk
 
 CPU = Placement(torch.device("cpu"), "fp32", torch.float32, True, {})
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(3))
@@ -77,6 +78,25 @@ def test_each_answers_as_alone_and_none_is_the_base(model_dir: Path, pair: list[
         assert torch.equal(logits(network), base)
     assert not torch.allclose(alone(model_dir, pair[0]), alone(model_dir, pair[1]), atol=1e-3)
     assert not torch.allclose(alone(model_dir, pair[0]), base, atol=1e-3)
+
+
+def test_none_in_use_is_the_base_until_another_is_used(model_dir: Path, pair: list[Path]) -> None:
+    adapters, base = both(model_dir, pair), logits(fresh(model_dir))
+    assert adapters.in_use is None
+    assert torch.equal(logits(adapters.network), base)
+    adapters.use("two")
+    torch.testing.assert_close(logits(adapters.network), alone(model_dir, pair[1]), rtol=0, atol=1e-6)
+    adapters.use(None)
+    assert torch.equal(logits(adapters.network), base)
+    with adapters.using("one") as network:
+        torch.testing.assert_close(logits(network), alone(model_dir, pair[0]), rtol=0, atol=1e-6)
+    assert torch.equal(logits(adapters.network), base)
+    adapters.compose("sum", ["one", "two"])
+    adapters.delete("one")
+    assert torch.equal(logits(adapters.network), base)
+    with pytest.raises(UserError):
+        adapters.load("three", pair[0].parent)
+    assert torch.equal(logits(adapters.network), base)
 
 
 def test_cat_is_the_weighted_sum_and_linear_is_not(model_dir: Path, pair: list[Path]) -> None:

@@ -243,8 +243,12 @@ def test_no_new_head_stays_frozen_and_random(name: str, kind: str) -> None:
 def test_batched_answers_are_those_of_one_prompt_without_a_cache(kind: str, name: str) -> None:
     import transformers
 
-    from whet.engine.answer.generate import answer as written
+    from whet.engine.answer.generate import DecoderSession
     from whet.engine.compute.attention import ATTENTION
+
+    def written(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+        with DecoderSession(model) as session:
+            return session.answer(prompts, stop_ids=[], max_new_tokens=6, batch_size=4)
 
     torch.default_generator.manual_seed(0)
     sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
@@ -257,12 +261,12 @@ def test_batched_answers_are_those_of_one_prompt_without_a_cache(kind: str, name
     net = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).eval()
     made = method(name, num_virtual_tokens=3)
     untrained = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16], [20, 21, 22, 23]]
-    plain = written(net, untrained, stop_ids=[], max_new_tokens=6, batch_size=4)
+    plain = written(net, untrained)
     model: Any = made.attach(net).eval()
     with torch.no_grad():
         for p in trained(model).values():
             p.add_(0.3 * torch.randn(p.shape))
-    found = written(model, untrained, stop_ids=[], max_new_tokens=6, batch_size=4)
+    found = written(model, untrained)
     for prompt, reply in zip(untrained, found, strict=True):
         ids = list(prompt)
         for _ in range(6):
@@ -271,7 +275,7 @@ def test_batched_answers_are_those_of_one_prompt_without_a_cache(kind: str, name
         assert reply == ids[len(prompt) :]
     assert found != plain
     with made.base_only(model):
-        assert written(model, untrained, stop_ids=[], max_new_tokens=6, batch_size=4) == plain
+        assert written(model, untrained) == plain
 
 
 def test_a_family_that_peft_has_no_table_for_gets_its_layers_from_the_structure() -> None:

@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 import tiny
 
+from whet import api
 from whet.data.template.template import use_template
 from whet.data.template.tokenise import Tokeniser
+from whet.engine.answer.notices import Notices
 from whet.engine.config import Model
+from whet.engine.load import open as opening
 from whet.engine.load.load import load_tokenizer
+from whet.engine.load.open import Opened
+from whet.opening import Answerer
 from whet.ship.chat import Chat, open_chat, talk
 
 THOUGHT = "<think>\n\n</think>\n\n"
@@ -28,18 +33,38 @@ def test_a_learned_thinking_block_is_not_carried_into_the_history(
     use_template(tokenizer, str(tmp_path / "thinking.jinja"))
     asked: list[list[int]] = []
 
-    def thinks(network: Any, prompt: list[int], **_: Any) -> list[int]:
-        asked.append(prompt)
-        return tokenizer(f"{THOUGHT}answer {len(asked)}", add_special_tokens=False).input_ids
+    class Thinks:
+        notices = Notices()
 
-    monkeypatch.setattr("whet.ship.chat.stream", thinks)
+        def stream(self, prompt: list[int], **_: Any) -> list[int]:
+            asked.append(prompt)
+            return tokenizer(f"{THOUGHT}answer {len(asked)}", add_special_tokens=False).input_ids
+
+    nobody: Any = Opened(None, None, None)  # type: ignore[arg-type]
+    thinks: Any = Thinks()
     monkeypatch.setattr("whet.ship.chat._lines", lambda: iter(["one", "two"]))
-    found = talk(Chat(None, Tokeniser(tokenizer, chat=True)), None, None, quiet=True)
+    found = talk(Chat(Answerer(nobody, Tokeniser(tokenizer, chat=True)), thinks), None, None, quiet=True)
     assert [turn["content"] for turn in found] == ["one", "answer 1", "two", "answer 2"]
     assert [str(tokenizer.decode(prompt)).count("<think>") for prompt in asked] == [0, 1]
 
 
 def test_a_model_directory_can_be_talked_to(model_dir: Path) -> None:
-    found = talk(open_chat(str(model_dir), max_new_tokens=3), "Hi", "Be brief.", quiet=True)
-    assert [turn["role"] for turn in found] == ["system", "user", "assistant"]
-    assert open_chat(str(model_dir)).network.config.vocab_size == tiny.VOCABULARY
+    with open_chat(str(model_dir), max_new_tokens=3) as chat:
+        found = talk(chat, "Hi", "Be brief.", quiet=True)
+        assert [turn["role"] for turn in found] == ["system", "user", "assistant"]
+        assert chat.answerer.opened.network.config.vocab_size == tiny.VOCABULARY
+
+
+def test_a_chat_loads_its_model_once_for_all_messages(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads, load = [], opening.load_model
+    monkeypatch.setattr(opening, "load_model", lambda *given: loads.append(given) or load(*given))
+    messages = ("the quick brown fox", "one", "two")
+    alone = [api.chat(str(model_dir), message, max_new_tokens=5) for message in messages]
+    assert len(set(alone)) > 1, "the answers do not tell the messages apart"
+    assert len(loads) == len(messages)
+    loads.clear()
+    with open_chat(str(model_dir), max_new_tokens=5) as chat:
+        assert [api.chat(chat, message) for message in messages] == alone
+    assert len(loads) == 1
+    with pytest.raises(RuntimeError, match="closed"):
+        api.chat(chat, "three")

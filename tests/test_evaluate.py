@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from whet import runs
+from whet.data.template.tokenise import Tokeniser
+from whet.engine.answer import decode
+from whet.engine.answer.generate import DecoderSession
 from whet.evaluation import label_metrics, metrics
 from whet.evaluation.run import evaluate
 from whet.recipe import Parsed
@@ -35,24 +38,22 @@ def test_the_block_that_was_learned_before_an_answer_is_not_scored(
     tokenizer: Any = AutoTokenizer.from_pretrained(run.recipe.model.path)
     room = []
 
-    def perfect(network: Any, prompts: list[list[int]], *, max_new_tokens: int, **_: Any) -> list[list[int]]:
+    def perfect(session: Any, prompts: list[list[int]], *, max_new_tokens: int, **_: Any) -> list[list[int]]:
         """Every prompt answered by what it was trained to be followed by."""
         room.append(max_new_tokens)
         return [answers[tuple(prompt)] for prompt in prompts]
-
-    from whet.evaluation import run as evaluation
 
     prepared = runs.prepared(run.recipe)
     answers = {
         tuple(prepared.tokeniser.prompt(example.question)): tokenizer.encode(LEAD + example.answer)
         for example in prepared.held_out
     }
-    monkeypatch.setattr(evaluation, "answer", perfect)
+    monkeypatch.setattr(DecoderSession, "answer", perfect)
     result = evaluate(run)
     assert result["tuned"]["metrics"]["exact_match"] == result["base"]["metrics"]["exact_match"] == 1.0
     assert min(room) > max(map(len, answers.values())), "there is room for the block and the answer"
     assert "<think>" not in (run.results / "predictions.jsonl").read_text(encoding="utf-8")
-    monkeypatch.setattr(evaluation.Tokeniser, "answered", lambda self, question, reply: reply)
+    monkeypatch.setattr(Tokeniser, "answered", lambda self, question, reply: reply)
     assert evaluate(run)["tuned"]["metrics"]["exact_match"] == 0.0, "the planted fault"
 
 
@@ -74,3 +75,23 @@ def test_the_test_rows_are_scored_apart(recipe: Callable[..., Parsed]) -> None:
     without = train(recipe("without", train__max_steps=1, data__val_size=3))
     with pytest.raises(UserError, match="no test rows"):
         evaluate(without, split="test")
+
+
+def test_what_a_session_notices_is_said(
+    recipe: Callable[..., Parsed], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    run = train(recipe(train__max_steps=1, data__val_size=4))
+    whole = evaluate(run)
+    assert "out of memory" not in capsys.readouterr().err
+    fill = decode.DecodingLoop.fill
+
+    def small_memory(loop: decode.DecodingLoop, prompts: list[list[int]]) -> torch.Tensor:
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError
+        return fill(loop, prompts)
+
+    monkeypatch.setattr(decode.DecodingLoop, "fill", small_memory)
+    assert evaluate(run)["tuned"]["metrics"] == whole["tuned"]["metrics"]
+    assert capsys.readouterr().err.count("out of memory: answering 2 prompts together") == 1

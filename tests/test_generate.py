@@ -13,7 +13,10 @@ import torch
 
 from whet.base.errors import UserError
 from whet.engine.answer import decode
-from whet.engine.answer.generate import Way, answer, generating, stream
+from whet.engine.answer.generate import DecoderSession, DecodingOptions, use_cached_attention
+from whet.engine.answer.proof import find_fault
+from whet.engine.answer.rows import Rows, StopRule
+from whet.engine.answer.static_cache import StaticCache, attention_layout
 from whet.engine.compute import cached_attention
 from whet.engine.config import Model
 from whet.engine.device import Placement
@@ -23,7 +26,7 @@ from whet.engine.weights.linear import FrozenLinear, freeze_linears
 from whet.methods.layers.lora_layer import LoraLinear
 
 VOCABULARY, NEW = 512, 24
-LOOSE, FIXED = Way(static=True, graphed=False), Way(static=True, graphed=True)
+LOOSE, FIXED = DecodingOptions(static=True, graphed=False), DecodingOptions(static=True, graphed=True)
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": VOCABULARY, "max_position_embeddings": 256,
@@ -79,14 +82,17 @@ def expected(model: Any, prompts: list[list[int]], new_tokens: int = NEW, stop_i
     return found
 
 
-@pytest.fixture(autouse=True)
-def _each_model_is_proven_anew() -> None:
-    decode._verdicts.clear()
-
-
-def ours(model: Any, prompts: list[list[int]], new_tokens: int = NEW, **more: Any) -> list[list[int]]:
-    options: dict[str, Any] = {"stop_ids": (), "batch_size": 3, "way": LOOSE}
-    return answer(model, prompts, max_new_tokens=new_tokens, **(options | more))
+def ours(
+    model: Any, prompts: list[list[int]], new_tokens: int = NEW, options: DecodingOptions = LOOSE,
+    notices: list[str] | None = None, **more: Any,
+) -> list[list[int]]:  # fmt: skip
+    """Answers in a session of their own; its notices are added to `notices`."""
+    given: dict[str, Any] = {"stop_ids": (), "batch_size": 3}
+    with DecoderSession(model, options=options) as session:
+        found = session.answer(prompts, max_new_tokens=new_tokens, **(given | more))
+    if notices is not None:
+        notices += session.notices.take()
+    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,50 +100,52 @@ def test_the_loop_is_transformers_greedy_generation(kind: str) -> None:
     model, prompts = build(kind), draw(LENGTHS)
     exact = expected(model, prompts)
     assert len({token for row in exact for token in row}) > 20, "the reference says nothing"
-    with torch.inference_mode(), generating(model):
-        assert decode.proven(model) is not None
-    for way in (LOOSE, FIXED, Way(), Way(static=False)):
-        assert ours(model, prompts, way=way) == exact, way
+    with use_cached_attention(model):
+        assert find_fault(model, attention_layout(model)) == ""
+    for options in (LOOSE, FIXED, DecodingOptions(), DecodingOptions(static=False)):
+        assert ours(model, prompts, options=options) == exact, options
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("way", [LOOSE, FIXED])
-def test_the_built_in_model(way: Way) -> None:
+@pytest.mark.parametrize("options", [LOOSE, FIXED])
+def test_the_built_in_model(options: DecodingOptions) -> None:
     placement = Placement(torch.device("cpu"), "fp32", torch.float32, False, {})
     model = load_model(Model(path="builtin:tiny"), placement)
     prompts = draw((40, 9, 17), 16384)
-    assert ours(model, prompts, 12, way=way, stop_ids=[2]) == expected(model, prompts, 12, stop_ids=[2])
+    assert ours(model, prompts, 12, options=options, stop_ids=[2]) == expected(model, prompts, 12, stop_ids=[2])
 
 
-@pytest.mark.parametrize("way", [LOOSE, FIXED])
+@pytest.mark.parametrize("options", [LOOSE, FIXED])
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
-def test_rows_stop_at_different_times(kind: str, way: Way) -> None:
+def test_rows_stop_at_different_times(kind: str, options: DecodingOptions) -> None:
     model, prompts = build(kind), draw(LENGTHS)
     free = expected(model, prompts)
     stop_ids = [free[0][2], free[1][9], free[2][0], free[3][16]]
     exact = expected(model, prompts, stop_ids=stop_ids)
     assert len({len(row) for row in exact}) >= 4
     assert exact[2] == []
-    assert ours(model, prompts, stop_ids=stop_ids, batch_size=5, way=way) == exact
+    assert ours(model, prompts, stop_ids=stop_ids, batch_size=5, options=options) == exact
 
 
-@pytest.mark.parametrize("way", [LOOSE, FIXED, Way(static=False)])
+@pytest.mark.parametrize("options", [LOOSE, FIXED, DecodingOptions(static=False)])
 @pytest.mark.parametrize("new_tokens", [0, 1, 2, 9])
-def test_few_tokens_and_one_prompt(new_tokens: int, way: Way) -> None:
+def test_few_tokens_and_one_prompt(new_tokens: int, options: DecodingOptions) -> None:
     model, prompts = build("qwen3"), draw(LENGTHS)
     exact = [row[:new_tokens] for row in expected(model, prompts, 9)]
-    assert ours(model, prompts, new_tokens, way=way) == exact
-    assert ours(model, prompts[1:2], new_tokens, way=way) == exact[1:2]
-    assert ours(model, [], new_tokens, way=way) == []
+    assert ours(model, prompts, new_tokens, options=options) == exact
+    assert ours(model, prompts[1:2], new_tokens, options=options) == exact[1:2]
+    assert ours(model, [], new_tokens, options=options) == []
 
 
-@pytest.mark.parametrize("way", [LOOSE, FIXED])
-def test_an_answer_may_fill_the_models_last_position(way: Way) -> None:
+@pytest.mark.parametrize("options", [LOOSE, FIXED])
+def test_an_answer_may_fill_the_models_last_position(options: DecodingOptions) -> None:
     model = build("gpt2")
     prompts = draw((240, 12))
     stop_ids = [expected(model, prompts, 5)[0][4]]
-    assert ours(model, prompts, 16, way=way) == expected(model, prompts, 16)
-    longer = ours(model, prompts, 60, stop_ids=stop_ids, way=way)  # past the last position, had the row not stopped
+    assert ours(model, prompts, 16, options=options) == expected(model, prompts, 16)
+    longer = ours(
+        model, prompts, 60, stop_ids=stop_ids, options=options
+    )  # past the last position, had the row not stopped
     assert longer == expected(model, prompts, 60, stop_ids=stop_ids)
 
 
@@ -147,22 +155,24 @@ def test_order_and_progress() -> None:
     assert advanced == [3, 2]
 
 
-def test_out_of_memory_halves_the_groups(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_of_memory_halves_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts, advanced = build("llama"), draw(LENGTHS), []
-    fill = decode.Loop.fill
+    fill = decode.DecodingLoop.fill
 
-    def small_memory(loop: decode.Loop, group: list[list[int]]) -> torch.Tensor:
-        if loop.rows > 2:
+    def small_memory(loop: decode.DecodingLoop, group: list[list[int]]) -> torch.Tensor:
+        if len(loop.rows) > 2:
             raise torch.OutOfMemoryError
         return fill(loop, group)
 
-    monkeypatch.setattr(decode.Loop, "fill", small_memory)
-    for way in (LOOSE, FIXED):
-        found = ours(model, prompts, 4, done=advanced.append, batch_size=5, way=way)
+    monkeypatch.setattr(decode.DecodingLoop, "fill", small_memory)
+    for options in (LOOSE, FIXED):
+        notices: list[str] = []
+        found = ours(model, prompts, 4, done=advanced.append, batch_size=5, options=options, notices=notices)
         assert found == expected(model, prompts, 4)
+        assert notices == [f"out of memory: answering {size} prompts together" for size in (3, 2)]
     assert advanced == [2, 2, 1] * 2
-    assert "out of memory: answering 2 prompts together" in capsys.readouterr().err
-    monkeypatch.setattr(decode.Loop, "fill", lambda *_: small_memory(SimpleNamespace(rows=3), []))  # type: ignore[arg-type]
+    too_large: Any = SimpleNamespace(rows=range(3))
+    monkeypatch.setattr(decode.DecodingLoop, "fill", lambda *_: small_memory(too_large, []))
     with pytest.raises(torch.OutOfMemoryError):
         ours(model, prompts, 4)
 
@@ -184,10 +194,11 @@ def test_with_an_adapter_and_without_it(storage: str, dense: bool) -> None:
     tiny.randomise_adapter(model)
     tuned = expected(model, prompts, 10)
     assert tuned != plain
-    for way in (Way(static=True, dense=dense), Way(static=True, graphed=True, dense=dense)):
-        assert ours(model, prompts, 10, way=way) == tuned
+    for graphed in (False, True):
+        options = DecodingOptions(static=True, graphed=graphed, dense=dense)
+        assert ours(model, prompts, 10, options=options) == tuned
         with wrapped.disable_adapter():
-            assert ours(model, prompts, 10, way=way) == plain
+            assert ours(model, prompts, 10, options=options) == plain
 
 
 def test_dense_copies_last_as_long_as_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,13 +241,16 @@ def test_streaming_hands_over_each_token() -> None:
 
     model, prompts = build("qwen3"), draw((7,))
     free = expected(model, prompts)[0]
-    for way in (LOOSE, FIXED, Way(), Way(static=False)):
+    for options in (LOOSE, FIXED, DecodingOptions(), DecodingOptions(static=False)):
         streamer = Streamer()
-        found = stream(model, prompts[0], stop_ids=[free[11]], max_new_tokens=NEW, streamer=streamer, way=way)
+        with DecoderSession(model, options=options) as session:
+            found = session.stream(prompts[0], stop_ids=[free[11]], max_new_tokens=NEW, streamer=streamer)
         assert found == expected(model, prompts, stop_ids=[free[11]])[0]
         assert streamer.got == [prompts, *([token] for token in [*found, free[11]])]
         assert streamer.ended
-    assert stream(model, prompts[0], stop_ids=[], max_new_tokens=3, streamer=None) == free[:3]
+    with DecoderSession(model) as session:
+        assert session.stream(prompts[0], stop_ids=[], max_new_tokens=3) == free[:3]
+        assert session.stream(prompts[0], stop_ids=[], max_new_tokens=0) == []
 
 
 def blind(prompts: Any, rows: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,14 +262,14 @@ decode_padded = decode.padded
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_a_mask_that_ignores_the_padding_is_seen(
-    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, prompts = build(kind), draw(LENGTHS)
+def test_a_mask_that_ignores_the_padding_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts, notices = build(kind), draw(LENGTHS), []
     monkeypatch.setattr(decode, "padded", blind)
     assert ours(model, prompts) != expected(model, prompts)
-    assert ours(model, prompts, way=Way()) == expected(model, prompts)  # it is found, and transformers answers
-    assert "answers come from transformers' generate: cached and uncached logits" in capsys.readouterr().err
+    usual = DecodingOptions()
+    assert ours(model, prompts, options=usual, notices=notices) == expected(model, prompts)  # transformers answers
+    assert len(notices) == 1
+    assert notices[0].startswith("answers come from transformers' generate: cached and uncached logits")
 
 
 def test_a_soft_cap_that_is_ignored_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +281,7 @@ def test_a_soft_cap_that_is_ignored_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_window_that_is_ignored_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = build("mistral"), draw(LENGTHS)
-    monkeypatch.setattr(decode.Loop, "masks", lambda self: self.opened[..., : self.cursor.reach])
+    monkeypatch.setattr(StaticCache, "masks", lambda self: self.readable[..., : self.position.reach])
     assert ours(model, prompts) != expected(model, prompts)
 
 
@@ -275,13 +289,19 @@ def test_a_window_that_is_ignored_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
 def test_other_layers_are_left_to_transformers(fault: dict[str, Any]) -> None:
     text = SimpleNamespace(num_hidden_layers=1, sliding_window=None, **fault)
     model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: text))
-    assert decode.layers_of(model) is None
+    assert attention_layout(model) is None
+
+
+def loop_of(model: Any, rows: int, length: int, new_tokens: int, **more: Any) -> decode.DecodingLoop:
+    layout = attention_layout(model)
+    assert layout is not None
+    device = model.device
+    cache = StaticCache(layout, rows, length, model.get_input_embeddings().weight)
+    return decode.DecodingLoop(model, Rows(rows, StopRule((), new_tokens), device), cache, **more)
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_capturing_leaves_no_trace(
-    broken: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_capturing_leaves_no_trace(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On stand-ins for torch.cuda: what warming up and recording write is put back, also when recording fails."""
     from contextlib import nullcontext
 
@@ -299,48 +319,46 @@ def test_capturing_leaves_no_trace(
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     model, prompts = build("gemma2"), draw(LENGTHS)
-    with torch.inference_mode(), generating(model):
-        layers = decode.layers_of(model)
-        assert layers is not None
-        loop = decode.Loop(model, layers, len(prompts), 64, NEW, (), graphed=True, forward=decode.last_logits)
+    with torch.inference_mode(), use_cached_attention(model):
+        loop = loop_of(model, len(prompts), 64, NEW, graphed=True, forward=decode.last_logits)
         loop.accept(loop.fill(prompts))
         loop.capture()
         assert (loop.graph is None, loop.graphed) == (broken, not broken)
         for _ in range(NEW - 1):
             loop.step()
-    assert loop.answers.tolist() == expected(model, prompts)
-    said = capsys.readouterr().err
-    assert ("decoding without torch.compile: RuntimeError: not while capturing\n" in said) == broken
-    assert ("decoding without a CUDA graph: RuntimeError: not while capturing\n" in said) == broken
+    assert loop.rows.answers.tolist() == expected(model, prompts)
+    failures = [f"decoding without {what}: RuntimeError: not while capturing"
+                for what in ("torch.compile", "a CUDA graph")]  # fmt: skip
+    assert list(loop.notices) == (failures if broken else [])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_a_gpu_the_captured_step_gives_the_same(
-    kind: str, compiled: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_on_a_gpu_the_captured_step_gives_the_same(kind: str, compiled: bool) -> None:
     model, prompts = build(kind).to("cuda"), draw((*LENGTHS, 150))
-    way = Way(static=True, compiled=compiled)
     free = expected(model, prompts, 40)
-    assert ours(model, prompts, 40, way=way) == free
     stop_ids = [free[0][2], free[1][9], free[2][0]]
-    assert ours(model, prompts, 40, stop_ids=stop_ids, way=way) == expected(model, prompts, 40, stop_ids)
-    assert "decoding without" not in capsys.readouterr().err
+    exact = expected(model, prompts, 40, stop_ids)
+    with DecoderSession(model, options=DecodingOptions(static=True, compiled=compiled)) as session:
+        for _ in range(2):  # the second time by the graph that is there
+            assert session.answer(prompts, stop_ids=(), max_new_tokens=40, batch_size=3) == free
+        assert session.answer(prompts, stop_ids=stop_ids, max_new_tokens=40, batch_size=3) == exact
+    assert list(session.notices) == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 @pytest.mark.parametrize("storage", ["nf4", "fp8", "int8"])
-def test_on_a_gpu_quantised_layers_may_be_captured(storage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    model, prompts = build("qwen3").to("cuda"), draw(LENGTHS)
+def test_on_a_gpu_quantised_layers_may_be_captured(storage: str) -> None:
+    model, prompts, notices = build("qwen3").to("cuda"), draw(LENGTHS), []
     freeze_linears(model, storage)
     exact = expected(model, prompts)
     for dense in (True, False):
-        assert ours(model, prompts, way=Way(dense=dense)) == exact
-    assert "decoding without" not in capsys.readouterr().err
+        assert ours(model, prompts, options=DecodingOptions(dense=dense), notices=notices) == exact
+    assert notices == []
 
 
 def test_an_empty_prompt_is_refused_by_its_number(model_dir: Path) -> None:
     network = load_model(Model(path=str(model_dir)), Placement(torch.device("cpu"), "fp32", torch.float32, False, {}))
     with pytest.raises(UserError, match="prompt 2 of 3 has no tokens"):
-        answer(network, [[5, 6], [], [7]], stop_ids=[2], max_new_tokens=3, batch_size=2)
+        ours(network, [[5, 6], [], [7]], 3, stop_ids=[2], batch_size=2)

@@ -20,8 +20,8 @@ from whet.base.errors import UserError
 from whet.engine.compute import attention
 from whet.engine.config import Base, Model
 from whet.engine.device import Placement, resolve_placement
-from whet.engine.load.load import checkpoint_storage, load_model
-from whet.engine.load.open import answering, open_trained
+from whet.engine.load.load import checkpoint_storage, load_model, rebuilding_notice
+from whet.engine.load.open import answering_placement, open_model, open_trained
 from whet.engine.weights.linear import FrozenLinear, Int8Linear, Nf4Linear, freeze_linears, linear_names
 from whet.ship.merge import MEAN_KL_LIMIT, merge
 from whet.training.run import train
@@ -270,8 +270,8 @@ def test_auto_keeps_the_storage_of_the_checkpoint_from_plan_to_merge(
     run = train(parsed)
     assert run.recipe.base.storage == storage
     assert (run.read("origins.json") or {})["base.storage"]["reason"] == "how the checkpoint is stored"
-    assert answering(Model(path=str(path)), Base(device="cpu")).storage == storage
-    assert answering(Model(path=str(tmp_path / "dense")), Base(device="cpu")).storage == "fp32"
+    assert answering_placement(Model(path=str(path)), Base(device="cpu")).storage == storage
+    assert answering_placement(Model(path=str(tmp_path / "dense")), Base(device="cpu")).storage == "fp32"
     trained = open_trained(run.recipe.model, run.recipe.base, run.adapter, run.recipe.method).network
     assert [module.storage for module in trained.modules() if isinstance(module, FrozenLinear)] == [storage] * 14
     certificate = merge(run, tmp_path / "merged")
@@ -307,17 +307,17 @@ def test_int8_codes_are_taken_as_they_are(checkpoints: dict[str, Path], tmp_path
 
 @pytest.mark.parametrize("how", [NF4, {"load_in_8bit": True}], ids=["nf4", "int8"])
 @pytest.mark.parametrize("storage", ["fp32", "fp8"])
-def test_another_storage_is_made_from_the_rebuilt_weight_and_said(
-    how: dict[str, Any],
-    storage: str,
-    checkpoints: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_another_storage_is_made_from_the_rebuilt_weight_and_noticed(
+    how: dict[str, Any], storage: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    path = quantised(checkpoints["llama"], tmp_path / "packed", **how)
-    taken = load_model(Model(path=str(path)), placed("nf4" if how is NF4 else "int8"))
-    network = load_model(Model(path=str(path)), placed(storage))
-    assert f"rebuilt, and stored as {storage}" in capsys.readouterr().err
+    path, stored = quantised(checkpoints["llama"], tmp_path / "packed", **how), "nf4" if how is NF4 else "int8"
+    model = Model(path=str(path))
+    taken = load_model(model, placed(stored))
+    opened = open_model(model, placed(storage))
+    network, notice = opened.network, f"{path} holds {stored} weights: rebuilt, and stored as {storage}"
+    assert opened.notices == (rebuilding_notice(model, placed(storage)),) == (notice,)
+    assert rebuilding_notice(model, placed(stored)) is None
+    assert rebuilding_notice(Model(path=str(checkpoints["llama"])), placed(storage)) is None
     for name in linear_names(network):
         module, packed = network.get_submodule(name), taken.get_submodule(name)
         wanted = packed.dense(torch.float32)

@@ -14,7 +14,7 @@ from torch import nn
 
 from whet.base.errors import UserError
 from whet.data.format.standardise import Message
-from whet.engine.answer.generate import answer
+from whet.engine.answer.session import text_session
 from whet.engine.config import Model
 from whet.engine.device import PACKED, Placement
 from whet.engine.load.load import load_model
@@ -140,7 +140,8 @@ def test_it_learns_four_rows_by_heart_and_stops_by_itself(
     live = open_trained(run.recipe.model, run.recipe.base, run.trained, run.recipe.method)
     prompts = [tokeniser.prompt([Message("user", str(record["instruction"]))]) for record in records]
     stop = tokeniser.stop_ids()
-    found = answer(live.network, prompts, stop_ids=stop, max_new_tokens=40, batch_size=4)  # type: ignore[arg-type]
+    with text_session(live) as session:
+        found = session.answer(prompts, stop_ids=stop, max_new_tokens=40, batch_size=4)
     assert [tokeniser.tokenizer.decode(ids) for ids in found] == list(answers)
     assert all(len(ids) < 40 for ids in found)
 

@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from tiny import plan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from whet.adapters import Adapters, base_of
 from whet.base.errors import UserError
 from whet.engine.config import Base, Model
 from whet.engine.device import Placement
-from whet.engine.load.load import load_model, load_tokenizer, new_tokens
+from whet.engine.load import new_tokens
+from whet.engine.load.load import load_model, load_tokenizer
 from whet.engine.load.open import open_trained
 from whet.recipe import Parsed, parse
 from whet.runs import Run
-from whet.ship.adapters import Adapters, home
 from whet.ship.chat import open_chat
 from whet.ship.merge import merge
 from whet.training.run import train
@@ -158,7 +159,7 @@ def test_chat_and_adapters_by_name_know_the_tokens(run: Run, base: Path, tmp_pat
     for file in run.adapter.iterdir():
         (alone / file.name).write_bytes(file.read_bytes())
     for place in (run.path, alone):
-        model, _ = home(place)
+        model, _ = base_of(place)
         assert model.new_tokens == TOKENS
         adapters = Adapters(load_model(model, HOST))
         adapters.load("one", place)

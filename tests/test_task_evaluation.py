@@ -17,9 +17,10 @@ import whet
 from whet import runs
 from whet.base.errors import UserError
 from whet.cli import run as command
+from whet.engine.answer import encoder_decoder
 from whet.engine.answer import logits as engine_logits
-from whet.engine.answer import sequence
-from whet.engine.answer.logits import decided, logits, probabilities
+from whet.engine.answer.encoder_decoder import EncoderDecoderSession
+from whet.engine.answer.logits import LabelSession, decisions, probabilities
 from whet.engine.load.load import load_model
 from whet.engine.load.open import open_trained
 from whet.engine.task import Task
@@ -64,6 +65,16 @@ def opened(run: Run) -> Any:
     return open_trained(run.recipe.model, run.recipe.base, run.trained, run.recipe.method, run.task)
 
 
+def logits(model: Any, rows: Any, types: Any = None, *, batch_size: int) -> np.ndarray:
+    with LabelSession(model) as session:
+        return session.logits(rows, types, batch_size=batch_size)
+
+
+def written(model: Any, rows: Any, max_new_tokens: int, batch_size: int) -> list[list[int]]:
+    with EncoderDecoderSession(model) as session:
+        return session.answer(rows, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+
 class Deaf(torch.nn.Module):
     """The planted fault: a model that reads padding as text."""
 
@@ -82,13 +93,13 @@ class Deaf(torch.nn.Module):
 def test_a_row_is_answered_alone_as_in_a_batch(kind: str, made: dict[tuple[str, str], Run]) -> None:
     run = made[kind, "classification"]
     model, rows = opened(run), tasks.token_rows()
-    together = predict(model, rows, 9, run.task)
-    alone = np.concatenate([predict(model, [row], 1, run.task) for row in rows])
+    together = predict(model, rows, 9)
+    alone = np.concatenate([predict(model, [row], 1) for row in rows])
     assert together.shape == (9, 3)
     assert together.dtype == np.float32
     assert float(np.abs(together).max()) > 0.05
     np.testing.assert_allclose(together, alone, atol=2e-5)
-    backwards = predict(model, rows[::-1], 4, run.task)[::-1]
+    backwards = predict(model, rows[::-1], 4)[::-1]
     np.testing.assert_allclose(backwards, alone, atol=2e-5)
     if kind == "bert":
         deaf = logits(Deaf(model.answering), rows, batch_size=9)
@@ -101,8 +112,8 @@ def test_padding_on_the_wrong_token_is_seen(made: dict[tuple[str, str], Run]) ->
     model, rows = opened(run).answering, tasks.token_rows()
     right = logits(model, rows, batch_size=9)
     model.config.pad_token_id = 1
-    ids = engine_logits._filled([np.asarray(row, np.int64) for row in rows], 0)
-    mask = engine_logits._filled([np.ones(len(row), np.int64) for row in rows], 0)
+    ids = engine_logits.filled_up([np.asarray(row, np.int64) for row in rows])
+    mask = engine_logits.filled_up([np.ones(len(row), np.int64) for row in rows])
     with torch.inference_mode():
         wrong = model(input_ids=ids, attention_mask=mask).logits.numpy()
     assert float(np.abs(wrong - right).max()) > 1e-3
@@ -160,13 +171,13 @@ def test_probabilities_and_decisions() -> None:
     shares = probabilities(THREE, found)
     np.testing.assert_allclose(shares.sum(1), 1)
     np.testing.assert_allclose(shares[0, :2], [np.exp(2) / (np.exp(2) + 1), 1 / (np.exp(2) + 1)])
-    assert decided(THREE, found).tolist() == [0, 1]
+    assert decisions(THREE, found).tolist() == [0, 1]
     several = Task("multi_label", tasks.NAMES)
-    assert decided(several, found).tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert decisions(several, found).tolist() == [[1, 0, 0], [0, 1, 0]]
     np.testing.assert_allclose(probabilities(several, found)[0, 0], 1 / (1 + np.exp(-2)))
-    assert ((probabilities(several, found) > 0.5) == (decided(several, found) == 1)).all()
+    assert ((probabilities(several, found) > 0.5) == (decisions(several, found) == 1)).all()
     value = Task("regression")
-    assert decided(value, found[:, :1]).tolist() == [2.0, -1.0]
+    assert decisions(value, found[:, :1]).tolist() == [2.0, -1.0]
     with pytest.raises(ValueError, match="no probabilities"):
         probabilities(value, found[:, :1])
 
@@ -184,7 +195,7 @@ def test_evaluation_says_what_the_model_says(kind: str, task: str, made: dict[tu
     held = prepared.evaluation
     model = opened(run).answering
     values = [logits(model, [held.row(index)[0]], batch_size=1)[0] for index in range(len(held))]
-    said = decided(run.task, np.stack(values))
+    said = decisions(run.task, np.stack(values))
     shown = lines(run.results / "predictions.jsonl")
     assert result["rows"] == len(shown) == len(held) == 12
     for index, row in enumerate(shown):
@@ -269,15 +280,17 @@ def test_a_source_is_answered_alone_as_in_a_batch(
     made: dict[tuple[str, str], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, rows = opened(made["t5", "seq2seq"]).answering, tasks.token_rows()
-    together = sequence.answer_sources(model, rows, max_new_tokens=8, batch_size=9)
-    alone = [sequence.answer_sources(model, [row], max_new_tokens=8, batch_size=1)[0] for row in rows]
+    together = written(model, rows, 8, 9)
+    alone = [written(model, [row], 8, 1)[0] for row in rows]
     assert together == alone
     assert len({tuple(one) for one in alone}) > 1
-    chances = sequence.answer_log_probabilities(model, rows[1], alone[1])
+    chances = encoder_decoder.answer_log_probabilities(model, rows[1], alone[1])
     assert chances.shape == (len(alone[1]) + 1, tiny.VOCABULARY)
     assert chances.argmax(-1).tolist()[: len(alone[1])] == alone[1]
-    monkeypatch.setattr(sequence.torch, "zeros_like", torch.ones_like)  # the planted fault: padding is read as text
-    assert sequence.answer_sources(model, rows, max_new_tokens=8, batch_size=9) != alone
+    monkeypatch.setattr(
+        encoder_decoder.torch, "zeros_like", torch.ones_like
+    )  # the planted fault: padding is read as text
+    assert written(model, rows, 8, 9) != alone
 
 
 def test_what_was_trained_is_evaluated_predicted_merged_and_told(models: dict[str, Path], tmp_path: Path) -> None:
@@ -478,14 +491,14 @@ def test_the_merged_model_in_plain_transformers_labels_as_the_live_one(
     rows = [prepared.evaluation.row(index)[0] for index in range(12)]
     with torch.inference_mode():
         found = np.concatenate([plain(torch.as_tensor(row.astype(np.int64))[None]).logits.numpy() for row in rows])
-    live = predict(opened(run), rows, 4, run.task)
+    live = predict(opened(run), rows, 4)
     rounding = 2e-4 if certificate["chosen"].endswith("fp32") else 4e-2
     assert float(np.abs(found - live).max()) <= rounding * max(1.0, float(np.abs(live).max()))
     if task == "classification" and storage == "fp32":
         ask = pipeline("text-classification", model=plain, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "out"))
         texts = [prepared.held_out[int(source)].text for source in prepared.evaluation.sources]
         said = [one["label"] for one in ask(texts, batch_size=1)]
-        assert said == [run.task.labels[index] for index in decided(run.task, live)]
+        assert said == [run.task.labels[index] for index in decisions(run.task, live)]
 
 
 @pytest.mark.parametrize(("kind", "task"), [("llama", "classification"), ("bert", "regression"), ("t5", "seq2seq")])
@@ -544,9 +557,8 @@ def test_the_merged_encoder_decoder_writes_as_the_live_one(made: dict[tuple[str,
     assert 0 <= certificate["kl"] <= 0.05
     plain = AutoModelForSeq2SeqLM.from_pretrained(str(tmp_path / "out"), dtype=torch.float32).eval()
     rows = tasks.token_rows(5)
-    options = {"max_new_tokens": 6, "batch_size": 5}
-    live = sequence.answer_sources(opened(run).answering, rows, **options)
-    agreed = sum(a == b for a, b in zip(sequence.answer_sources(plain, rows, **options), live, strict=True))
+    live = written(opened(run).answering, rows, 6, 5)
+    agreed = sum(a == b for a, b in zip(written(plain, rows, 6, 5), live, strict=True))
     assert agreed >= 4, "rounding to bf16 may turn one"
 
 

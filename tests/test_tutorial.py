@@ -19,8 +19,8 @@ from ruamel.yaml import YAML
 
 import whet
 from whet import api, cli
+from whet.adapters import describe
 from whet.runs import open_run
-from whet.ship.adapters import describe
 from whet.training.run import train
 
 ROOT = Path(__file__).parents[1]

@@ -18,6 +18,7 @@ from whet.runs import Run, open_run
 if TYPE_CHECKING:
     from whet.data.judge.endpoint import Endpoint
     from whet.data.prepare import Prepared
+    from whet.ship.chat import Chat
 
 PACKAGE = Path(__file__).parent
 
@@ -78,7 +79,8 @@ def predict(run: str | Path, texts: Iterable[Any]) -> list[dict[str, Any]]:
     from whet.ship.predict import given, open_predictor
     from whet.ship.predict import predict as run_prediction
 
-    return list(run_prediction(open_predictor(open_run(run)), given(texts)))
+    with open_predictor(open_run(run)) as predictor:
+        return list(run_prediction(predictor, given(texts)))
 
 
 def plan(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:
@@ -174,13 +176,20 @@ def augment_parsed(parsed: Parsed, endpoint: Endpoint, out: str | Path, copies: 
         return augment_rows(sides.train, held_out, endpoint, Path(out).expanduser(), copies)
 
 
-def chat(target: str, message: str, *, system: str | None = None, max_new_tokens: int = 256) -> str:
-    """One answer of a run, a model directory, a hub name or a built-in model."""
-    from whet.data.example import Message
-    from whet.ship.chat import open_chat
+def chat(target: str | Chat, message: str, *, system: str | None = None, max_new_tokens: int = 256) -> str:
+    """One answer of a run, a model directory, a hub name or a built-in model.
 
-    messages = [Message("system", system)] if system else []
-    return open_chat(target, max_new_tokens=max_new_tokens).reply([*messages, Message("user", message)])
+    target: or what `whet.ship.chat.open_chat` gave, which loads the model once for any number of messages, and has a
+    `max_new_tokens` of its own.
+    """
+    from whet.data.example import Message
+    from whet.ship.chat import Chat, open_chat
+
+    messages = [*([Message("system", system)] if system else []), Message("user", message)]
+    if isinstance(target, Chat):
+        return target.reply(messages)
+    with open_chat(target, max_new_tokens=max_new_tokens) as opened:
+        return opened.reply(messages)
 
 
 def compose(
@@ -189,9 +198,9 @@ def compose(
 ) -> Path:  # fmt: skip
     """Make one adapter of several runs' or folders' LoRA adapters of one base, in the new folder `out`.
 
-    See `whet.ship.adapters.Adapters.compose`. Raises UserError.
+    See `whet.adapters.Adapters.compose`. Raises UserError.
     """
-    from whet.ship.adapters import compose_on_disk
+    from whet.ship.compose import compose_on_disk
 
     return compose_on_disk(out, parts, weights=weights, how=how, rank=rank, density=density)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.base.console import say
-from whet.evaluation.run import evaluate
-from whet.evaluation.run import show as show_scores
+from whet.evaluation.run import evaluate, print_scores
 from whet.recipe import parse
 from whet.report.charts import write_loss_plot
 from whet.report.page import write_page
@@ -38,7 +37,7 @@ def run_quickstart(recipe: Path, overrides: Sequence[str]) -> dict[str, Any]:
     run = train(parse(recipe, overrides))
     say("evaluate: the same prompts, adapter off and on", style="bold")
     evaluation = evaluate(run)
-    show_scores(evaluation)
+    print_scores(evaluation)
     say("merge: plain weights, proven to answer alike", style="bold")
     certificate = merge(run, run.path / "merged")
     write_loss_plot(run.path)

@@ -23,7 +23,10 @@ from whet.engine.task import CAUSAL, Task, TaskName, text_task
 from whet.recipe import ON_THE_WAY, Recipe, fingerprint, parse, to_tree, to_yaml
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from whet.data.prepare import Prepared
+    from whet.engine.config import Model
 
 LABELS = "labels.json"  # beside what was trained: the task and the names of its labels
 
@@ -123,13 +126,21 @@ def prepared(recipe: Recipe, *, any_model: bool = False) -> Prepared:
     Raises UserError.
     """
     from whet.data.prepare import prepare
-    from whet.data.template.template import use_template
-    from whet.engine.load.load import load_config, load_tokenizer, longest_input
+    from whet.engine.load.load import load_config, longest_input
 
-    config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
-    use_template(tokenizer, recipe.model.chat_template)
+    config, tokenizer = load_config(recipe.model), chat_tokenizer(recipe.model)
     readable = None if any_model else longest_input(config)
     return prepare(recipe.data, tokenizer, readable, recipe.model.task, text_task(config))
+
+
+def chat_tokenizer(model: Model) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model with the chat template that the recipe names, if it names one. Raises UserError."""
+    from whet.data.template.template import use_template
+    from whet.engine.load.load import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    use_template(tokenizer, model.chat_template)
+    return tokenizer
 
 
 def start(

@@ -186,10 +186,10 @@ def evaluate(words: argparse.Namespace) -> dict[str, Any]:
     open_run(words.target)
     _prepare_libraries()
     result = api.evaluate(words.target, max_rows=words.max_rows, split=words.split)
-    from whet.evaluation.run import show
+    from whet.evaluation.run import print_scores
 
     if not words.json:
-        show(result)
+        print_scores(result)
     return result
 
 
@@ -197,8 +197,8 @@ def chat(words: argparse.Namespace) -> dict[str, Any]:
     _prepare_libraries()
     from whet.ship.chat import open_chat, talk
 
-    opened = open_chat(words.target, max_new_tokens=words.max_new_tokens, beside=_named(words.adapter))
-    return {"messages": talk(opened, words.message, words.system, quiet=words.json)}
+    with open_chat(words.target, max_new_tokens=words.max_new_tokens, beside=_named(words.adapter)) as opened:
+        return {"messages": talk(opened, words.message, words.system, quiet=words.json)}
 
 
 def _named(pairs: list[str]) -> dict[str, str]:
@@ -253,7 +253,7 @@ def adapters(words: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list_adapters(words: argparse.Namespace) -> dict[str, Any]:
-    from whet.ship.adapters import find
+    from whet.adapters import find
 
     found = find(words.targets[0])
     if not words.json:
@@ -296,13 +296,13 @@ def _compose(words: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rename(words: argparse.Namespace) -> dict[str, Any]:
-    from whet.ship.adapters import rename_on_disk
+    from whet.ship.compose import rename_on_disk
 
     return {"adapter": str(rename_on_disk(*words.targets))}
 
 
 def _delete(words: argparse.Namespace) -> dict[str, Any]:
-    from whet.ship.adapters import delete_on_disk
+    from whet.ship.compose import delete_on_disk
 
     return {"deleted": str(delete_on_disk(words.targets[0]))}
 

@@ -1,4 +1,4 @@
-"""The tuned model of a labelled task on held-out rows, against what one would say without reading them.
+"""The tuned model of a labelled task on held-out rows, against the best answer that does not read them.
 
 A base model has no head for the labels, and a random one says nothing: its accuracy measures the seed. So the baseline
 is the best constant answer to the held-out rows themselves (the commonest class, for a number the mean), which is on
@@ -19,12 +19,14 @@ from whet.base.console import Progress
 from whet.base.errors import UserError, nearest
 from whet.base.files import write_text
 from whet.data.prepare import Prepared
-from whet.engine.answer.logits import Row, decided, logits, probabilities
-from whet.engine.load.open import Opened, open_trained
+from whet.engine.answer.logits import Row, decisions, probabilities
+from whet.engine.answer.session import label_session
+from whet.engine.load.open import Opened
 from whet.engine.task import Task
 from whet.evaluation.compare import paired
 from whet.evaluation.label_metrics import details, majority, score_classes, score_labels, score_values
 from whet.evaluation.metrics import Scores
+from whet.opening import open_answerer, tell
 from whet.runs import Run
 
 _SCORES: dict[str, Callable[[Any, Any], Scores]] = {
@@ -42,30 +44,33 @@ def evaluate_labels(run: Run, prepared: Prepared, rows: int) -> dict[str, Any]:
     evaluation. Raises UserError when the labels of the data are not those that were trained on."""
     recipe, task = run.recipe, prepared.task
     check_labels(run, task)
-    opened = open_trained(recipe.model, recipe.base, run.trained, recipe.method, task)
+    opened = open_answerer(run, tokeniser=prepared.tokeniser, task=task).opened
     held = prepared.evaluation
     assert held.labels is not None, "rows of a labelled task have labels"
     spans, references = [held.span(index) for index in range(rows)], held.labels[:rows]
     types = None if held.types is None else [held.types[span] for span in spans]
     with Progress("labelling", rows) as bar:
-        found = predict(
-            opened, [held.ids[span] for span in spans], recipe.eval.per_device_eval_batch_size, task, types,
-            lambda n: bar.advance("", n),
+        logits = predict(
+            opened, [held.ids[span] for span in spans], recipe.eval.per_device_eval_batch_size, types,
+            lambda count: bar.advance("", count),
         )  # fmt: skip
-    predicted = decided(task, found)
+    predicted = decisions(task, logits)
     result = judge(task, predicted, references, recipe.eval.metrics)
-    result["mismatches"] = _write_predictions(run, prepared, task, found, predicted, references)
+    result["mismatches"] = _write_predictions(run, prepared, logits, predicted, references)
     return result
 
 
 def predict(
-    opened: Opened, rows: Sequence[Row], batch_size: int, task: Task, types: Sequence[Row] | None = None,
+    opened: Opened, rows: Sequence[Row], batch_size: int, types: Sequence[Row] | None = None,
     done: Callable[[int], None] | None = None,
 ) -> NDArray[np.float32]:  # fmt: skip
     """Logits [R, C] of `rows` of token ids, in the order given and whatever stands beside a row in its batch."""
-    found = logits(opened.answering, rows, types, batch_size=batch_size, done=done)
-    assert found.shape == (len(rows), len(task.labels) or 1), f"{found.shape} for {len(rows)} rows of {task}"
-    return found
+    with label_session(opened) as session:
+        logits = session.logits(rows, types, batch_size=batch_size, done=done)
+        tell(session)
+    expected = (len(rows), len(opened.task.labels) or 1)
+    assert logits.shape == expected, f"{logits.shape} for {len(rows)} rows of {opened.task}"
+    return logits
 
 
 def check_labels(run: Run, task: Task) -> None:
@@ -73,11 +78,12 @@ def check_labels(run: Run, task: Task) -> None:
     trained = run.task
     if trained == task or not run.trained.is_dir():
         return
-    wrong = trained.name if trained.name != task.name else ", ".join(trained.labels)
-    found = task.name if trained.name != task.name else ", ".join(task.labels)
+    of_run, of_data = trained.name, task.name
+    if trained.name == task.name:
+        of_run, of_data = ", ".join(trained.labels), ", ".join(task.labels)
     raise UserError(
         "the labels of the data are not those that the run was trained on", file=str(run.trained / "labels.json"),
-        found=found, expected=wrong, fix="evaluate with the data as it was when the run was trained",
+        found=of_data, expected=of_run, fix="evaluate with the data as it was when the run was trained",
     )  # fmt: skip
 
 
@@ -87,7 +93,7 @@ def judge(task: Task, predicted: NDArray[Any], references: NDArray[Any], names: 
     names: the metrics to keep, None for all. Raises UserError for one that the task does not have.
     """
     constant = majority(references)
-    tuned, base = (_kept(_SCORES[task.name](one, references), names) for one in (predicted, constant))
+    tuned, base = (_only(_SCORES[task.name](one, references), names) for one in (predicted, constant))
     result = {
         "task": task.name,
         "rows": len(references),
@@ -103,7 +109,8 @@ def judge(task: Task, predicted: NDArray[Any], references: NDArray[Any], names: 
     return result
 
 
-def _kept(scores: Scores, names: Sequence[str] | None) -> Scores:
+def _only(scores: Scores, names: Sequence[str] | None) -> Scores:
+    """The scores of these names, None for all."""
     if names is None:
         return scores
     for name in names:
@@ -136,12 +143,12 @@ def names_of(task: Task, answer: Any) -> Any:
 
 
 def _write_predictions(
-    run: Run, prepared: Prepared, task: Task, found: NDArray[np.float32], predicted: NDArray[Any],
-    references: NDArray[Any],
-) -> int:  # fmt: skip
-    """predictions.jsonl: every row with its label, what was predicted and how surely; mismatches.jsonl: the wrong ones,
-    for a regression the tenth with the largest errors. Returns the number of these."""
-    sure = None if task.name == "regression" else _confidence(task, found, predicted)
+    run: Run, prepared: Prepared, logits: NDArray[np.float32], predicted: NDArray[Any], references: NDArray[Any]
+) -> int:
+    """Write predictions.jsonl, every row with its label, what was predicted and how surely, and mismatches.jsonl, the
+    wrong ones, for a regression the tenth with the largest errors. Returns the number of these."""
+    task = prepared.task
+    sure = None if task.name == "regression" else _confidence(task, logits, predicted)
     lines, errors = [], []
     for index, (said, reference) in enumerate(zip(predicted, references, strict=True)):
         example = prepared.held_out[int(prepared.evaluation.sources[index])]
@@ -164,9 +171,9 @@ def _write_predictions(
     return len(wrong)
 
 
-def _confidence(task: Task, found: NDArray[np.float32], predicted: NDArray[Any]) -> list[float]:
-    """Of a class its probability; of labels that of the least sure decision about one of them."""
-    sure = probabilities(task, found)
+def _confidence(task: Task, logits: NDArray[np.float32], predicted: NDArray[Any]) -> list[float]:
+    """The probability of each predicted class; of labels that of the least sure decision about one of them."""
+    sure = probabilities(task, logits)
     if task.name == "classification":
         picked = np.take_along_axis(sure, predicted[:, None], axis=1)[:, 0]
     else:

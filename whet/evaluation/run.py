@@ -1,34 +1,26 @@
 """Base against tuned on held-out rows: the same prompts, the same model object, the adapter off and on.
 
-Every answer is kept beside its reference, and every difference comes with its confidence interval.
+Every answer is written beside its reference, and every difference comes with its confidence interval.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from whet import runs
-from whet.base.console import Progress, say
+from whet.base.console import say
 from whet.base.errors import UserError
 from whet.data.example import Example
 from whet.data.prepare import Prepared
-from whet.data.template.goldens import FILE as CONTRACT
-from whet.data.template.goldens import check_contract
-from whet.data.template.tokenise import Tokeniser
-from whet.engine.answer.generate import answer
-from whet.engine.load.load import load_model
-from whet.engine.load.open import Opened, open_trained
+from whet.engine.answer.session import TextSession
 from whet.evaluation.labels import evaluate_labels
 from whet.evaluation.metrics import score
 from whet.evaluation.sequences import evaluate_sequences
-from whet.evaluation.texts import comparison, write_answers
-from whet.recipe import Recipe
+from whet.evaluation.texts import base_and_tuned, comparison, write_answers
+from whet.opening import open_answerer
 from whet.runs import Run
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Split = Literal["eval", "test"]
 USUAL_ROWS = 200
@@ -38,7 +30,7 @@ SHOWN_CONFUSIONS = 5
 def evaluate(run: Run, *, max_rows: int | None = None, split: Split = "eval") -> dict[str, Any]:
     """Score base and tuned model; writes results/evaluation.json and results/predictions.jsonl, returns the former.
 
-    split: the held-out rows, or those kept for a test, whose scores go to results/test.json.
+    split: the held-out rows, or those for a test, whose scores go to results/test.json.
 
     Of a labelled task every held-out row is read, since a row takes one pass; of written answers the first 200, unless
     `max_rows` or the recipe says otherwise. Raises UserError when there is nothing held out, the run is unfinished, or
@@ -70,23 +62,23 @@ def evaluate(run: Run, *, max_rows: int | None = None, split: Split = "eval") ->
 
 
 def _evaluate_written(run: Run, prepared: Prepared, limit: int) -> dict[str, Any]:
-    recipe = run.recipe
+    settings, tokeniser = run.recipe.eval, prepared.tokeniser
     examples = _held_out(prepared, limit)
-    tokeniser = prepared.tokeniser
-    check_contract(tokeniser, run.trained / CONTRACT)
     prompts = [tokeniser.prompt(example.unanswered) for example in examples]
     references = [example.answer for example in examples]
-    longest = recipe.eval.max_new_tokens or max(8, int(1.25 * tokeniser.longest_reply(examples)) + 1)
-    opened = open_trained(recipe.model, recipe.base, run.trained, recipe.method)
-    options = {"stop_ids": tokeniser.stop_ids(), "max_new_tokens": longest}
-    with Progress("answering", 2 * len(examples)) as bar:
-        tuned = _answers(opened.answering, prompts, tokeniser, recipe, bar, "tuned", options)
-        base = _base_answers(opened, prompts, tokeniser, recipe, bar, options)
-    base, tuned = (
-        [tokeniser.answered(example.unanswered, text) for example, text in zip(examples, texts, strict=True)]
-        for texts in (base, tuned)
-    )
-    scores = {name: score(texts, references, recipe.eval.metrics) for name, texts in (("base", base), ("tuned", tuned))}
+    longest = settings.max_new_tokens or max(8, int(1.25 * tokeniser.longest_reply(examples)) + 1)
+
+    def write(session: TextSession, done: Callable[[int], None]) -> list[str]:
+        ids = session.answer(
+            prompts, stop_ids=tokeniser.stop_ids(), max_new_tokens=longest,
+            batch_size=settings.per_device_eval_batch_size, done=done,
+        )  # fmt: skip
+        texts = tokeniser.tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return [tokeniser.answered(example.unanswered, text) for example, text in zip(examples, texts, strict=True)]
+
+    answerer = open_answerer(run, tokeniser=tokeniser, task=prepared.task)
+    base, tuned = base_and_tuned(answerer, len(examples), write)
+    scores = {name: score(texts, references, settings.metrics) for name, texts in (("base", base), ("tuned", tuned))}
     write_answers(run.results, examples, references, base, tuned)
     return comparison(scores, len(examples), longest)
 
@@ -109,33 +101,8 @@ def _require_rows(prepared: Prepared) -> None:
         )  # fmt: skip
 
 
-def _answers(
-    network: PreTrainedModel, prompts: list[list[int]], tokeniser: Tokeniser, recipe: Recipe, bar: Progress,
-    title: str, options: dict[str, Any],
-) -> list[str]:  # fmt: skip
-    ids = answer(
-        network,
-        prompts,
-        batch_size=recipe.eval.per_device_eval_batch_size,
-        done=lambda n: bar.advance(title, n),
-        **options,
-    )
-    return tokeniser.tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def _base_answers(
-    opened: Opened, prompts: list[list[int]], tokeniser: Tokeniser, recipe: Recipe, bar: Progress,
-    options: dict[str, Any],
-) -> list[str]:  # fmt: skip
-    if opened.wrapped is not None:
-        with opened.base_only():
-            return _answers(opened.answering, prompts, tokeniser, recipe, bar, "base", options)
-    network = load_model(recipe.model, opened.placement)
-    return _answers(network, prompts, tokeniser, recipe, bar, "base", options)
-
-
-def show(result: dict[str, Any]) -> None:
-    """The before/after table."""
+def print_scores(result: dict[str, Any]) -> None:
+    """Print the table of base against tuned."""
     from rich.table import Table
 
     from whet.base.console import console

@@ -1,4 +1,4 @@
-"""Does a merged model label as the live adapter does? Largest logit difference, change of probability, equal labels.
+"""How nearly a merged model labels as the live adapter: largest logit difference, change of probability, equal labels.
 
 The change of a row is that of its label that changed most, so that it does not vanish among many classes, and the
 figure is the mean over rows. For values it is the mean absolute change over the spread of the live values, which have
@@ -16,8 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whet.data.prepare import Prepared
-from whet.engine.answer.logits import Row, decided, logits, probabilities
+from whet.engine.answer.logits import Row, decisions, probabilities
+from whet.engine.answer.session import label_session
+from whet.engine.load.open import Opened
 from whet.engine.task import Task
+from whet.opening import tell
 
 MAX_ROWS = 500
 CHANGE_LIMIT = 0.02  # of a probability, or of a value in spreads of the live values
@@ -78,28 +81,28 @@ class LabelAgreement:
 
 @dataclass(frozen=True)
 class LabelReference:
-    """What the live adapter says: logits [R, C] of `rows`."""
+    """The live adapter's logits [R, C] for `rows`."""
 
     task: Task
     rows: list[Row]
     types: list[Row] | None
     logits: NDArray[np.float32]
 
-    def compare(self, name: str, dtype: str, network: Any, best: Any | None) -> LabelAgreement:
-        """How near `network` is."""
-        found = logits(network, self.rows, self.types, batch_size=_BATCH)
-        moved = np.abs(found.astype(np.float64) - self.logits)
+    def compare(self, name: str, dtype: str, candidate: Opened, best: Any | None) -> LabelAgreement:
+        """How near `candidate` is."""
+        logits = _logits(candidate, self.rows, self.types)
+        moved = np.abs(logits.astype(np.float64) - self.logits)
         facts = name, dtype, len(self.rows), float(moved.max())
         if self.task.name == "regression":
             spread = float(self.logits.std()) or float(np.abs(self.logits).mean()) or 1.0
             return LabelAgreement(*facts, None, float(moved.mean()) / spread, None)
-        change = np.abs(probabilities(self.task, found) - probabilities(self.task, self.logits)).max(axis=1)
-        equal = decided(self.task, found) == decided(self.task, self.logits)
+        change = np.abs(probabilities(self.task, logits) - probabilities(self.task, self.logits)).max(axis=1)
+        equal = decisions(self.task, logits) == decisions(self.task, self.logits)
         equal = equal if equal.ndim == 1 else equal.all(axis=1)
         return LabelAgreement(*facts, float(change.mean()), None, float(equal.mean()))
 
     def certificate(self, best: Any, tried: Sequence[Any]) -> dict[str, Any]:
-        """What was compared, and how near the best is."""
+        """The counts of what was compared, and how near the best is."""
         return {
             "task": self.task.name,
             "labels": list(self.task.labels),
@@ -111,10 +114,17 @@ class LabelReference:
         }
 
 
-def label_reference(network: Any, prepared: Prepared, task: Task) -> LabelReference:
+def label_reference(live: Opened, prepared: Prepared) -> LabelReference:
     """The live model on held-out rows, or on those that it was trained on. UserError: an answer that is not finite."""
     source = prepared.evaluation if len(prepared.evaluation) else prepared.train
     spans = [source.span(index) for index in range(min(len(source), MAX_ROWS))]
     rows: list[Row] = [source.ids[span] for span in spans]
     types: list[Row] | None = None if source.types is None else [source.types[span] for span in spans]
-    return LabelReference(task, rows, types, logits(network, rows, types, batch_size=_BATCH))
+    return LabelReference(live.task, rows, types, _logits(live, rows, types))
+
+
+def _logits(opened: Opened, rows: Sequence[Row], types: Sequence[Row] | None) -> NDArray[np.float32]:
+    with label_session(opened) as session:
+        logits = session.logits(rows, types, batch_size=_BATCH)
+        tell(session)
+    return logits

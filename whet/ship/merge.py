@@ -22,14 +22,15 @@ from whet.base.errors import UserError
 from whet.base.files import whole_directory, write_json
 from whet.data.prepare import Prepared
 from whet.data.template.goldens import FILE as CONTRACT
-from whet.data.template.goldens import check_contract, write_contract
+from whet.data.template.goldens import write_contract
 from whet.engine.config import Model
 from whet.engine.device import DTYPES, PACKED, Placement
-from whet.engine.load.load import load_model
-from whet.engine.load.open import Opened, open_trained
+from whet.engine.load.load import load_model, rebuilding_notice
+from whet.engine.load.open import Opened, open_model
 from whet.engine.task import Task
 from whet.engine.weights.linear import FrozenLinear
 from whet.methods.all import METHODS
+from whet.opening import open_answerer
 from whet.runs import Run
 from whet.ship.agreement import MEAN_KL_LIMIT, Agreement, decoder_reference, encoder_decoder_reference
 from whet.ship.label_agreement import LabelAgreement, label_reference
@@ -39,13 +40,13 @@ if TYPE_CHECKING:
 
 CERTIFICATE = "whet_merge.json"
 __all__ = ["CERTIFICATE", "MEAN_KL_LIMIT", "merge"]
-Found = Agreement | LabelAgreement
+Verdict = Agreement | LabelAgreement
 
 
 class Judge(Protocol):
     """What the live adapter says, to hold a candidate against."""
 
-    def compare(self, name: str, dtype: str, network: Any, best: Any | None) -> Found: ...
+    def compare(self, name: str, dtype: str, candidate: Opened, best: Any | None) -> Verdict: ...
     def certificate(self, best: Any, tried: Sequence[Any]) -> dict[str, Any]: ...
 
 
@@ -54,51 +55,55 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
 
     Raises UserError when the method cannot be merged, `out` is in the way, or no candidate is near enough.
     """
-    recipe, task = run.recipe, run.task
     _check(run, out)
-    prepared = runs.prepared(recipe)
-    tokenizer = prepared.tokeniser.tokenizer
-    check_contract(prepared.tokeniser, run.adapter / CONTRACT)
-    live = open_trained(recipe.model, recipe.base, run.adapter, recipe.method, task)
-    stop_ids = prepared.tokeniser.stop_ids() if task.name == "causal" else []
-    judge = _judge(live, prepared, task)
-    tried: list[Found] = []
-    best: tuple[Found, Path] | None = None
+    prepared = runs.prepared(run.recipe)
+    live = open_answerer(run, tokeniser=prepared.tokeniser).opened
+    judge = _judge(live, prepared)
     with tempfile.TemporaryDirectory() as scratch:
-        for base_kind, dtype in _candidates(recipe.base.storage or "", live.network):
-            place = Path(scratch) / f"{base_kind}-{dtype}"
-            _write_candidate(run, live, base_kind, dtype, place, stop_ids)
-            network = _read_back(place, live.placement, task)
-            found = judge.compare(base_kind, dtype, network, best[0] if best else None)
-            del network
-            tried.append(found)
-            say(f"merged on {base_kind} base in {dtype}: {found.summary}")
-            if best is None or found.order < best[0].order:
-                best = (found, place)
-            if found.perfect:
-                break
-        assert best is not None
+        best, folder, tried = _best_candidate(run, live, judge, prepared, Path(scratch))
         certificate = {
-            "chosen": f"{best[0].name} base, {best[0].dtype}", "summary": best[0].summary,
-            **judge.certificate(best[0], tried), "path": str(out),
+            "chosen": f"{best.name} base, {best.dtype}", "summary": best.summary,
+            **judge.certificate(best, tried), "path": str(out),
         }  # fmt: skip
-        if not best[0].near:
+        if not best.near:
             run.write("results/merge.json", certificate | {"path": None})
-            found_text, expected = best[0].complaint
+            difference, limit = best.complaint
             raise UserError(
                 "no merged model is near enough to the adapter, so none was written", file=str(run.path),
-                found=found_text, expected=expected,
-                fix="serve the adapter itself; results/merge.json holds the figures",
+                found=difference, expected=limit, fix="serve the adapter itself; results/merge.json holds the figures",
             )  # fmt: skip
         with whole_directory(out) as directory:
-            for file in best[1].iterdir():
+            for file in folder.iterdir():
                 file.rename(directory / file.name) if _same_disk(file, directory) else _copy(file, directory)
-            tokenizer.save_pretrained(str(directory))
-            if task.name == "causal" and prepared.tokeniser.template is not None:
+            prepared.tokeniser.tokenizer.save_pretrained(str(directory))
+            if live.task.name == "causal" and prepared.tokeniser.template is not None:
                 write_contract(prepared.tokeniser, directory / CONTRACT)
             write_json(directory / CERTIFICATE, certificate)
     run.write("results/merge.json", certificate)
     return certificate
+
+
+def _best_candidate(
+    run: Run, live: Opened, judge: Judge, prepared: Prepared, scratch: Path
+) -> tuple[Verdict, Path, list[Verdict]]:
+    """The verdict on the nearest merged model, or the first that agrees everywhere; its folder; all that were tried."""
+    stop_ids = prepared.tokeniser.stop_ids() if live.task.name == "causal" else []
+    best: tuple[Verdict, Path] | None = None
+    tried: list[Verdict] = []
+    for base_kind, dtype in _candidates(run.recipe.base.storage or "", live.network):
+        folder = scratch / f"{base_kind}-{dtype}"
+        _write_candidate(run, live, base_kind, dtype, folder, stop_ids)
+        candidate = _read_back(folder, live.placement, live.task)
+        verdict = judge.compare(base_kind, dtype, candidate, best[0] if best else None)
+        del candidate
+        tried.append(verdict)
+        say(f"merged on {base_kind} base in {dtype}: {verdict.summary}")
+        if best is None or verdict.order < best[0].order:
+            best = (verdict, folder)
+        if verdict.perfect:
+            break
+    assert best is not None
+    return *best, tried
 
 
 def _check(run: Run, out: Path) -> None:
@@ -124,12 +129,12 @@ def _check(run: Run, out: Path) -> None:
         )
 
 
-def _judge(live: Opened, prepared: Prepared, task: Task) -> Judge:
-    if task.labelled:
-        return label_reference(live.answering, prepared, task)
-    if task.name == "seq2seq":
-        return encoder_decoder_reference(live.answering, prepared)
-    return decoder_reference(live.answering, prepared)
+def _judge(live: Opened, prepared: Prepared) -> Judge:
+    if live.task.labelled:
+        return label_reference(live, prepared)
+    if live.task.name == "seq2seq":
+        return encoder_decoder_reference(live, prepared)
+    return decoder_reference(live, prepared)
 
 
 def _candidates(storage: str, network: PreTrainedModel) -> list[tuple[str, str]]:
@@ -138,9 +143,11 @@ def _candidates(storage: str, network: PreTrainedModel) -> list[tuple[str, str]]
     return [(base, dtype) for dtype in ("bf16", "fp32") for base in bases]
 
 
-def _write_candidate(run: Run, live: Opened, base_kind: str, dtype: str, place: Path, stop_ids: list[int]) -> None:
-    """base and what was trained, folded together in fp32, as a plain model in `dtype`."""
+def _write_candidate(run: Run, live: Opened, base_kind: str, dtype: str, folder: Path, stop_ids: list[int]) -> None:
+    """Fold base and what was trained together in fp32, and write a plain model in `dtype`."""
     target = Placement(torch.device("cpu"), "fp32", torch.float32, False, {})
+    if notice := rebuilding_notice(run.recipe.model, target):
+        say(notice, style="yellow")
     plain = load_model(run.recipe.model, target, run.task)
     with torch.no_grad():
         if base_kind == "dequantised":
@@ -150,30 +157,29 @@ def _write_candidate(run: Run, live: Opened, base_kind: str, dtype: str, place: 
     if run.task.name == "causal":
         plain.set_attn_implementation("sdpa")
         plain.generation_config.eos_token_id = stop_ids  # type: ignore[union-attr]
-    plain.save_pretrained(str(place), safe_serialization=True)
+    plain.save_pretrained(str(folder), safe_serialization=True)
 
 
-def _read_back(place: Path, placement: Placement, task: Task) -> Any:
+def _read_back(folder: Path, placement: Placement, task: Task) -> Opened:
     """The candidate from the disk as a stranger would read it, in the arithmetic of the live model.
 
     Nothing is told of labels: that the config knows them is part of what is proven.
     """
     compute = placement.compute
+    plain = Placement(placement.device, "fp32" if compute == torch.float32 else "bf16", compute, False, {})
     if task.name == "causal":
-        storage = "fp32" if compute == torch.float32 else "bf16"
-        return load_model(Model(path=str(place)), Placement(placement.device, storage, compute, False, {}))
-    network = task.auto_class().from_pretrained(str(place), dtype=compute)
+        return open_model(Model(path=str(folder)), plain)
+    network = task.auto_class().from_pretrained(str(folder), dtype=compute)
     names = tuple(network.config.id2label[index] for index in range(len(task.labels)))
     assert names == task.labels, f"the merged model names its labels {names}, not {task.labels}"
-    return network.to(placement.device).eval()
+    return Opened(network.to(placement.device).eval(), None, plain, task=task)
 
 
 def _copy_dequantised(source: PreTrainedModel, plain: PreTrainedModel) -> None:
     """Give `plain` the weights of every quantised layer as they are computed with."""
-    for found, module in source.named_modules():
+    for name, module in source.named_modules():
         if isinstance(module, FrozenLinear):
-            name = found.removesuffix(".base_layer")
-            plain.get_submodule(name).weight.copy_(module.dense(torch.float32).to("cpu"))  # type: ignore[union-attr,operator]
+            plain.get_submodule(name.removesuffix(".base_layer")).weight.copy_(module.dense(torch.float32).to("cpu"))  # type: ignore[union-attr,operator]
 
 
 def _same_disk(file: Path, directory: Path) -> bool:

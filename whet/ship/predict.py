@@ -12,19 +12,22 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from whet.base.console import Progress
 from whet.base.errors import UserError, shorten
 from whet.data.labels import encode_typed
-from whet.engine.answer.logits import decided, logits, probabilities
-from whet.engine.answer.sequence import answer_sources
-from whet.engine.load.load import load_tokenizer
-from whet.engine.load.open import Opened, open_trained
+from whet.engine.answer.encoder_decoder import EncoderDecoderSession
+from whet.engine.answer.logits import LabelSession, decisions, probabilities
+from whet.engine.answer.session import session
 from whet.engine.task import Task
+from whet.opening import Answerer, open_answerer, tell
 from whet.runs import Run
 
 BATCHES_TOGETHER = 8  # sorted by length among themselves
@@ -43,56 +46,54 @@ class Input:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A trained model that answers rows."""
+    """A trained model that answers rows, in a session that lasts until the predictor is closed."""
 
-    opened: Opened
-    tokenizer: Any
-    task: Task
+    answerer: Answerer
+    session: LabelSession | EncoderDecoderSession
     batch_size: int
     max_length: int | None
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.session.close()
+
+    @property
+    def task(self) -> Task:
+        return self.answerer.opened.task
 
     def answers(self, inputs: Sequence[Input]) -> list[dict[str, Any]]:
         """One object for each input, in order: row, and label and probability, or labels, value or text."""
         ids, types = self._encoded(inputs)
-        if self.task.name == "seq2seq":
-            written = answer_sources(
-                self.opened.answering, ids, max_new_tokens=LONGEST_ANSWER, batch_size=self.batch_size
-            )
-            texts = self.tokenizer.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            return [{"row": one.row, "text": text} for one, text in zip(inputs, texts, strict=True)]
-        found = logits(self.opened.answering, ids, types, batch_size=self.batch_size)
-        picked = decided(self.task, found)
-        if self.task.name == "regression":
-            return [{"row": one.row, "value": float(value)} for one, value in zip(inputs, picked, strict=True)]
-        names = self.task.labels
-        rows = []
-        for one, choice, sure in zip(inputs, picked, probabilities(self.task, found), strict=True):
-            shares = {name: round(float(share), 6) for name, share in zip(names, sure, strict=True)}
-            if self.task.name == "multi_label":
-                said: dict[str, Any] = {"labels": [name for name, on in zip(names, choice, strict=True) if on]}
-            else:
-                said = {"label": names[choice], "probability": shares[names[choice]]}
-            rows.append({"row": one.row, **said, "probabilities": shares})
-        return rows
+        if isinstance(self.session, LabelSession):
+            said = labelled(self.task, self.session.logits(ids, types, batch_size=self.batch_size))
+        else:
+            written = self.session.answer(ids, max_new_tokens=LONGEST_ANSWER, batch_size=self.batch_size)
+            tokenizer: Any = self.answerer.tokeniser.tokenizer
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            said = [{"text": text} for text in texts]
+        tell(self.session)
+        return [{"row": one.row, **answer} for one, answer in zip(inputs, said, strict=True)]
 
     def _encoded(self, inputs: Sequence[Input]) -> tuple[list[Any], list[Any]]:
         """Token ids and types of each input; those with a second text are encoded as pairs."""
-        found: list[Any] = [None] * len(inputs)
+        rows: list[Any] = [None] * len(inputs)
         for paired in (False, True):
-            places = [place for place, one in enumerate(inputs) if (one.text_pair is not None) is paired]
-            if not places:
+            indices = [index for index, one in enumerate(inputs) if (one.text_pair is not None) is paired]
+            if not indices:
                 continue
             if paired and self.task.name == "seq2seq":
                 raise UserError(
-                    "an encoder-decoder reads one text", row=inputs[places[0]].row, field="text_pair",
+                    "an encoder-decoder reads one text", row=inputs[indices[0]].row, field="text_pair",
                     fix="write both texts into text, as in training",
                 )  # fmt: skip
-            pairs = [inputs[place].text_pair or "" for place in places] if paired else None
-            texts = [inputs[place].text for place in places]
-            encoded = encode_typed(self.tokenizer, texts, pairs, self.max_length)
-            for place, row in zip(places, encoded, strict=True):
-                found[place] = row
-        return [ids for ids, _ in found], [types for _, types in found]
+            pairs = [inputs[index].text_pair or "" for index in indices] if paired else None
+            texts = [inputs[index].text for index in indices]
+            encoded = encode_typed(self.answerer.tokeniser.tokenizer, texts, pairs, self.max_length)
+            for index, row in zip(indices, encoded, strict=True):
+                rows[index] = row
+        return [ids for ids, _ in rows], [types for _, types in rows]
 
 
 def open_predictor(run: Run) -> Predictor:
@@ -103,9 +104,27 @@ def open_predictor(run: Run) -> Predictor:
             "the run was trained to write answers in a conversation, not to label rows", file=str(run.path),
             expected="a run with labels, or one of an encoder-decoder", fix=f"whet chat {run.path}",
         )  # fmt: skip
-    opened = open_trained(recipe.model, recipe.base, run.trained, recipe.method, task)
-    tokenizer = load_tokenizer(recipe.model)
-    return Predictor(opened, tokenizer, task, recipe.eval.per_device_eval_batch_size, recipe.data.max_length)
+    answerer = open_answerer(run)
+    asked = session(answerer.opened)
+    assert isinstance(asked, LabelSession | EncoderDecoderSession)
+    return Predictor(answerer, asked, recipe.eval.per_device_eval_batch_size, recipe.data.max_length)
+
+
+def labelled(task: Task, logits: NDArray[np.float32]) -> list[dict[str, Any]]:
+    """Logits [R, C] in words: of each row its value, or its label or labels and the probabilities of all."""
+    decided = decisions(task, logits)
+    if task.name == "regression":
+        return [{"value": float(value)} for value in decided]
+    rows = []
+    for decision, shares in zip(decided, probabilities(task, logits), strict=True):
+        sure = {name: round(float(share), 6) for name, share in zip(task.labels, shares, strict=True)}
+        if task.name == "multi_label":
+            said: dict[str, Any] = {"labels": [name for name, on in zip(task.labels, decision, strict=True) if on]}
+        else:
+            label = task.labels[decision]
+            said = {"label": label, "probability": sure[label]}
+        rows.append({**said, "probabilities": sure})
+    return rows
 
 
 def predict(
@@ -146,24 +165,26 @@ def predict_file(run: Run, source: str, *, quiet: bool) -> list[dict[str, Any]]:
     """
     person = source == "-" and sys.stdin.isatty()
     total = None if source == "-" else _count(Path(source))
-    predictor = open_predictor(run)
     shown = total is not None and (quiet or not sys.stdout.isatty())
-    found = []
-    with _opened(source) as lines, Progress("predicting", total or 0) if shown else nullcontext() as bar:
+    answers = []
+    with (
+        open_predictor(run) as predictor,
+        _opened(source) as lines,
+        Progress("predicting", total or 0) if shown else nullcontext() as bar,
+    ):
         if person:
             sys.stderr.write("One text a line; Ctrl-D ends.\n")
+            predictor = replace(predictor, batch_size=1)
         inputs = read_inputs(_decoded(lines, source), source)
-        if person:
-            predictor = Predictor(predictor.opened, predictor.tokenizer, predictor.task, 1, predictor.max_length)
         for answer in predict(predictor, inputs, 1 if person else BATCHES_TOGETHER):
             if quiet:
-                found.append(answer)
+                answers.append(answer)
             else:
                 sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
                 sys.stdout.flush()
             if bar is not None:
                 bar.advance()
-    return found
+    return answers
 
 
 def _input(value: Any, row: int, file: str | None) -> Input:

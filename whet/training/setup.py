@@ -22,16 +22,15 @@ from whet.data.batch.make import make_batches
 from whet.data.labels import labels_text
 from whet.data.prepare import Prepared, prepare
 from whet.data.read.read import check_unchanged
-from whet.data.template.template import use_template
 from whet.engine.device import Hardware, Placement
-from whet.engine.load.load import load_config, load_tokenizer, longest_input
+from whet.engine.load.load import load_config, longest_input
 from whet.engine.task import text_task
 from whet.planning.asked import Asked
 from whet.planning.facts import Work
 from whet.planning.plan import Plan, plan_run, resolve_base
 from whet.planning.rules import check, data_for_method
 from whet.recipe import Parsed, Recipe, resolve
-from whet.runs import Run
+from whet.runs import Run, chat_tokenizer
 from whet.training.auto import decide_settings
 
 
@@ -68,8 +67,7 @@ def get_ready(parsed: Parsed) -> Ready:
     _, placement = base
     asked = Asked.of(recipe, config=config, task=recipe.model.task).on(*base)
     check(asked)
-    tokenizer = load_tokenizer(recipe.model)
-    use_template(tokenizer, recipe.model.chat_template)
+    tokenizer = chat_tokenizer(recipe.model)
     prepared = prepare(data_for_method(recipe), tokenizer, longest_input(config), recipe.model.task, text_task(config))
     prepared.ledger.gate()
     check(replace(asked, task=prepared.task.name, held_out_rows=len(prepared.evaluation)))

@@ -1,39 +1,42 @@
-"""Batched greedy generation and streaming: the best token at each step, nothing else.
+"""Sessions with a decoder: batched and streamed answers to prompts, by whet's own loop or transformers' `generate`.
 
-The model is used as it stands: `engine.answer.decode` runs it with a static cache (captured in a CUDA graph where there
-is one), on dense copies of quantised layers when they fit (`engine.weights.unpacked`). A model that it cannot prove
-right goes to transformers' own `generate`, and so does PEFT's model around one, in groups of one length. Training
-attention reads the documents of a flat row and has no cache, so generation switches to
-`engine.compute.cached_attention` for the time of the call. Penalties in a model's generation_config are no part of
-greedy decoding and are left out.
+`engine.answer.decode` runs the model as it stands with a static cache (captured in a CUDA graph where there is one), on
+dense copies of quantised layers when they fit (`engine.weights.unpacked`). A model with which it cannot be proven right
+goes to transformers' own `generate`, and so does PEFT's model around one, in groups of one length. Training attention
+reads the documents of a flat row and has no cache, so a session switches to `engine.compute.cached_attention`.
+Penalties in a model's generation_config are no part of greedy decoding and are left out.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.private import attention_name, has_sdpa
-from whet.engine.answer.decode import Decoder, padded, proven
-from whet.engine.answer.static_cache import generation_bytes, layers_of
+from whet.engine.answer.batches import in_batches
+from whet.engine.answer.decode import Decoder, padded
+from whet.engine.answer.proof import find_fault
+from whet.engine.answer.rows import StopRule
+from whet.engine.answer.state import Session
+from whet.engine.answer.static_cache import attention_layout, generation_bytes
 from whet.engine.compute.cached_attention import CACHED_ATTENTION
-from whet.engine.weights.unpacked import unpacked
+from whet.engine.weights.linear import FrozenLinear
+from whet.engine.weights.unpacked import free_bytes, unpacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A group of prompts and the rows of a full group to the ids of each answer.
-Generate = Callable[[Sequence[Sequence[int]], int], list[list[int]]]
-
 
 @dataclass(frozen=True)
-class Way:
+class DecodingOptions:
     """How answers are computed; None = whet decides. None of it changes what is computed.
 
     static: our loop (True: without proving it on the model first) rather than transformers' `generate`; graphed: fixed
@@ -47,153 +50,165 @@ class Way:
     dense: bool | None = None
 
 
-USUAL = Way()
+DEFAULT = DecodingOptions()
+
+
+class DecoderSession(Session):
+    """Answers prompts; attention with a cache, dense copies, decoder, cache and graphs stay from call to call."""
+
+    def __init__(
+        self, model: Any, base_only: Callable[[], AbstractContextManager[None]] | None = None,
+        options: DecodingOptions = DEFAULT,
+    ) -> None:  # fmt: skip
+        super().__init__(model, base_only)
+        self.options = options
+        self._decoder: Decoder | None = None
+        self._packed: list[nn.Module] = []  # the quantised layers that dense copies stand for
+        self._room_bytes = 0  # that the copies leave free
+
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        batch_size: int,
+        done: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """Greedy continuation of each prompt (token ids), without the stop token, in the order given.
+
+        Prompts of similar length are answered together, the longest first, and fewer together when memory runs out;
+        `done` is called with the number of finished ones. Without `stop_ids` every answer has `max_new_tokens`.
+        UserError: a prompt without tokens.
+        """
+        if not prompts or max_new_tokens < 1:
+            return [[] for _ in prompts]
+        lengths, rule = [len(prompt) for prompt in prompts], StopRule.of(stop_ids, max_new_tokens)
+        _check_not_empty(lengths)
+        self._prepare_for(min(batch_size, len(prompts)), max(lengths) + max_new_tokens)
+
+        def answers_of(batch: list[int], size: int) -> list[list[int]]:
+            return [rule.cut(ids) for ids in self._continuations([prompts[index] for index in batch], size, rule)]
+
+        with torch.inference_mode():
+            return in_batches(
+                lengths, batch_size, answers_of, done=done,
+                equal_lengths=is_wrapped(self.model),  # padding would stand between the virtual tokens and the prompt
+                fewer=lambda size: self.notices.add(f"out of memory: answering {size} prompts together"),
+            )  # fmt: skip
+
+    def stream(
+        self, prompt: Sequence[int], *, stop_ids: Sequence[int], max_new_tokens: int, streamer: Any = None
+    ) -> list[int]:
+        """Greedy continuation of one prompt, handed to a transformers `streamer` (or None) token by token."""
+        if max_new_tokens < 1:
+            return []
+        rule = StopRule.of(stop_ids, max_new_tokens)
+        self._prepare_for(1, len(prompt) + max_new_tokens)
+        with torch.inference_mode():
+            return rule.cut(self._continuations([prompt], 1, rule, streamer)[0])
+
+    def release(self) -> None:
+        super().release()
+        self._decoder, self._packed, self._room_bytes = None, [], 0
+
+    def _prepare_for(self, rows: int, tokens: int) -> None:
+        """Set the model up for `rows` rows of `tokens` tokens; copies that leave no room for them make way."""
+        self._check()
+        needed = generation_bytes(self.model, rows, tokens)
+        if self._packed and self.options.dense is None:
+            held = 0 if self._decoder is None else self._decoder.cache_bytes
+            if free_bytes(next(self.model.parameters()).device) + held < needed:
+                self.release()
+        self._room_bytes = max(self._room_bytes, needed)
+        self._set_up_once()
+
+    def _set_up(self, undo: contextlib.ExitStack) -> None:
+        super()._set_up(undo)
+        undo.enter_context(use_cached_attention(self.model))
+        packed = [module for module in self.model.modules() if isinstance(module, FrozenLinear)]
+        if undo.enter_context(unpacked(self.model, self.options.dense, self._room_bytes)):
+            self._packed = [*packed]
+        self._decoder = self._trusted_decoder()
+
+    def _modules(self) -> Iterable[nn.Module]:
+        return chain(super()._modules(), self._packed)
+
+    def _trusted_decoder(self) -> Decoder | None:
+        """Our loop around the model as it is now, or None when transformers has to answer."""
+        options = self.options
+        if options.static is False or is_wrapped(self.model):
+            return None
+        layout = attention_layout(self.model)
+        fault = find_fault(self.model, layout) if options.static is None else ""
+        if fault:
+            self.notices.add(f"answers come from transformers' generate: {fault}")
+        if layout is None or fault:
+            return None
+        return Decoder(self.model, layout, graphed=options.graphed, compiled=options.compiled, notices=self.notices)
+
+    def _continuations(
+        self, prompts: Sequence[Sequence[int]], rows: int, rule: StopRule, streamer: Any = None
+    ) -> list[list[int]]:
+        """Ids for each prompt, with what follows a stop token. rows: of a full group."""
+        if self._decoder is None:
+            return generate(self.model, prompts, rule, streamer)
+        if streamer is None:
+            return self._decoder.answer(prompts, rows, rule)
+        streamer.put(torch.tensor([*prompts]))
+        answers = self._decoder.answer(prompts, rows, rule, streamer.put)
+        streamer.end()
+        return answers
 
 
 @contextlib.contextmanager
-def generating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and attention with a cache inside, what was before outside."""
-    was_training, attention = model.training, attention_name(model)
-    model.eval()
+def use_cached_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Attention that reads caches and masks inside, what was before outside."""
+    before = attention_name(model)
     # Without sdpa of its own a model has scores that only its eager attention knows, as with attention sinks.
     model.set_attn_implementation(CACHED_ATTENTION if has_sdpa(model) else "eager")
     try:
         yield
     finally:
-        model.set_attn_implementation(attention)
-        model.train(was_training)
+        model.set_attn_implementation(before)
 
 
-def answer(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    stop_ids: Sequence[int],
-    max_new_tokens: int,
-    batch_size: int,
-    done: Callable[[int], None] | None = None,
-    way: Way = USUAL,
-) -> list[list[int]]:
-    """Greedy continuation of each prompt (token ids), without the stop token, in the order given.
-
-    Prompts of similar length are answered together, the longest first, and fewer together when memory runs out; `done`
-    is called with the number of finished ones. Without `stop_ids` every answer has `max_new_tokens`.
-    """
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    answers: list[list[int]] = [[] for _ in prompts]
-    if not prompts or max_new_tokens < 1:
-        return answers
-    if not prompts[order[-1]]:
-        raise UserError(
-            f"prompt {order[-1] + 1} of {len(prompts)} has no tokens, so the model has nothing to answer to",
-            field="messages", found="an empty prompt, and a tokenizer without a begin token",
-            expected="one token or more", fix="use model.chat_template=chatml or alpaca, or a prompt that is not empty",
-        )  # fmt: skip
-    size, start = min(batch_size, len(prompts)), 0
-    with _ready(model, stop_ids, max_new_tokens, size, len(prompts[order[0]]), way) as generate:
-        while start < len(order):
-            chosen = order[start : start + size]
-            if _wrapped(model):  # padding would stand between the virtual tokens and the prompt
-                chosen = [index for index in chosen if len(prompts[index]) == len(prompts[chosen[0]])]
-            rows = _answered(generate, [prompts[index] for index in chosen], size)
-            if rows is None:
-                size = (size + 1) // 2
-                say(f"out of memory: answering {size} prompts together")
-                continue
-            for index, row in zip(chosen, rows, strict=True):
-                answers[index] = _until(row, stop_ids)
-            start += len(chosen)
-            if done is not None:
-                done(len(chosen))
-    return answers
-
-
-def stream(
-    model: PreTrainedModel,
-    prompt: Sequence[int],
-    *,
-    stop_ids: Sequence[int],
-    max_new_tokens: int,
-    streamer: Any,
-    way: Way = USUAL,
-) -> list[int]:
-    """Greedy continuation of one prompt, handed to a transformers `streamer` (or None) token by token."""
-    if max_new_tokens < 1:
-        return []
-    with _ready(model, stop_ids, max_new_tokens, 1, len(prompt), way, streamer) as generate:
-        return _until(generate([prompt], 1)[0], stop_ids)
-
-
-@contextlib.contextmanager
-def _ready(
-    model: PreTrainedModel, stop_ids: Sequence[int], max_new_tokens: int, rows: int, longest: int, way: Way,
-    streamer: Any = None,
-) -> Iterator[Generate]:  # fmt: skip
-    """Yields what turns a group of prompts into ids, while the model is set up for it."""
-    spare = generation_bytes(model, rows, longest + max_new_tokens)
-    with torch.inference_mode(), generating(model), unpacked(model, way.dense, spare):
-        static = False if _wrapped(model) else way.static
-        layers = layers_of(model) if static else None if static is False else proven(model)
-        if layers is None:
-            yield lambda group, _: _generate(model, group, stop_ids, max_new_tokens, streamer=streamer)
-            return
-        decoder = Decoder(model, layers, stop_ids, max_new_tokens, way.graphed, way.compiled)
-        if streamer is None:
-            yield decoder.answer
-            return
-
-        def streamed(group: Sequence[Sequence[int]], rows: int) -> list[list[int]]:
-            streamer.put(torch.tensor([*group]))
-            found = decoder.answer(group, rows, streamer.put)
-            streamer.end()
-            return found
-
-        yield streamed
-
-
-def _wrapped(model: Any) -> bool:
+def is_wrapped(model: Any) -> bool:
     """Whether a method answers through PEFT's model around the network, with virtual tokens in front."""
     return hasattr(model, "get_base_model")
 
 
-def _answered(generate: Generate, group: Sequence[Sequence[int]], size: int) -> list[list[int]] | None:
-    """The ids of the group's answers, or None when memory ran out and fewer rows may fit."""
-    try:
-        return generate(group, size)
-    except torch.OutOfMemoryError:
-        if size == 1:
-            raise
-    torch.cuda.empty_cache()  # out of the handler, where the failed call's tensors are gone
-    return None
-
-
-def _generate(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int, **more: Any
+def generate(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], rule: StopRule, streamer: Any = None
 ) -> list[list[int]]:
-    """The same by transformers' `generate`."""
+    """Ids for each prompt by transformers' own greedy `generate`, with what follows a stop token."""
     device = next(model.parameters()).device
-    pad = int(stop_ids[0]) if stop_ids else 0
-    ids, real = padded(prompts, len(prompts), pad)
-    if not stop_ids:
-        more["min_new_tokens"] = max_new_tokens
+    ids, real = padded(prompts, len(prompts), rule.pad)
+    more: dict[str, Any] = {"streamer": streamer}
+    if not rule.stop_ids:
+        more["min_new_tokens"] = rule.max_new_tokens
     output = model.generate(  # type: ignore[operator]
         input_ids=ids.to(device),
         attention_mask=real.long().to(device),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=rule.max_new_tokens,
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
-        eos_token_id=list(stop_ids) or None,
-        pad_token_id=pad,
+        eos_token_id=list(rule.stop_ids) or None,
+        pad_token_id=rule.pad,
         use_cache=True,
         **more,
     )
     return output[:, ids.shape[1] :].tolist()  # type: ignore[index,union-attr]
 
 
-def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    for place, token in enumerate(ids):
-        if token in stop_ids:
-            return ids[:place]
-    return ids
+def _check_not_empty(lengths: Sequence[int]) -> None:
+    """UserError for a prompt without tokens."""
+    empty = [number for number, length in enumerate(lengths, 1) if not length]
+    if empty:
+        raise UserError(
+            f"prompt {empty[-1]} of {len(lengths)} has no tokens, so the model has nothing to answer to",
+            field="messages", found="an empty prompt, and a tokenizer without a begin token",
+            expected="one token or more", fix="use model.chat_template=chatml or alpaca, or a prompt that is not empty",
+        )  # fmt: skip

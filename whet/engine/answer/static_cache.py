@@ -1,44 +1,72 @@
-"""Keys and values in the same memory from the first token of an answer to the last, and which models that suits.
+"""Keys and values in the same memory from the first token of an answer to the last, and the models that this suits.
 
 transformers' own static layers keep their length each for itself (three small launches a layer and token) and let a
 rolling window take another Python path once it is full, which a captured step cannot follow. Here all layers share one
-cursor on the device, and a window is a mask over a cache of full length. Gives up: the memory that rolling would save.
+position on the device, and a window is a mask over a cache of full length. Gives up: the memory that rolling would
+save. A position for each row, for rows that come and go, changes this file alone: `CachePosition`, `LayerCache.update`
+and `StaticCache.masks`.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@dataclass(frozen=True)
+class AttentionLayout:
+    """Number and kinds of the attention layers of a model. by_name: it wants a mask for each kind by its name."""
+
+    layers: int
+    kinds: frozenset[str]
+    window: int | None
+    by_name: bool
+
+
+def attention_layout(model: PreTrainedModel) -> AttentionLayout | None:
+    """The attention layers, or None for a model that keeps something else than keys and values of each layer."""
+    text = model.config.get_text_config(decoder=True)
+    names = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None)
+    kinds = frozenset(names or ["full_attention" if window is None else "sliding_attention"])
+    unusual = ("attention_chunk_size", "num_kv_shared_layers", "is_encoder_decoder")
+    if kinds - {"full_attention", "sliding_attention"} or any(getattr(text, name, None) for name in unusual):
+        return None
+    sliding = window if "sliding_attention" in kinds else None
+    return AttentionLayout(text.num_hidden_layers, kinds, sliding, names is not None)
+
+
 @dataclass
-class Cursor:
-    """Where the layers' caches stand, shared by all. slot: [1] on the device, written next; reach: slots to read."""
+class CachePosition:
+    """Where the caches of all layers stand. slot: [1] on the device, written next; reach: slots to read."""
 
     length: int
     slot: torch.Tensor
-    reach: int = 0
+    reach: int
     filling: bool = False
 
 
-class Slots(CacheLayerMixin):
+class LayerCache(CacheLayerMixin):
     """Keys and values [B, Hkv, L, D] of one layer, in the same memory from the first token to the last."""
 
     is_compileable = True
 
-    def __init__(self, cursor: Cursor) -> None:
+    def __init__(self, position: CachePosition) -> None:
         super().__init__()
-        self.cursor = cursor
+        self.position = position
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate from the first keys and values seen: they know heads, widths and types."""
-        length = self.cursor.length
+        length = self.position.length
         self.keys = key_states.new_zeros(*key_states.shape[:2], length, key_states.shape[3])
         self.values = value_states.new_zeros(*value_states.shape[:2], length, value_states.shape[3])
         self.is_initialized = True
@@ -51,13 +79,13 @@ class Slots(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        if self.cursor.filling:
+        if self.position.filling:
             self.keys[:, :, : key_states.shape[2]] = key_states
             self.values[:, :, : value_states.shape[2]] = value_states
             return key_states, value_states
-        self.keys.index_copy_(2, self.cursor.slot, key_states)
-        self.values.index_copy_(2, self.cursor.slot, value_states)
-        return self.keys[:, :, : self.cursor.reach], self.values[:, :, : self.cursor.reach]
+        self.keys.index_copy_(2, self.position.slot, key_states)
+        self.values.index_copy_(2, self.position.slot, value_states)
+        return self.keys[:, :, : self.position.reach], self.values[:, :, : self.position.reach]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Forget all rows but `rows`."""
@@ -73,29 +101,73 @@ class Slots(CacheLayerMixin):
         return 0
 
     def get_max_length(self) -> int:
-        return self.cursor.length
+        return self.position.length
 
 
-@dataclass(frozen=True)
-class Layers:
-    """Kinds of attention in a model. by_name: whether it wants a mask for each kind by its name."""
+class StaticCache:
+    """The caches of all layers for B rows and L slots, and the slots that each row may read.
 
-    count: int
-    kinds: frozenset[str]
-    window: int | None
-    by_name: bool
+    `states` is what a model of transformers takes as past_key_values; readable [B, 1, 1, L] is 0 for slots that hold a
+    token of the row and -inf else, in the type and on the device of `like`.
+    """
 
+    def __init__(self, layout: AttentionLayout, rows: int, length: int, like: torch.Tensor) -> None:
+        self.layout = layout
+        self.readable = torch.zeros(rows, 1, 1, length, dtype=like.dtype, device=like.device)
+        self.slots = torch.arange(length, device=like.device)
+        self.position = CachePosition(length, torch.zeros(1, dtype=torch.long, device=like.device), length)
+        self.layers = [LayerCache(self.position) for _ in range(layout.layers)]
+        self.states = Cache(layers=[*self.layers])
 
-def layers_of(model: PreTrainedModel) -> Layers | None:
-    """The attention layers, or None for a model that keeps something else than keys and values of each layer."""
-    text = model.config.get_text_config(decoder=True)
-    named = getattr(text, "layer_types", None)
-    window = getattr(text, "sliding_window", None)
-    kinds = frozenset(named or ["full_attention" if window is None else "sliding_attention"])
-    unusual = ("attention_chunk_size", "num_kv_shared_layers", "is_encoder_decoder")
-    if kinds - {"full_attention", "sliding_attention"} or any(getattr(text, name, None) for name in unusual):
-        return None
-    return Layers(text.num_hidden_layers, kinds, window if "sliding_attention" in kinds else None, named is not None)
+    @property
+    def bytes(self) -> int:
+        """Bytes of the keys and values that were allocated."""
+        tensors = [tensor for layer in self.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @contextlib.contextmanager
+    def filling(self, real: torch.Tensor) -> Iterator[None]:
+        """Inside, the model reads prompts into the first slots. real: bool [B, T], False for padding."""
+        width = real.shape[1]
+        self.position.slot.fill_(width - 1)
+        self.readable.fill_(float("-inf"))
+        self.readable[:, 0, 0, :width].masked_fill_(real, 0.0)
+        self.position.filling = True
+        try:
+            yield
+        finally:
+            self.position.filling = False
+
+    def open_slot(self) -> None:
+        """Let every row read the slot that is written next."""
+        self.readable.index_fill_(3, self.position.slot, 0.0)
+
+    def advance(self) -> None:
+        """Move on to the next slot."""
+        self.position.slot.add_(1)
+
+    def masks(self) -> Any:
+        """Masks [B, 1, 1, reach] that are added to the scores, by kind of layer where the model wants them so."""
+        reach = self.position.reach
+        full = self.readable[..., :reach]
+        masks = {"full_attention": full, "sliding_attention": full}
+        window = self.layout.window
+        if window is not None and window < self.position.length:
+            behind = self.slots[:reach] <= self.position.slot - window
+            masks["sliding_attention"] = full.masked_fill(behind, float("-inf"))
+        if self.layout.by_name:
+            return {kind: masks[kind] for kind in self.layout.kinds}
+        return masks[next(iter(self.layout.kinds))]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Forget all rows but `rows`."""
+        self.readable = self.readable[rows]
+        for layer in self.layers:
+            layer.keep(rows)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that a step changes, but keys and values in slots that are not yet readable."""
+        return [self.readable, self.position.slot]
 
 
 def generation_bytes(model: PreTrainedModel, rows: int, tokens: int) -> int:
@@ -104,7 +176,7 @@ def generation_bytes(model: PreTrainedModel, rows: int, tokens: int) -> int:
     item: Any = model.get_input_embeddings().weight.dtype.itemsize  # type: ignore[union-attr]
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kept = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width
-    wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    passing = 3 * wide + 6 * text.hidden_size + 3 * heads * width
-    return item * rows * (tokens * (kept + passing) + 4 * text.vocab_size)
+    cached = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    passing = 3 * inner + 6 * text.hidden_size + 3 * heads * width
+    return item * rows * (tokens * (cached + passing) + 4 * text.vocab_size)

@@ -148,6 +148,14 @@ def checkpoint_storage(model: Model) -> str | None:
     return None if model.from_config else stored_as(load_config(model), model.path)
 
 
+def rebuilding_notice(model: Model, placement: Placement) -> str | None:
+    """What to tell a person before `load_model` rebuilds quantised weights to store them otherwise, or None."""
+    stored = checkpoint_storage(model)
+    if stored in (None, placement.storage):
+        return None
+    return f"{locate(model.path)} holds {stored} weights: rebuilt, and stored as {placement.storage}"
+
+
 def attention_of(task: Task, config: PreTrainedConfig) -> str:
     """The attention to load a model with: whet's own reads the documents of a row, other tasks have padded rows.
 

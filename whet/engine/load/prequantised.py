@@ -3,8 +3,8 @@
 transformers reads them into bitsandbytes' own layers (its documented format: packed bytes and a quantisation state for
 4 bits, codes and row maxima `SCB` for LLM.int8), and those hand their tensors to our frozen layers without a copy. A
 layer that the checkpoint left dense stays dense. Where the recipe asks for another storage the weights are rebuilt and
-stored anew, one layer at a time, and that is said. Gives up: fp4, other block sizes and every other format (GPTQ, AWQ,
-FP8 checkpoints), which are refused before anything is read.
+stored anew, one layer at a time; `load.rebuilding_notice` is for callers to tell. Gives up: fp4, other block sizes and
+every other format (GPTQ, AWQ, FP8 checkpoints), which are refused before anything is read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.extras import require
 from whet.engine.device import PACKED
@@ -74,10 +73,8 @@ def load_quantised(
                 kept = freeze(linear, storage, double_quant) or linear
         network.set_submodule(name, kept)
     forget_quantiser(network, quantiser)
-    if stored != storage:
-        say(f"{source} holds {stored} weights: rebuilt, and stored as {storage}", style="yellow")
-        if storage in PACKED:
-            freeze_linears(network, storage, double_quant)
+    if stored != storage and storage in PACKED:
+        freeze_linears(network, storage, double_quant)
     return network
 
 

@@ -1,0 +1,106 @@
+"""Sessions with an encoder-decoder: greedy answers by transformers' own `generate`.
+
+The static decoding of `engine.answer.decode` is for decoders alone. Sources of similar length are encoded together
+under an attention mask; an answer is cut at the model's end token. Settings of a model's generation_config that are no
+part of greedy decoding (beams, penalties, shortest length) are left out; tokens that it forces at the start, as
+multilingual models do, are part of what it was trained on and stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from whet.engine.answer.batches import in_batches
+from whet.engine.answer.rows import StopRule
+from whet.engine.answer.state import Session
+
+Row = Sequence[int] | NDArray[np.integer[Any]]
+
+
+class EncoderDecoderSession(Session):
+    """Answers sources (token ids for the encoder)."""
+
+    def answer(
+        self,
+        prompts: Sequence[Row],
+        *,
+        stop_ids: Sequence[int] | None = None,
+        max_new_tokens: int,
+        batch_size: int,
+        done: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """The ids written for each source, without start and end token, in the order given.
+
+        stop_ids: None for the model's own end tokens. `done` is called with the number of finished ones; fewer are
+        answered together when memory runs out.
+        """
+        self._prepare()
+        rule = self._rule(stop_ids, max_new_tokens)
+        return in_batches(
+            [len(source) for source in prompts], batch_size,
+            lambda batch, _: written(self.model, [prompts[index] for index in batch], rule), done=done,
+            fewer=lambda size: self.notices.add(f"out of memory: answering {size} sources together"),
+        )  # fmt: skip
+
+    def stream(
+        self, prompt: Row, *, stop_ids: Sequence[int] | None = None, max_new_tokens: int, streamer: Any = None
+    ) -> list[int]:
+        """The ids written for one source, handed to a transformers `streamer` (or None) token by token."""
+        self._prepare()
+        return written(self.model, [prompt], self._rule(stop_ids, max_new_tokens), streamer)[0]
+
+    def _rule(self, stop_ids: Sequence[int] | None, max_new_tokens: int) -> StopRule:
+        return StopRule.of(end_ids(self.model) if stop_ids is None else stop_ids, max_new_tokens)
+
+
+@torch.inference_mode()
+def written(model: Any, sources: Sequence[Row], rule: StopRule, streamer: Any = None) -> list[list[int]]:
+    """The ids of the answers to a group of sources, encoded together, up to a stop token."""
+    device, pad = next(model.parameters()).device, model.config.pad_token_id
+    pad = rule.pad if pad is None else pad
+    ids = torch.full((len(sources), max(map(len, sources))), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(sources):
+        ids[index, : len(row)] = torch.as_tensor(np.asarray(row, dtype=np.int64))
+        mask[index, : len(row)] = 1
+    output = model.generate(
+        input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=rule.max_new_tokens,
+        do_sample=False, num_beams=1, repetition_penalty=1.0, encoder_repetition_penalty=1.0,
+        no_repeat_ngram_size=0, encoder_no_repeat_ngram_size=0, min_length=0,
+        eos_token_id=list(rule.stop_ids) or None, pad_token_id=pad, decoder_start_token_id=start_id(model),
+        use_cache=True, **({} if streamer is None else {"streamer": streamer}),
+    )  # fmt: skip
+    return [rule.cut(row[1:]) for row in output.tolist()]
+
+
+@torch.inference_mode()
+def answer_log_probabilities(model: Any, source: Row, reply: Sequence[int]) -> torch.Tensor:
+    """[len(reply) + 1, V] float32: the distribution of each token of the reply and of the one after it."""
+    device = next(model.parameters()).device
+    ids = torch.as_tensor(np.asarray(source, dtype=np.int64), device=device)[None]
+    decoded = torch.tensor([[start_id(model), *reply]], device=device)
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=decoded, use_cache=False)
+    return torch.log_softmax(output.logits[0, -len(reply) - 1 :].float(), -1)
+
+
+def start_id(model: Any) -> int:
+    """The token that the decoder starts from."""
+    for settings in (model.generation_config, model.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            if isinstance(token := getattr(settings, name, None), int):
+                return token
+    return 0
+
+
+def end_ids(model: Any) -> list[int]:
+    """The tokens that end an answer; [] when the model has none."""
+    for settings in (model.generation_config, model.config):
+        tokens = getattr(settings, "eos_token_id", None)
+        if tokens is not None:
+            return [tokens] if isinstance(tokens, int) else list(tokens)
+    return []

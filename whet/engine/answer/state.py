@@ -1,0 +1,139 @@
+"""A model that is kept ready to answer, in one state at a time, and put back as it was at the end.
+
+A state is what answers depend on beside the prompt: which modules there are, how they are set (an adapter switched off,
+another one active), and the memory and contents of their tensors. A captured graph goes on with the kernels and the
+addresses of the state in which it was captured, a dense copy with the numbers that it was made of, and a proof holds
+for what was proven. So nothing that is set up in one state is used in another. Who switches does it inside of
+`Session.state` (or `base`), before and after which everything is put back, and is set up anew by the next question. And
+each question first compares the model with how it was when it was set up: a switch behind the session's back is found
+and costs the same. Gives up: keeping the graphs of two states side by side; some ten milliseconds a question for the
+comparison, with an adapter on every layer of a large model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Self
+
+from torch import nn
+
+from whet.engine.answer.notices import Notices
+
+PLAIN = frozenset((bool, int, float, str, type(None)))
+COLLECTIONS = frozenset((list, tuple, set))
+OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+
+
+class Session:
+    """What the sessions of every kind of model share: set up by the first question, put back by `close`.
+
+    model: a transformers model, or PEFT's around one; base_only: how to switch off what was trained. `notices` is for
+    the caller to tell.
+    """
+
+    def __init__(self, model: Any, base_only: Callable[[], AbstractContextManager[None]] | None = None) -> None:
+        self.model = model
+        self.notices = Notices()
+        self._base_only = base_only
+        self._undo = contextlib.ExitStack()
+        self._state: list[Any] | None = None
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Put the model back as it was before the session; no more questions."""
+        self.release()
+        self._closed = True
+
+    def release(self) -> None:
+        """Put the model back as it was before the session; the next question sets it up again."""
+        self._state = None
+        self._undo.close()
+
+    @contextlib.contextmanager
+    def state(self, change: AbstractContextManager[Any]) -> Iterator[None]:
+        """Answer inside the block with the model as `change` makes it: it finds, and leaves, a model put back."""
+        self.release()
+        with change:
+            try:
+                yield
+            finally:
+                self.release()
+
+    def base(self) -> AbstractContextManager[None]:
+        """Answer inside the block without what was trained. RuntimeError where nothing can be switched off."""
+        if self._base_only is None:
+            raise RuntimeError("this session was opened without a way to the base")
+        return self.state(self._base_only())
+
+    def _prepare(self) -> None:
+        """Set the model up, unless it is and nothing has changed since."""
+        self._check()
+        self._set_up_once()
+
+    def _check(self) -> None:
+        """Put the model back if it was switched since it was set up. RuntimeError: the session is closed."""
+        if self._closed:
+            raise RuntimeError("this session is closed")
+        if self._state is not None and self._state != state_of(self._modules()):
+            self.release()
+
+    def _set_up_once(self) -> None:
+        if self._state is not None:
+            return
+        try:
+            self._set_up(self._undo)
+        except BaseException:
+            self.release()
+            raise
+        self._state = state_of(self._modules())
+
+    def _set_up(self, undo: contextlib.ExitStack) -> None:
+        """Make the model ready; what puts it back goes on `undo`."""
+        undo.enter_context(evaluating(self.model))
+
+    def _modules(self) -> Iterable[nn.Module]:
+        """The modules that answers depend on."""
+        return self.model.modules()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the mode of each module outside."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def state_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """All that tells two states apart: the modules, what they hold beside tensors, and for each tensor where it lies
+    and how often it was written to. Equal states answer alike; a change that alters no answer may be seen, too."""
+    state: list[Any] = []
+    for module in modules:
+        state.append(id(module))
+        state += [_plain(value) for name, value in vars(module).items() if name not in OF_EVERY_MODULE]
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            state += (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
+    return state
+
+
+def _plain(value: Any) -> Any:
+    """A copy of numbers, names and collections of them; which object it is of anything else."""
+    if type(value) in PLAIN:
+        return value
+    if type(value) in COLLECTIONS and all(type(inner) in PLAIN for inner in value):
+        return tuple(value)
+    if type(value) is dict and all(type(inner) in PLAIN for inner in value.values()):
+        return tuple(value.items())
+    return id(value)

@@ -1,0 +1,86 @@
+"""Adapters on disk: composed into a new one, renamed, deleted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from whet.adapters import CONFIG, NOTE, WEIGHTS, Adapters, How, adapter_directory, base_of
+from whet.base.errors import UserError
+from whet.engine.load.load import locate
+from whet.opening import open_plain
+
+
+def compose_on_disk(
+    out: str | Path, parts: Sequence[str | Path], *, weights: Sequence[float] | None = None, how: How = "cat",
+    rank: int | None = None, density: float = 0.5,
+) -> Path:  # fmt: skip
+    """Load the base of the first part, compose the parts and write the result to the new directory `out`.
+
+    What stands beside the first adapter (tokenizer, template contract) is copied. Raises UserError, also when the parts
+    were trained on different bases.
+    """
+    if Path(out).exists():
+        raise UserError("the output is in the way", file=str(out), fix="give a new directory")
+    folders = [adapter_directory(part) for part in parts]
+    bases = [base_of(part) for part in parts]
+    for folder, (model, _) in zip(folders[1:], bases[1:], strict=True):
+        if locate(model.path) != locate(bases[0][0].path):
+            raise UserError(
+                "the adapters were trained on different models", file=str(folder), found=model.path,
+                expected=bases[0][0].path, fix="compose adapters of one base",
+            )  # fmt: skip
+    model, base = bases[0]
+    adapters = Adapters(open_plain(model, base).network)
+    names = [str(index) for index in range(len(parts))]
+    for name, folder in zip(names, folders, strict=True):
+        adapters.load(name, folder)
+    adapters.compose("out", names, weights, how=how, rank=rank, density=density)
+    note = {
+        "parts": [str(part) for part in parts], "weights": list(weights or [1.0] * len(parts)), "how": how,
+        "base": {name: value for name, value in asdict(model).items() if value is not None},
+    }  # fmt: skip
+    written = adapters.write("out", out, note)
+    for file in folders[0].iterdir():
+        if file.is_file() and _is_of_tokenizer(file):
+            shutil.copy2(file, written / file.name)
+    return written
+
+
+def rename_on_disk(target: str | Path, new: str | Path) -> Path:
+    """Rename the directory of an adapter (not the adapter/ of a run: that belongs to its run). Raises UserError."""
+    directory, out = adapter_directory(target), Path(new)
+    _check_stands_alone(directory)
+    if out.exists():
+        raise UserError("the new name is in the way", file=str(out), fix="give another one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return directory.rename(out)
+
+
+def delete_on_disk(target: str | Path) -> Path:
+    """Remove the directory of an adapter. Raises UserError when other files lie in it, or it belongs to a run."""
+    directory = adapter_directory(target)
+    _check_stands_alone(directory)
+    known = {CONFIG, WEIGHTS, NOTE, "README.md"}
+    others = sorted(path.name for path in directory.iterdir() if path.name not in known and not _is_of_tokenizer(path))
+    if others:
+        raise UserError(
+            "other files lie beside the adapter, so it is left alone", file=str(directory),
+            found=", ".join(others[:5]), fix="remove the folder by hand",
+        )  # fmt: skip
+    shutil.rmtree(directory)
+    return directory
+
+
+def _check_stands_alone(directory: Path) -> None:
+    run = directory.parent
+    if (run / "recipe.yaml").is_file():
+        raise UserError(
+            "this adapter belongs to its run", file=str(directory), fix=f"move or remove the whole run {run}"
+        )
+
+
+def _is_of_tokenizer(path: Path) -> bool:
+    return path.name.startswith(("tokenizer", "special_tokens", "chat_template", "whet_")) or path.suffix == ".jinja"
