@@ -1,8 +1,8 @@
 """From files to rows of tokens, in one order: read, recognise, standardise, split, tokenise, fit, count.
 
 Everything here is deterministic and needs no torch: `whet data check` shows the very rows that `whet train` uses.
-Texts wait in a file between reading and tokenising (store.py), tokens go to files as well (lay.py), and what took
-long is found again at the next start (cache.py); so memory does not grow with the data.
+Texts wait in a file between reading and tokenising (store.py), tokens go to files as well (row_builder.py), and rows
+that took long are taken from the cache at the next start (cache.py); so memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whet.base.errors import UserError
-from whet.data.batch.lay import Laying, lay_rows
 from whet.data.batch.ledger import Ledger
 from whet.data.batch.length import choose_length, longest_allowed
 from whet.data.batch.pack import best_fit
 from whet.data.batch.padded import padded_rows, task_for
+from whet.data.batch.row_builder import RowSettings, build_rows
 from whet.data.batch.rows import Rows
 from whet.data.batch.saved import EXAMPLES, load, save
 from whet.data.cache import cached, name_of
@@ -124,14 +124,14 @@ def _conversations(
     chat = sides.kind.name != "text"
     policy = _policy(data, chat, decided)
     limit = longest_allowed(data.max_length, reader.readable)
-    laying = Laying(chat, str(policy["loss_on"]), str(policy["over_length"]), limit)
+    settings = RowSettings(chat, str(policy["loss_on"]), str(policy["over_length"]), limit)
     named = {"train": sides.train, "evaluation": sides.evaluation, "test": sides.test}
-    laid = [
-        lay_rows(examples, reader.tokenizer, laying, folder, name, ledger, data.num_proc)
+    built = [
+        build_rows(examples, reader.tokenizer, settings, folder, name, ledger, data.num_proc)
         for name, examples in named.items()
     ]
-    train, held, test = (rows for rows, _ in laid)
-    max_length = choose_length(data.max_length, max(8, *(longest for _, longest in laid)), reader.readable, decided)
+    train, held, test = (rows for rows, _ in built)
+    max_length = choose_length(data.max_length, max(8, *(longest for _, longest in built)), reader.readable, decided)
     ledger.policy = {**policy, "max_length": max_length}
     bins = best_fit(train.lengths.tolist(), max_length) if policy["packing"] and len(train) else None
     ledger.count(train, held, test, "assistant" if chat else "text")
