@@ -1,8 +1,8 @@
-"""The one shape of a row, whatever the file looked like: a conversation, raw text, or a text with its label.
+"""Examples: the one shape of data, whatever the file looked like: a conversation, raw text, or a text with its label.
 
 Examples are plain values, so that a set larger than memory can lie on disk as one line of JSON each. `to_json` leaves
-out what is not there; `from_json` gives back an equal example, with every type as it was. A reader written for one
-fixed layout is several times faster than a general one, which matters for a million rows.
+out fields that are empty; `from_json` gives back an equal example, with every type as it was. A reader written for one
+fixed form is several times faster than a general one, which matters for a million rows.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Example:
 
     @property
     def unanswered(self) -> Example:
-        """All but the last message, with the tools: what the model is asked."""
+        """The example without its last message, with the tools: the prompt that the model is given."""
         return replace(self, messages=self.question)
 
     @property
@@ -79,8 +79,8 @@ class Example:
 def content_id(example: Example) -> str:
     """The id of an example with this content: 16 hex digits of its sha256.
 
-    Whatever is not in every row is named, and no role has such a name. NUL separates the parts; no content holds one,
-    so different parts never join to one string.
+    A part that not every example has is named, and no role has such a name. NUL separates the parts; no content holds
+    one, so different parts never join to one string.
     """
     if example.messages is None:
         parts = ["text", example.text or ""]
@@ -178,11 +178,10 @@ def plain_turns(values: list[Any]) -> PlainTurns | None:
 
 def plain_turns_of(chat: Example | Sequence[Message]) -> PlainTurns | None:
     """`plain_turns` of an example, or of messages that stand in none."""
-    messages, own_mask = chat, False
-    if isinstance(chat, Example):
-        if chat.messages is None or chat.tools is not None:
-            return None
-        messages, own_mask = chat.messages, chat.completion_from is not None
+    own_mask = isinstance(chat, Example) and chat.completion_from is not None
+    messages = chat.messages if isinstance(chat, Example) else chat
+    if messages is None or (isinstance(chat, Example) and chat.tools is not None):
+        return None
     roles, contents = [], []
     for m in messages:
         if not m.content or m.reasoning is not None or m.tool_calls or m.name or m.tool_call_id is not None:

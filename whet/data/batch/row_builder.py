@@ -137,8 +137,8 @@ class RowBuilder:
             others = {owner: from_values(values[owner]) for owner, row in enumerate(known) if row is None}
             tokens = iter(self._tokens(list(others.values()), [skeletons[owner] for owner in others]))
             for owner, (row, plain) in enumerate(zip(known, turns, strict=True)):
-                usual = row is not None and plain is not None and not plain.own_mask
-                if usual and self._added(owner, row, built, buffer):
+                usual = plain is not None and not plain.own_mask
+                if row is not None and usual and self._added(owner, row, built, buffer):
                     continue
                 example = others.get(owner) or from_values(values[owner])
                 unfitted = next(tokens) if row is None else marked(row, example, self.settings.loss_on)

@@ -311,12 +311,16 @@ def _document_end(tokenizer: PreTrainedTokenizerFast) -> int:
     vocabulary = tokenizer.get_vocab()
     if DOCUMENT_END in vocabulary:
         return vocabulary[DOCUMENT_END]
+    return end_token(tokenizer)
+
+
+def end_token(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id of the tokenizer's end token. Raises UserError where it has none."""
     if tokenizer.eos_token_id is None:
         raise UserError(
-            "the tokenizer has no end token, so generation could never stop",
-            field="model.tokenizer",
+            "the tokenizer has no end token, so generation could never stop", field="model.tokenizer",
             fix="set eos_token in its tokenizer_config.json",
-        )
+        )  # fmt: skip
     return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
 
 
