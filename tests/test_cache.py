@@ -45,8 +45,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A note of each time that rows are made."""
     notes: list[str] = []
-    made = prepare._made
-    monkeypatch.setattr(prepare, "_made", lambda *a: notes.append("made") or made(*a))
+    prepare_anew = prepare._prepare_anew
+    monkeypatch.setattr(prepare, "_prepare_anew", lambda *a: notes.append("made") or prepare_anew(*a))
     return notes
 
 

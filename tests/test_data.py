@@ -345,7 +345,7 @@ def test_rows_do_not_depend_on_how_many_are_tokenised_together(
 ) -> None:
     rows = [*chats_of(LENGTHS * 2), {"prompt": "<|im_end|>", "completion": "<|im_start|>"}]
     whole = made(tokenizer, tmp_path, rows)
-    monkeypatch.setattr("whet.data.batch.lay.CHUNK", 3)
+    monkeypatch.setattr("whet.data.batch.row_builder.CHUNK", 3)
     assert made(tokenizer, tmp_path, rows).ledger.sha256 == whole.ledger.sha256
     assert made(tokenizer, tmp_path, rows[::-1]).ledger.sha256 != whole.ledger.sha256
 
@@ -377,7 +377,7 @@ def test_a_changed_template_or_tokenizer_breaks_the_contract(tmp_path: Path) -> 
     words = vocabulary["model"]["vocab"]
     words[one], words[two] = words[two], words[one]
     other.backend = type(other.backend).from_str(json.dumps(vocabulary))
-    with pytest.raises(UserError, match="another token at place"):
+    with pytest.raises(UserError, match="another token at position"):
         check_contract(other, path)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 
-from whet.data.show import length_histogram, masked_pieces, masked_row, masked_rows
+from whet.data.loss_mask import length_histogram, masked_pieces, masked_row, masked_rows
 from whet.report.data_page import data_page, reasons, verdict, write_data_page
 from whet.report.findings import differing, found_faults
 from whet.report.histogram import bins_of, histogram

@@ -13,7 +13,7 @@ from fake_endpoint import Fake, Say, serving
 from whet.base.errors import UserError
 from whet.data.example import Example, Message
 from whet.data.judge.endpoint import BadReply, Endpoint
-from whet.data.judge.judge import Scores, Verdict, parse_verdict, verdicts, without_low_scores
+from whet.data.judge.judge import ScoreCounts, Verdict, parse_verdict, verdicts, without_low_scores
 from whet.data.judge.replies import Replies
 from whet.data.removed import Removed
 
@@ -274,7 +274,7 @@ def test_low_scores_are_dropped_and_noted_and_rows_without_a_score_stay(tmp_path
         return Say("?" if number(request) == 3 else good(number(request)))
 
     with serving(answer) as fake:
-        seen, noted = Scores(), list[Removed]()
+        seen, noted = ScoreCounts(), list[Removed]()
         pairs = verdicts(rows(5), endpoint(fake), tmp_path / "r.jsonl")
         kept = list(without_low_scores(pairs, 3, seen, noted.append))
     assert [one.row for one in kept] == [3, 4, 5]

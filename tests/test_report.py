@@ -328,7 +328,7 @@ def test_smoothing_follows_a_line_and_keeps_gaps() -> None:
 
 
 def test_resumed_steps_count_once() -> None:
-    records: list[charts.Record] = [
+    records: list[charts.JsonObject] = [
         {"step": 1, "loss": 9.0},
         {"step": 2, "loss": 8.0},
         {"step": 2, "loss": 3.0},
@@ -353,7 +353,7 @@ def test_a_loss_that_falls_far_is_drawn_on_a_logarithmic_axis() -> None:
     assert not charts.is_wide([2.0, 1.5, 1.2, 1.1, 1.0])
     assert not charts.is_wide([0.0, *falling]), "no logarithm of 0"
     assert not charts.is_wide([])
-    records: list[charts.Record] = [{"kind": "train", "step": n, "loss": x} for n, x in enumerate(falling, 1)]
+    records: list[charts.JsonObject] = [{"kind": "train", "step": n, "loss": x} for n, x in enumerate(falling, 1)]
     figure = chart("Loss", charts.loss_curves(records), "per supervised token")
     assert "logarithmic" in figure
     assert "data-log" in figure
@@ -361,7 +361,7 @@ def test_a_loss_that_falls_far_is_drawn_on_a_logarithmic_axis() -> None:
 
 def test_the_legend_says_how_often_the_loss_was_written() -> None:
     def names(apart: int) -> list[str]:
-        records: list[charts.Record] = [{"kind": "train", "step": apart * n, "loss": 1.0} for n in range(1, 201)]
+        records: list[charts.JsonObject] = [{"kind": "train", "step": apart * n, "loss": 1.0} for n in range(1, 201)]
         return [curve.name for curve in charts.loss_curves(records)]
 
     assert names(1) == ["train, every step", "train, mean of 11 steps"]

@@ -20,11 +20,11 @@ from tiny import plan
 from whet.base.errors import UserError
 from whet.data.batch.batches import Cut, Order
 from whet.data.batch.padded_batches import PaddedBatches
-from whet.data.check import report, warnings
+from whet.data.check import report_of, warnings
 from whet.data.config import Data
 from whet.data.labels import encode_texts, encode_typed
+from whet.data.loss_mask import masked_row
 from whet.data.prepare import Prepared, prepare
-from whet.data.show import masked_row
 from whet.engine.config import Model
 from whet.engine.device import Placement
 from whet.engine.load.load import load_config, load_model, longest_input
@@ -185,7 +185,7 @@ def test_check_counts_labels_contradictions_and_imbalance(tmp_path: Path) -> Non
     records = [{"text": task_nets.text(index, 4), "label": "many"} for index in range(24)]
     records += [{"text": records[0]["text"], "label": "few"}]
     found = prepared(tmp_path, records)
-    said = report(found)
+    said = report_of(found)
     assert said["labels"] == {"few": 1, "many": 24}
     assert said["label_examples"]["few"] == records[0]["text"]
     assert said["contradictory_rows"] == 2
@@ -193,7 +193,7 @@ def test_check_counts_labels_contradictions_and_imbalance(tmp_path: Path) -> Non
     assert any("24 times the rows of few" in line for line in warnings(found))
     assert masked_row(found, 0)[-1] == ("many", True)
     values = prepared(tmp_path, [{"text": "a", "label": 1.0}, {"text": "the", "label": 3.0}])
-    assert report(values)["labels"] == {"mean": 2.0, "std": 1.0, "min": 1.0, "max": 3.0}
+    assert report_of(values)["labels"] == {"mean": 2.0, "std": 1.0, "min": 1.0, "max": 3.0}
 
 
 # Token ids.

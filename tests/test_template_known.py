@@ -17,9 +17,9 @@ from chats import CASES, TOOL_CASES, chat
 from mask_table import FAMILIES, SHARED, Table
 
 from whet.base.errors import UserError
-from whet.data.batch.lay import Layer, Laying
-from whet.data.example import Example, Message, plain_turns, to_json
-from whet.data.template import between, plan, watched
+from whet.data.batch.row_builder import RowBuilder, RowSettings
+from whet.data.example import Example, Message, PlainTurns, plain_turns, plain_turns_of, to_json
+from whet.data.template import literal_ids, skeleton, watched
 from whet.data.template.template import Template
 from whet.data.template.tokenise import Tokeniser, Tokens, _marked, marked
 
@@ -68,24 +68,27 @@ class Compared:
                 text = self.whole(tokeniser, row)
             except UserError:
                 continue
-            roles, contents = tuple(m.role for m in row), [m.content for m in row]
-            if not all(contents):
+            if not all(m.content for m in row):
                 continue
-            for _ in range(3):  # recorded at the second sight
-                tokeniser.known([(roles, contents)])
+            for _ in range(6):  # recorded when the order of roles comes for the second time
                 if text[0] != inner(tokeniser).render([row])[0]:
-                    self.different.append(f"text of {contents}")
+                    self.different.append(f"text of {[m.content for m in row]}")
             self.known += self.compare(tokeniser, row, text[1])
 
     def whole(self, tokeniser: Tokeniser, row: list[Message]) -> tuple[Any, Any]:
-        found = inner(tokeniser)._exact(row, None)
-        return found, tokeniser._placed(found, tokeniser.backend.encode(found.text, add_special_tokens=False))
+        rendered = inner(tokeniser)._exact(row, None)
+        return rendered, tokeniser._spans(rendered, tokeniser.backend.encode(rendered.text, add_special_tokens=False))
 
-    def compare(self, tokeniser: Tokeniser, row: list[Message], placed: Any) -> int:
-        (known,) = tokeniser.known([(tuple(m.role for m in row), [m.content for m in row])])
-        if known is not None and known.placed() != placed:
+    def compare(self, tokeniser: Tokeniser, row: list[Message], spans: Any) -> int:
+        known = known_row(tokeniser, row)
+        if known is not None and known.spans() != spans:
             self.different.append(f"tokens of {[m.content for m in row]}")
         return known is not None
+
+
+def known_row(tokeniser: Tokeniser, row: list[Message]) -> literal_ids.KnownRow | None:
+    turns = [plain_turns_of(row)]
+    return tokeniser.known(turns, tokeniser.skeletons(turns))[0]
 
 
 def inner(tokeniser: Tokeniser) -> Template:
@@ -110,20 +113,20 @@ def test_a_known_row_is_the_row_that_the_template_makes(name: str, template: str
 
 def faults() -> dict[str, tuple[str, str, Any, Any, Any]]:
     return {
-        "guards left out": ("qwen", "qwen3", plan, "_alike", lambda *_: True),
-        "white space not looked at": ("tiny", "named/gemma", plan, "stands_alone", bool),
-        "markers not looked at": ("tiny", "named/chatml", between.Cuts, "harmless", lambda *_: True),
-        "cut anywhere": ("tiny", "named/alpaca", between.Cuts, "_cut_apart", lambda *_: True),
-        "edges not kept": ("tiny", "named/chatml", between.Between, "placed", unedged),
+        "guards left out": ("qwen", "qwen3", skeleton, "_same_answers", lambda *_: True),
+        "white space not looked at": ("tiny", "named/gemma", skeleton, "stands_alone", bool),
+        "markers not looked at": ("tiny", "named/chatml", literal_ids.Cuts, "spells_no_token", lambda *_: True),
+        "cut anywhere": ("tiny", "named/alpaca", literal_ids.Cuts, "_contents_stand_apart", lambda *_: True),
+        "edges not kept": ("tiny", "named/chatml", literal_ids.LiteralIds, "filled", unedged),
     }
 
 
-def unedged(self: between.Between, contents: Any) -> Any:
-    found = PLACED(self, contents)
-    return found._replace(turns=found.contents)
+def unedged(self: literal_ids.LiteralIds, contents: Any) -> Any:
+    spans = FILLED(self, contents)
+    return spans._replace(turns=spans.contents)
 
 
-PLACED = between.Between.placed
+FILLED = literal_ids.LiteralIds.filled
 
 
 @pytest.mark.parametrize("fault", faults())
@@ -132,7 +135,7 @@ def test_every_rule_is_needed(fault: str, monkeypatch: pytest.MonkeyPatch) -> No
     if (name, template) not in PAIRS:
         pytest.skip("shared/data with the real tokenizers and templates is not beside this checkout")
     monkeypatch.setattr(owner, attribute, broken)
-    monkeypatch.setattr(between, "_PROBES", ("a",))
+    monkeypatch.setattr(literal_ids, "_PROBES", ("a",))
     assert Compared(table(name, template), hard_rows()).different
 
 
@@ -148,9 +151,9 @@ def test_a_pattern_that_is_not_known_is_not_cut() -> None:
         pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
     ):
         tokeniser.backend.pre_tokenizer, before = split, tokeniser.backend.pre_tokenizer
-        assert between._cuts_at(tokeniser.backend) == (False, False)
+        assert literal_ids._cuts_at(tokeniser.backend) == (False, False)
         tokeniser.backend.pre_tokenizer = before
-    assert between._cuts_at(tokeniser.backend) == (True, True)
+    assert literal_ids._cuts_at(tokeniser.backend) == (True, True)
 
 
 # What a template may do with a content; in each the text of some contents differs by more than the content.
@@ -199,11 +202,12 @@ def different_texts(snippet: str) -> tuple[list[str], int]:
     for first in SHORT:
         for second in SHORT:
             row = chat("u:" + first, "a:" + second)
-            template.repeated(("user", "assistant"), [first, second])  # recorded at the second sight
-            found = template.repeated(("user", "assistant"), [first, second])
-            if found is not None:
+            turns = PlainTurns(("user", "assistant"), [first, second])
+            template.skeleton(turns)  # recorded when the order of roles comes for the second time
+            known = template.skeleton(turns)
+            if known is not None:
                 repeated += 1
-                if plan.filled(found, [first, second]).text != template.text(row):
+                if skeleton.filled(known, [first, second]).text != template.text(row):
                     different.append(f"{first!r}, {second!r}")
     return different, repeated
 
@@ -258,13 +262,13 @@ def test_a_chunk_is_the_same_with_rows_known_or_not(
     rows += [Example("0" * 16, tuple(chat("u:x", "a:y", "u:z", "a:w")), None, "f", 1, completion_from=3)]
     lines = [to_json(row) for row in rows]
     tokenizer = Table("tiny", "named/chatml").tok
-    fast = Layer(tokenizer, Laying(True, loss_on, policy, limit))
-    before = sum(found is not None for found in fast.tokeniser.known([plain_turns(json.loads(line)) for line in lines]))
-    assert before > 80
-    found = fast.lay(lines)
-    monkeypatch.setattr(between.Cuts, "possible", property(lambda _: False, lambda *_: None), raising=False)
-    monkeypatch.setattr(plan.Repeats, "plan", lambda *_: None)
-    slow = Layer(tokenizer, Laying(True, loss_on, policy, limit)).lay(lines)
+    fast = RowBuilder(tokenizer, RowSettings(True, loss_on, policy, limit))
+    turns = [plain_turns(json.loads(line)) for line in lines]
+    assert sum(row is not None for row in fast.tokeniser.known(turns, fast.tokeniser.skeletons(turns))) > 80
+    found = fast.build(lines)
+    monkeypatch.setattr(literal_ids.Cuts, "possible", property(lambda _: False, lambda *_: None), raising=False)
+    monkeypatch.setattr(skeleton.SkeletonLookup, "skeleton", lambda *_: None)
+    slow = RowBuilder(tokenizer, RowSettings(True, loss_on, policy, limit)).build(lines)
     assert found.problem is None
     for name in ("ids", "learned", "sizes", "owners", "weights"):
         one, other = getattr(found, name), getattr(slow, name)
@@ -278,8 +282,97 @@ def test_the_marks_of_a_known_row_are_those_of_any_other() -> None:
     tokeniser = table("tiny", "named/chatml")
     row = chat("u:q", "a:b", "u:c", "a:d")
     for loss_on in ("assistant", "last_assistant", "all"):
-        known = tokeniser.known([(tuple(m.role for m in row), [m.content for m in row])] * 3)[-1]
+        for _ in range(3):
+            known = known_row(tokeniser, row)
         assert known is not None
         rendered = inner(tokeniser)._exact(row, None)
-        placed = tokeniser._placed(rendered, tokeniser.backend.encode(rendered.text, add_special_tokens=False))
-        assert same(marked(known, row, loss_on), _marked(rendered.turns, placed, row, loss_on))
+        spans = tokeniser._spans(rendered, tokeniser.backend.encode(rendered.text, add_special_tokens=False))
+        assert same(marked(known, row, loss_on), _marked(rendered.turns, spans, row, loss_on))
+
+
+def every_kind_of_row() -> list[Example]:
+    """Rows of plain turns, some of which are known, rows with weights or a completion, with tools, and raw text."""
+    rows = [Example("0" * 16, tuple(row), None, "f", number) for number, row in enumerate(hard_rows(), 1)]
+    weighted = (Message("user", "q"), Message("assistant", "a", weight=0.5))
+    rows += [Example("0" * 16, weighted, None, "f", 0)] * 3
+    rows += [Example("0" * 16, tuple(chat("u:x", "a:y")), None, "f", 0, completion_from=1)] * 3
+    rows += [row for row in TOOL_CASES.values() if "reasoning" not in to_json(row)]
+    return [row for row in rows if all(m.content or m.tool_calls for m in row.messages or ())]
+
+
+def test_plain_turns_are_the_same_from_a_line_and_from_an_example() -> None:
+    rows = [*every_kind_of_row(), Example("0" * 16, None, "text", "f", 1), *TOOL_CASES.values()]
+    rows += [Example("0" * 16, tuple(chat("s:", "u:q", "a:b")), None, "f", 1)]
+    turns = [plain_turns_of(row) for row in rows]
+    assert [plain_turns(json.loads(to_json(row))) for row in rows] == turns
+    assert {None if one is None else one.own_mask for one in turns} == {None, True, False}
+
+
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The contents of each row that is looked up, as they come."""
+    rows: list[tuple[str, ...]] = []
+    lookup = skeleton.SkeletonLookup.skeleton
+
+    def counted(self: skeleton.SkeletonLookup, turns: PlainTurns) -> Any:
+        rows.append(tuple(turns.contents))
+        return lookup(self, turns)
+
+    monkeypatch.setattr(skeleton.SkeletonLookup, "skeleton", counted)
+    return rows
+
+
+def contents_of(rows: list[Example]) -> list[tuple[str, ...]]:
+    return [tuple(turns.contents) for turns in map(plain_turns_of, rows) if turns is not None]
+
+
+WAYS_IN = {
+    "build": lambda rows: RowBuilder(Table("tiny", "named/chatml").tok, RowSettings(True, "assistant", "drop", 4096))
+    .build([to_json(row) for row in rows]),
+    "conversations": lambda rows: table("tiny", "named/chatml").conversations(rows, "assistant"),
+    "conversations that are never known": lambda rows: table("tiny", "named/alpaca").conversations(rows, "assistant"),
+    "render": lambda rows: inner(table("tiny", "named/chatml")).render(rows),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_each_row_is_looked_up_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = every_kind_of_row()
+    rows = [row for row in rows if row.tools is None] if "never" in way else rows  # alpaca has no tools
+    rows_asked = asked(monkeypatch)
+    WAYS_IN[way](rows)
+    assert rows_asked == contents_of(rows)
+
+
+@pytest.mark.parametrize("way", ["build", "conversations"])
+def test_an_answer_that_is_not_passed_on_would_be_seen(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    render = Template.render
+    monkeypatch.setattr(Template, "render", lambda self, chats, skeletons=None: render(self, chats))
+    rows, rows_asked = every_kind_of_row(), asked(monkeypatch)
+    WAYS_IN[way](rows)
+    assert len(rows_asked) > len(contents_of(rows))
+
+
+@pytest.mark.parametrize("ending", ["", " "], ids=["known", "rendered"])
+def test_an_order_of_roles_is_recorded_when_it_comes_a_second_time(
+    ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[tuple[str, ...]] = []
+    record = skeleton.SkeletonLookup._recorded
+
+    def counted(self: skeleton.SkeletonLookup, *given: Any) -> Any:
+        recorded.append(tuple(given[1].contents))
+        return record(self, *given)
+
+    monkeypatch.setattr(skeleton.SkeletonLookup, "_recorded", counted)
+    builder = RowBuilder(Table("tiny", "named/chatml").tok, RowSettings(True, "assistant", "drop", 4096))
+
+    def build(question: str) -> None:
+        row = Example("0" * 16, tuple(chat(f"u:{question}", "a:b")), None, "f", 1)
+        assert builder.build([to_json(row)]).problem is None
+
+    build("one" + ending)
+    assert recorded == []
+    build("two")
+    assert recorded == [("two", "b")]
+    build("three")
+    assert len(recorded) == 1

@@ -93,7 +93,7 @@ def test_what_was_hashed_is_not_read_again(tmp_path: Path, monkeypatch: pytest.M
     list(read_files(paths[:1], found))
     opened: list[Path] = []
     real = WatchedFile.fingerprint
-    monkeypatch.setattr(WatchedFile, "fingerprint", lambda self: opened.append(self.place) or real(self))
+    monkeypatch.setattr(WatchedFile, "fingerprint", lambda self: opened.append(self.path) or real(self))
     assert fingerprint(paths, found) == [of(place) for place in places]
     assert opened == places[1:]
 

@@ -77,7 +77,7 @@ def test_weights_of_one_and_none_cost_nothing(tokenizer: Any, tmp_path: Path) ->
 
 def test_weights_may_begin_late(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that were written before the first weight count in full."""
-    monkeypatch.setattr("whet.data.batch.lay.CHUNK", 1)
+    monkeypatch.setattr("whet.data.batch.row_builder.CHUNK", 1)
     rows = [turns(("a b", None)), turns(("c d", None)), turns(("e f", 0.5)), turns(("g", None))]
     weights = made(tokenizer, tmp_path, rows).train
     assert weights.weights is not None

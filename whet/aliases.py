@@ -1,8 +1,8 @@
-"""Peers' names for our settings: accepted, rewritten and reported, so that a recipe can be brought along.
+"""Rewrite and report other tools' names for our settings, so that their recipes can be used here.
 
 Sources: the option names of Hugging Face's TrainingArguments, PEFT, TRL, Axolotl, LLaMA-Factory, ms-swift, LitGPT,
-mlx-lm, torchtune, Unsloth and Megatron-LM. A name that means the opposite (`train_on_inputs`) is turned round; one that
-would mean something else here is refused, never guessed.
+mlx-lm, torchtune, Unsloth and Megatron-LM. A name that means the opposite (`train_on_inputs`) is rewritten with the
+opposite value; one that would mean something else here is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from whet.base.config import field_docs
 from whet.base.errors import UserError
+from whet.sections import SECTION_CLASSES, SECTIONS
+from whet.settings import TILE_TOKENS
 
 # A peer's name, alone or inside a section, to ours.
 NAMES = {
@@ -78,9 +81,8 @@ TASKS = {
 }  # fmt: skip
 SCHEDULES = {"wsd": "warmup_stable_decay", "constant_with_warmup": "constant"}
 SHORTHANDS = {"model": "path", "method": "name", "data": "dataset"}
-SECTIONS = ("model", "base", "method", "data", "train", "eval", "output_dir")
+TOP_LEVEL = (*SECTIONS, "output_dir")
 # Words that mean something else in another section (model.dropout, eval.seed): no alias may move them from there.
-TILE_TOKENS = 4096  # where a peer asks for tiles and leaves their size to its own rule
 AT_HOME = ("path", "rank", "alpha", "dropout", "seed", "columns", "max_length")
 
 Rewritten = list[tuple[str, Any, str | None]]
@@ -89,19 +91,20 @@ Rewritten = list[tuple[str, Any, str | None]]
 def canonical_tree(
     tree: dict[str, Any], notes: list[str], file: str | None, lines: dict[str, int], bridged: bool = False
 ) -> dict[str, Any]:
-    """Peers' names and shorthands rewritten to ours, each noted. An empty section is one left out.
+    """The tree with other tools' names and shorthands rewritten to ours, each with a note. An empty section is left
+    out.
 
     bridged: the method's options are PEFT's, whose names are left as they are. Raises UserError for a setting that is
-    said twice, once under another name.
+    given twice, once under another name.
     """
     result: dict[str, Any] = {}
     said: dict[str, Any] = {}
     for key, value in tree.items():
-        if key in SECTIONS[:-1] and value is None:
+        if key in SECTIONS and value is None:
             continue
         if key in SHORTHANDS and not isinstance(value, dict):
             value = {SHORTHANDS[key]: value}
-        if isinstance(value, dict) and key in SECTIONS:
+        if isinstance(value, dict) and key in TOP_LEVEL:
             pairs = [(f"{key}.{name}", item) for name, item in value.items()]
             result.setdefault(key, {})
         else:
@@ -133,9 +136,9 @@ def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def canonical(path: str, value: Any, file: str | None, line: int | None) -> Rewritten:
-    """Our dotted paths and values for a setting as written, each with a note when it was rewritten."""
+    """Our dotted paths and values for a setting as written, each with a note if it was rewritten."""
     section, _, name = path.partition(".")
-    inside = bool(name) and section in SECTIONS
+    inside = bool(name) and section in TOP_LEVEL
     word = name if inside else path
     turned = _task(word, value, file, line)
     turned = _turned(word, value, file, line) if turned is None else turned
@@ -164,7 +167,7 @@ def canonical(path: str, value: Any, file: str | None, line: int | None) -> Rewr
 
 
 def _task(word: str, value: Any, file: str | None, line: int | None) -> list[tuple[str, Any]] | None:
-    """What a peer calls the task; the labels of it are nobody's to set."""
+    """Another tool's name for the task, rewritten; labels are refused, since they come from the data."""
     if word in ("task_type", "problem_type", "task") and isinstance(value, str) and value.lower() in TASKS:
         return [("model.task", TASKS[value.lower()])]
     if word in ("num_labels", "id2label", "label2id"):
@@ -176,7 +179,7 @@ def _task(word: str, value: Any, file: str | None, line: int | None) -> list[tup
 
 
 def _turned(word: str, value: Any, file: str | None, line: int | None) -> list[tuple[str, Any]] | None:
-    """Names whose value must be translated too."""
+    """Other tools' names whose value must be translated too, rewritten; None for any other name."""
     if word in ("load_in_4bit", "q_lora") and isinstance(value, bool):
         return [("base.storage", "nf4")] if value else []
     if word == "bnb_4bit_quant_type" and value == "nf4":
@@ -209,18 +212,9 @@ def _turned(word: str, value: Any, file: str | None, line: int | None) -> list[t
 
 
 def _ours(path: str) -> bool:
-    """Whether a path inside a section is already one of our names (so that no alias may move it)."""
-    from whet.data.config import Data
-    from whet.engine.config import Base, Model
-    from whet.methods.all import METHODS
-    from whet.settings import Eval, Train
-
+    """True if a path inside a section is already one of our names (so that no alias may move it)."""
     section, _, name = path.partition(".")
-    owners: dict[str, list[type]] = {
-        "model": [Model], "base": [Base], "method": list(METHODS.values()), "data": [Data], "train": [Train],
-        "eval": [Eval],
-    }  # fmt: skip
-    return any(name in owner.__dataclass_fields__ for owner in owners.get(section, []))  # type: ignore[attr-defined]
+    return any(name in field_docs(cls) for cls in SECTION_CLASSES.get(section, ()))
 
 
 def _shown(value: Any) -> str:

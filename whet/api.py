@@ -92,9 +92,9 @@ def plan(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any
 
 def check(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:
     """The ledger of a recipe's data: what exactly would be learned."""
-    from whet.data.check import report
+    from whet.data.check import report_of
 
-    return report(prepared(_parsed(recipe, overrides)))
+    return report_of(prepared(_parsed(recipe, overrides)))
 
 
 def prepared(parsed: Parsed, *, any_model: bool = False) -> Prepared:

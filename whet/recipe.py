@@ -1,8 +1,8 @@
-"""Text becomes a recipe here and nowhere else: YAML 1.2 and `key=value` in, one frozen `Recipe` out.
+"""Parse recipes, here and nowhere else: YAML 1.2 and `key=value` in, one frozen `Recipe` out.
 
 YAML 1.2 makes `1e-4` a number and a repeated key an error. An unknown key is an error with its line and the nearest
-name; a peer's name for a setting is accepted and reported. `auto` (or null) leaves a decision to whet; what it decided
-is written back through `resolve`, so a run directory holds no `auto`.
+name; a peer's name for a setting is accepted and reported. `auto` (or null) leaves a decision to whet; the decided
+value is written back through `resolve`, so a run directory holds no `auto`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,13 +30,13 @@ from whet.methods.all import METHODS, Method
 from whet.methods.bridge import Bridge
 from whet.methods.bridged import BRIDGED, LEFT_OUT
 from whet.methods.lora import Lora
+from whet.sections import SECTION_CLASSES, SECTIONS
 from whet.settings import Eval, Train
 
-SECTIONS = ("model", "base", "method", "data", "train", "eval")
 METHOD_PATHS = ("method", "method.name")
 MOST_VALUES = 10_000
 NAMES = ("model.path", "model.tokenizer", "output_dir")
-# They change what is kept or shown of a run, and not the run; metrics.jsonl may have fewer lines.
+# They change the records and checkpoints of a run, and not its weights; metrics.jsonl may have fewer lines.
 ON_THE_WAY = ("train.report_to", "train.logging_steps", "train.save_total_limit")
 KINDS = (bool, int, float, str)
 
@@ -57,7 +58,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A recipe with where each setting came from. origins: dotted path to `recipe` | `command line`; notes: aliases."""
+    """A recipe with the origin of each setting. origins: dotted path -> `recipe` or `command line`; notes: aliases."""
 
     recipe: Recipe
     origins: dict[str, str]
@@ -109,7 +110,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """sha256 of all that decides the trained weights: not where they are written, logged or kept, nor how judged."""
+    """The sha256 of all settings that decide the trained weights: not of paths, logs, checkpoints and evaluation."""
     tree = {name: part for name, part in to_tree(recipe).items() if name not in ("output_dir", "eval")}
     del tree["data"]["padding_free"]  # a layout: the same loss either way
     for path in ON_THE_WAY:
@@ -118,7 +119,7 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 def resolve(recipe: Recipe, decided: Mapping[str, Any]) -> Recipe:
-    """The recipe with dotted paths replaced by what whet decided for them."""
+    """The recipe with the values that whet decided, by dotted path."""
     tree = to_tree(recipe)
     for path, value in decided.items():
         tree = _merged(tree, _nested(path, value))
@@ -128,7 +129,7 @@ def resolve(recipe: Recipe, decided: Mapping[str, Any]) -> Recipe:
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, with the description of every field."""
     schema = _adapter().json_schema()
-    classes = {cls.__name__: cls for cls in (Recipe, Model, Base, Data, Train, Eval, *METHODS.values())}
+    classes = {cls.__name__: cls for cls in (Recipe, *chain.from_iterable(SECTION_CLASSES.values()))}
     for name, part in [("Recipe", schema), *schema.get("$defs", {}).items()]:
         for field, doc in field_docs(classes[name]).items():
             if field in part.get("properties", {}):
@@ -137,7 +138,8 @@ def json_schema() -> dict[str, Any]:
 
 
 def _as_written(owner: str, field: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a field with what the file may say instead: `auto` for null, and the short form of a section."""
+    """The schema of a field with the other forms that a file may use: `auto` for null, and the short form of a
+    section."""
     if {"type": "null"} in (choices := schema.get("anyOf", [])):
         return schema | {"anyOf": [*choices, {"const": "auto"}]}
     if owner == "Recipe" and field in SECTIONS:
@@ -172,7 +174,7 @@ def _yaml():
 
 
 def _read_yaml(text: str, file: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Plain nested dict and the line of each dotted path."""
+    """(the recipe as a plain nested dict, the line of each dotted path)."""
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     lines: dict[str, int] = {}
@@ -214,11 +216,11 @@ def _plain(node: Any, path: str, lines: dict[str, int], file: str | None) -> Any
 
     tagged = isinstance(node, Mapping | list) and getattr(getattr(node, "tag", None), "value", None)
     if isinstance(node, Mapping | list) and not tagged:
-        places = getattr(getattr(node, "lc", None), "data", None) or {}
+        positions = getattr(getattr(node, "lc", None), "data", None) or {}
         plain: dict[Any, Any] = {}
         for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
             here = f"{path}.{key}" if path else str(key)
-            lines[here] = places[key][0] + 1 if key in places else lines.get(path, 1)  # merged in by `<<`
+            lines[here] = positions[key][0] + 1 if key in positions else lines.get(path, 1)  # merged in by `<<`
             if len(lines) > MOST_VALUES:  # aliases of aliases grow without end
                 raise UserError(
                     f"the recipe holds over {MOST_VALUES} values", file=file, fix="write them without aliases"
@@ -262,7 +264,8 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, section by section; another method drops the settings of the one below."""
+    """`below` with the settings of `above` over them, section by section; another method drops the settings of the one
+    below."""
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
@@ -281,7 +284,7 @@ def _named_method(tree: Mapping[str, Any], overrides: Sequence[str]) -> Any:
 
 
 def _gathered(tree: dict[str, Any], origins: Mapping[str, str]) -> dict[str, str]:
-    """Puts options that stand beside the name of a bridged method under `options`; returns where each is from."""
+    """Move options that stand beside the name of a bridged method under `options`; returns the origins by new path."""
     section = tree["method"]
     beside = {key: section.pop(key) for key in list(section) if key not in field_docs(Bridge)}
     section["options"] = (section.get("options") or {}) | beside
@@ -290,11 +293,11 @@ def _gathered(tree: dict[str, Any], origins: Mapping[str, str]) -> dict[str, str
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    found: list[str] = []
+    paths: list[str] = []
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        found += _leaves(value, path + ".") if isinstance(value, dict) and key != "columns" else [path]
-    return found
+        paths += _leaves(value, path + ".") if isinstance(value, dict) and key != "columns" else [path]
+    return paths
 
 
 @cache
@@ -326,7 +329,7 @@ def _validated(tree: dict[str, Any], file: str | None, lines: dict[str, int], ov
 
 
 def _complaint(error: Any, file: str | None, lines: dict[str, int], overridden: Sequence[str]) -> UserError:
-    """pydantic's first error in our shape; file and row only when the file says what is wrong."""
+    """pydantic's first error in our shape; with file and row only if the wrong value stands in the file."""
     parts = [str(p) for p in error["loc"]]
     method = None
     if parts[:1] == ["method"] and len(parts) > 1 and parts[1] in METHODS:
@@ -352,25 +355,25 @@ def _complaint(error: Any, file: str | None, lines: dict[str, int], overridden: 
             fix=f"write {near}" if near else "remove the line; docs/recipe.md lists every setting",
         )  # fmt: skip
     if kind == "union_tag_invalid":
-        found = error["input"].get("name")
-        if str(found) in LEFT_OUT:
-            reason, instead = LEFT_OUT[str(found)]
+        value = error["input"].get("name")
+        if str(value) in LEFT_OUT:
+            reason, instead = LEFT_OUT[str(value)]
             return UserError(
                 f"whet leaves out this method of PEFT: {reason}", **{**where, "field": "method.name"},  # type: ignore[arg-type]
-                found=str(found), expected="a method that `whet methods` lists", fix=f"method.name={instead}",
+                found=str(value), expected="a method that `whet methods` lists", fix=f"method.name={instead}",
             )  # fmt: skip
-        near = nearest(str(found), METHODS.keys() - BRIDGED.keys()) or nearest(str(found), METHODS) or "lora"
+        near = nearest(str(value), METHODS.keys() - BRIDGED.keys()) or nearest(str(value), METHODS) or "lora"
         return UserError(
             "there is no such method", **{**where, "field": "method.name"},  # type: ignore[arg-type]
-            found=str(found), expected=", ".join(METHODS), fix=f"write {near}",
+            found=str(value), expected=", ".join(METHODS), fix=f"write {near}",
         )  # fmt: skip
-    found = error["input"]
-    if kind == "literal_error" and (near := nearest(str(found), error["ctx"]["expected"].split("'")[1::2])):
+    value = error["input"]
+    if kind == "literal_error" and (near := nearest(str(value), error["ctx"]["expected"].split("'")[1::2])):
         choices = error["ctx"]["expected"]
-        return UserError("there is no such choice", **where, found=str(found), expected=choices, fix=f"write {near}")
+        return UserError("there is no such choice", **where, found=str(value), expected=choices, fix=f"write {near}")
     return UserError(
         f"the value does not fit: {error['msg'].lower()}", **where,
-        found=f"{found!r} ({type(found).__name__})",
+        found=f"{value!r} ({type(value).__name__})",
         expected=error["msg"].removeprefix("Input should be ").removeprefix("a "),
         fix=_doc(path) or "whet init lora shows every section",
     )  # fmt: skip
@@ -378,9 +381,7 @@ def _complaint(error: Any, file: str | None, lines: dict[str, int], overridden: 
 
 def _known_paths(method: str | None = None) -> list[str]:
     """Dotted paths of all settings, or those with this method."""
-    methods = [METHODS[method]] if method else list(METHODS.values())
-    sections = {"model": [Model], "base": [Base], "method": methods, "data": [Data]}
-    sections |= {"train": [Train], "eval": [Eval]}
+    sections = SECTION_CLASSES | ({"method": (METHODS[method],)} if method else {})
     dotted = [
         f"{section}.{name}" for section, classes in sections.items() for cls in classes for name in field_docs(cls)
     ]
@@ -389,9 +390,7 @@ def _known_paths(method: str | None = None) -> list[str]:
 
 def _doc(path: str) -> str | None:
     section, _, name = path.partition(".")
-    classes = {"model": [Model], "base": [Base], "method": list(METHODS.values()), "data": [Data], "train": [Train]}
-    classes |= {"eval": [Eval]}
-    for cls in classes.get(section, [Recipe]):
+    for cls in SECTION_CLASSES.get(section, (Recipe,)):
         if doc := field_docs(cls).get(name.partition(".")[0] or section):
             return doc
     return None

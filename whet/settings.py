@@ -15,6 +15,7 @@ Share = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 SEEDS = 2**63  # torch and numpy take a seed as a 64-bit number
+TILE_TOKENS = 4096  # of a tiled MLP, where its size is not chosen: by whet, or by a recipe of another tool
 
 MetricName = Literal["exact_match", "token_f1", "rouge_l", "bleu", "chrf"]
 LabelMetricName = Literal[
@@ -23,7 +24,7 @@ LabelMetricName = Literal[
 
 
 def names_a_field(name: str) -> bool:
-    """Whether a metric is the accuracy of one field of structured answers; which fields there are, the rows decide."""
+    """True if a metric is the accuracy of one field of structured answers; the rows decide which fields there are."""
     return name.endswith("_accuracy")
 
 

@@ -61,9 +61,9 @@ def data(words: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import replace
 
     from whet import api
-    from whet.data.check import check_strictly, report, show
-    from whet.data.quality import look
-    from whet.data.show import masked_rows, show_rows
+    from whet.data.check import check_strictly, print_report, report_of
+    from whet.data.loss_mask import masked_rows, print_rows
+    from whet.data.quality import quality_findings
 
     _prepare_libraries()
     source = words.target if _is_recipe(words.target) else None
@@ -73,7 +73,7 @@ def data(words: argparse.Namespace) -> dict[str, Any]:
         named = [*([given] if isinstance(given, str) else given), *words.benchmark]
         parsed = replace(parsed, recipe=replace(parsed.recipe, data=replace(parsed.recipe.data, benchmarks=named)))
     found = api.prepared(parsed, any_model=source is None)
-    result = report(found, look(found, near=not words.fast))
+    result = report_of(found, quality_findings(found, near=not words.fast))
     if words.html:
         from whet.report.data_page import write_data_page
 
@@ -84,9 +84,9 @@ def data(words: argparse.Namespace) -> dict[str, Any]:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result["dropped"])
         _written(words.removed, lambda place: write_text(place, lines))
     if not words.json:
-        show(found, result, None if source else "builtin:tiny")
+        print_report(found, result, None if source else "builtin:tiny")
     if words.show:
-        show_rows(found, words.show)
+        print_rows(found, words.show)
     found.ledger.gate()
     if words.strict:
         check_strictly(result)
@@ -95,23 +95,23 @@ def data(words: argparse.Namespace) -> dict[str, Any]:
 
 def judge(words: argparse.Namespace) -> dict[str, Any]:
     from whet import api
-    from whet.data.judge.scores import show
+    from whet.data.judge.scores import print_judged
 
     parsed = _of_data(words)
     found = _asked(words, lambda to: api.judge_parsed(parsed, to, words.out, words.rubric, words.least))
     if not words.json:
-        show(found)
+        print_judged(found)
     return found
 
 
 def augment(words: argparse.Namespace) -> dict[str, Any]:
     from whet import api
-    from whet.data.judge.added import show
+    from whet.data.judge.added import print_augmented
 
     parsed = _of_data(words)
     found = _asked(words, lambda to: api.augment_parsed(parsed, to, words.out, words.copies))
     if not words.json:
-        show(found)
+        print_augmented(found)
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a configuration is: a frozen, keyword-only dataclass that rejects unknown keys and documents each field.
+"""Configurations: frozen, keyword-only dataclasses that reject unknown keys and document each field.
 
 The owner of a setting defines it (`engine` its storage, `methods` its ranks); `recipe.py` alone turns text into these
 objects. They stay plain standard-library dataclasses: pydantic reads them, nothing else depends on it.
@@ -23,12 +23,12 @@ def setting(default: Any, doc: str) -> Any:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 def config(cls: type[T]) -> type[T]:
-    """Class decorator: frozen, keyword-only, and an unknown key is an error when a recipe is parsed."""
+    """Make a class a configuration: frozen, keyword-only, and an unknown key is an error when a recipe is parsed."""
     cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
     make: Callable[[type[T]], type[T]] = dataclasses.dataclass(frozen=True, kw_only=True)
     return make(cls)
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field name to its one-sentence description."""
+    """The one-sentence description of each field, by its name."""
     return {f.name: f.metadata.get("doc", "") for f in dataclasses.fields(cls)}

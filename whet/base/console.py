@@ -1,4 +1,4 @@
-"""All that a person reads while a command runs goes through here, to stderr; stdout belongs to the answer.
+"""The console: all that a person reads while a command runs, on stderr; stdout belongs to the answer.
 
 On a terminal there is a live progress bar; elsewhere (a log file, CI) a plain line every few seconds.
 """
@@ -31,7 +31,7 @@ def console(*, stdout: bool = False) -> Console:
 
 
 def say(text: str, style: str | None = None) -> None:
-    """One line to stderr."""
+    """Print one line to stderr."""
     console().print(text, style=style, markup=False)
 
 
@@ -51,7 +51,7 @@ def quiet_libraries() -> None:
 class Progress:
     """A progress bar with free text at its end; use as a context manager and call `advance`.
 
-    patience_seconds: what ends earlier shows none.
+    patience_seconds: work that ends earlier shows no bar.
     """
 
     def __init__(self, title: str, total: int, start: int = 0, patience_seconds: float = 0.0) -> None:
@@ -103,7 +103,7 @@ class Progress:
 
 
 def bytes_text(count: float) -> str:
-    """1234567 as '1.2 MiB'."""
+    """A number of bytes with a binary unit: 1234567 is '1.2 MiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

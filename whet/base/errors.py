@@ -1,8 +1,8 @@
-"""The two ways in which something can go wrong, and the one shape of a complaint about input.
+"""Errors: the one shape of an error in the user's input; our own mistakes are `assert`s and plain exceptions.
 
-`UserError` is for what the user can mend: a recipe, a data file, a missing package. It says where (file, row, field),
-what was found, what was expected and one fix; the command line prints it without a traceback and exits with 2. Our own
-mistakes are `assert`s and plain exceptions. Nothing in whet catches `Exception` but the top of `cli.py`.
+`UserError` is for faults that the user can mend: in a recipe, a data file, a missing package. It names the position
+(file, row, field), the value found, the value expected and one fix; the command line prints it without a traceback and
+exits with 2. Nothing in whet catches `Exception` but the top of `cli.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 class UserError(Exception):
     """Input that cannot be used. Every part but `problem` and `fix` may be absent.
 
-    problem: one sentence, what is wrong. file, row (1-based line or record), field (dotted path): where.
-    found, expected: the value and what would have been right. fix: one thing to do about it.
+    problem: the fault, in one sentence. file, row (1-based line or record), field (dotted path): its position.
+    found, expected: the value, and one that would have been right. fix: one thing to do about it.
     """
 
     problem: str
@@ -52,7 +52,7 @@ class UserError(Exception):
         return UserError, (self.problem, self.fix, self.file, self.row, self.field, self.found, self.expected)
 
     def as_dict(self) -> dict[str, str | int | None]:
-        """The same complaint for `--json`."""
+        """The error as plain values for `--json`."""
         return {
             "problem": self.problem,
             "file": self.file,
@@ -67,7 +67,7 @@ class UserError(Exception):
 def shorten(text: object, limit: int = 120) -> str:
     """`text` on one line and at most `limit` characters long, with an ellipsis where it was cut.
 
-    What a terminal would act on instead of showing (escape sequences, direction marks) is written out.
+    Characters that a terminal would obey instead of printing (escape sequences, direction marks) are written out.
     """
     line = " ".join(str(text)[: 20 * limit].split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
@@ -76,5 +76,5 @@ def shorten(text: object, limit: int = 120) -> str:
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice spelt most like `name`, or None when nothing is near."""
-    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
-    return found[0] if found else None
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return matches[0] if matches else None

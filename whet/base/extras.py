@@ -1,4 +1,4 @@
-"""Optional packages: imported when first needed, and named with their price when absent."""
+"""Import optional packages when they are first needed; if one is missing, name the extra that installs it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXTRAS = {
 
 
 def require(module: str, needed_for: str) -> ModuleType:
-    """Import `module`, or raise UserError that names the extra which brings it."""
+    """Import `module`. Raises UserError that names the extra which installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as missing:

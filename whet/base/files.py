@@ -1,4 +1,4 @@
-"""Files that are either there whole or not at all, also after a power cut."""
+"""Write files so that they are either there whole or not at all, also after a power cut."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside, flush, rename: a reader sees the old file or the new one."""
+    """Write a file beside `path`, flush it and rename it: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with beside.open("w", encoding="utf-8") as file:
@@ -32,18 +32,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented UTF-8 JSON; NaN is refused, since it is not JSON."""
+    """Write `value` as indented UTF-8 JSON, as `write_text`; NaN is refused, since it is not JSON."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`."""
+    """Read the JSON value in `path`."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """A fresh directory to fill that becomes `path` only when the block ends well; the place of an older one is taken.
+    """Give a new directory to fill, which becomes `path` only when the block ends well and replaces an older one.
 
     Files are flushed first, then the directory is renamed and its parent flushed.
     """
@@ -70,7 +70,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory of ours and all in it; nothing happens when it is not there."""
+    """Remove a directory of ours and all in it, if it is there."""
     import shutil
 
     if path.exists():

@@ -1,4 +1,4 @@
-"""Every source of randomness, seeded, saved and restored in one place."""
+"""Seed, save and restore every source of randomness in one module."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, object]]:
 
 
 def restore_random_state(tensors: dict[str, torch.Tensor], values: dict[str, object]) -> None:
-    """Undo everything drawn since `random_state`."""
+    """Put the generators back to the state that `random_state` gave."""
     torch.set_rng_state(tensors["torch"])
     states = [tensors[f"cuda.{index}"] for index in range(len(tensors)) if f"cuda.{index}" in tensors]
     if states and torch.cuda.is_available():

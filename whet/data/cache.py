@@ -1,10 +1,10 @@
-"""Prepared rows kept between starts, under a name that is a hash of everything they were made from.
+"""A cache of prepared rows, each entry under a name that is a hash of everything that decides its content.
 
 The name covers the bytes of every data file, the settings of the data, the tokenizer with its template, the versions of
-the libraries and the source of this package's data room; so what is found under it cannot be of another state, and
-nothing has to be invalidated. Every file in an entry is hashed again when it is opened: a damaged entry is made anew.
-Entries that took under KEEP_SECONDS to make are not kept. Gives up: the data files are read once at every start, about
-a second for a gigabyte. `WHET_CACHE` names the directory, or `off`.
+the libraries and the source of this package's data room; so an entry cannot belong to another state, and nothing has to
+be invalidated. Every file in an entry is hashed again when it is opened: a damaged entry is built anew. Rows that took
+under KEEP_SECONDS to prepare are not cached. Gives up: the data files are read once at every start, about a second for
+a gigabyte. `WHET_CACHE` names the directory, or `off`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from whet.base.files import read_json, write_json
 KEEP_SECONDS = 2.0
 LARGEST_BYTES = 20 << 30  # of all entries together; those not used for longest go first
 MANIFEST, NEW = "manifest.json", ".new-"
-LEFT_SECONDS = 86_400  # what is unfinished for so long was left by a process that was killed
+LEFT_SECONDS = 86_400  # an entry that is unfinished for so long was left by a process that was killed
 LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy")
 
 T = TypeVar("T")
@@ -35,31 +35,32 @@ T = TypeVar("T")
 
 def cached(name: str, make: Callable[[Path], T], save: Callable[[T, Path], dict[str, Any]],
            load: Callable[[Path, dict[str, Any]], T]) -> T:  # fmt: skip
-    """What stands under `name`, else what `make` makes in a directory of its own.
+    """Load the entry `name`, or else make its value in a new directory and store it.
 
-    save: writes the rest of it there and returns what the manifest is to hold; load: the way back.
+    make: gets the directory, in which it may write files already. save: writes the rest of the value there and returns
+    plain values for the manifest. load: gets a directory and those plain values, and gives the value back.
     """
     root = _root()
-    if root is not None and (found := _facts(root / name)) is not None:
-        return load(root / name, found)
-    # What is mapped or open stays readable without a name; where a system forbids that, its temporary files stay.
-    with tempfile.TemporaryDirectory(prefix=NEW, dir=root, ignore_cleanup_errors=True) as place:
+    if root is not None and (facts := _facts(root / name)) is not None:
+        return load(root / name, facts)
+    # Files that are mapped or open stay readable without a name; where a system forbids that, they stay undeleted.
+    with tempfile.TemporaryDirectory(prefix=NEW, dir=root, ignore_cleanup_errors=True) as folder:
         start = time.monotonic()
-        made = make(Path(place))
+        value = make(Path(folder))
         if root is not None and time.monotonic() - start >= KEEP_SECONDS:
             with contextlib.suppress(OSError):  # a full disk costs the entry and nothing else
-                return load(root / name, _keep(root / name, Path(place), save(made, Path(place))))
-        return made
+                return load(root / name, _keep(root / name, Path(folder), save(value, Path(folder))))
+        return value
 
 
 def name_of(parts: dict[str, Any]) -> str:
-    """The name for rows that are made from `parts` (plain values), by this code and these libraries."""
+    """The entry's name for rows that `parts` (plain values), this code and these libraries decide."""
     state = parts | {"code": _code(), "versions": {name: version(name) for name in LIBRARIES}}
     return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _root() -> Path | None:
-    """Where entries lie, or None where there are none to be."""
+    """The directory of all entries, or None if nothing is to be cached."""
     chosen = os.environ.get("WHET_CACHE", "")
     if chosen.lower() in ("off", "0", "none"):
         return None
@@ -81,38 +82,38 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _keep(place: Path, made: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Give what was made its name; another process that was faster wins."""
-    files = {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(made.iterdir())}
-    write_json(made / MANIFEST, {"files": files, "facts": facts, "sha256": _of(files, facts)})
+def _keep(entry: Path, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Rename the finished directory to the entry; another process that was faster wins. Returns the stored facts."""
+    files = {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(folder.iterdir())}
+    write_json(folder / MANIFEST, {"files": files, "facts": facts, "sha256": _digest(files, facts)})
     with contextlib.suppress(OSError):
-        made.rename(place)
-    found = _facts(place)
-    if found is None:
-        raise OSError("the entry could not be kept")
-    _prune(place.parent, place)
-    return found
+        folder.rename(entry)
+    stored = _facts(entry)
+    if stored is None:
+        raise OSError("the entry could not be stored")
+    _prune(entry.parent, entry)
+    return stored
 
 
-def _facts(place: Path) -> dict[str, Any] | None:
-    """What the manifest of a whole and undamaged entry holds; a damaged one is removed."""
-    if not place.is_dir():
+def _facts(entry: Path) -> dict[str, Any] | None:
+    """The plain values in the manifest of a whole and undamaged entry; a damaged one is removed."""
+    if not entry.is_dir():
         return None
     try:
-        manifest = read_json(place / MANIFEST)
-        if _of(manifest["files"], manifest["facts"]) != manifest["sha256"]:
+        manifest = read_json(entry / MANIFEST)
+        if _digest(manifest["files"], manifest["facts"]) != manifest["sha256"]:
             raise ValueError("another manifest than was written")
-        whole = all((place / file).stat().st_size == size for file, (size, _) in manifest["files"].items())
-        if whole and all(_sha256(place / file) == digest for file, (_, digest) in manifest["files"].items()):
-            os.utime(place / MANIFEST)
+        whole = all((entry / file).stat().st_size == size for file, (size, _) in manifest["files"].items())
+        if whole and all(_sha256(entry / file) == digest for file, (_, digest) in manifest["files"].items()):
+            os.utime(entry / MANIFEST)
             return manifest["facts"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(entry, ignore_errors=True)
     return None
 
 
-def _of(files: Any, facts: Any) -> str:
+def _digest(files: Any, facts: Any) -> str:
     return hashlib.sha256(json.dumps([files, facts], sort_keys=True).encode()).hexdigest()
 
 
@@ -123,14 +124,14 @@ def _prune(root: Path, keep: Path) -> None:
             if time.time() - left.stat().st_mtime > LEFT_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
     entries = [(path.stat().st_mtime, path.parent) for path in root.glob(f"*/{MANIFEST}")]
-    sizes = {place: sum(file.stat().st_size for file in place.iterdir()) for _, place in entries}
+    sizes = {entry: sum(file.stat().st_size for file in entry.iterdir()) for _, entry in entries}
     total = sum(sizes.values())
-    for _, place in sorted(entries, key=lambda entry: entry[0]):
+    for _, entry in sorted(entries, key=lambda pair: pair[0]):
         if total <= LARGEST_BYTES:
             return
-        if place != keep:
-            shutil.rmtree(place, ignore_errors=True)
-            total -= sizes[place]
+        if entry != keep:
+            shutil.rmtree(entry, ignore_errors=True)
+            total -= sizes[entry]
 
 
 def _sha256(path: Path) -> str:

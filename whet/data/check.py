@@ -1,4 +1,4 @@
-"""`whet data check`: what the data are, what exactly is learned from them, and whether that can work."""
+"""The report of `whet data check`: counts, lengths and warnings, as one JSON object and as text."""
 
 from __future__ import annotations
 
@@ -7,98 +7,98 @@ from typing import Any
 from whet.base.console import console, say
 from whet.base.errors import UserError, shorten
 from whet.data.labels import imbalance, labels_text
+from whet.data.loss_mask import length_histogram
 from whet.data.prepare import Prepared
 from whet.data.quality import sentences
-from whet.data.show import length_histogram
 
 IMBALANCED, FEW_ROWS, MOST_SHOWN = 10, 5, 20
 PAGE_BINS = 32
 
 
-def report(prepared: Prepared, quality: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The ledger, the lengths and what deserves a second look, as one JSON object. quality: of `quality.look`."""
+def report_of(prepared: Prepared, quality: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The ledger, the lengths and all warnings, as one JSON object. quality: of `quality.quality_findings`."""
     ledger = prepared.ledger
     repeated = ledger.rows_repeated and quality is None
-    said = warnings(prepared) + ([f"{ledger.rows_repeated:,} rows repeat an earlier one"] if repeated else [])
+    lines = warnings(prepared) + ([f"{ledger.rows_repeated:,} rows repeat an earlier one"] if repeated else [])
     for name, counts in ledger.benchmarks.items() if quality is None else ():
         if counts["rows_learned"]:
-            said.append(f"{counts['rows_learned']:,} rows to learn from ask a question of {name} (data.leakage=drop)")
-    said += [] if quality is None else sentences(quality)
-    found = {**ledger.as_dict(), "lengths": length_histogram(prepared, PAGE_BINS), "warnings": said}
-    found |= {} if quality is None else {"quality": quality}
-    return found | ({"label_examples": label_examples(prepared)} if prepared.task.labels else {})
+            lines.append(f"{counts['rows_learned']:,} rows to learn from ask a question of {name} (data.leakage=drop)")
+    lines += [] if quality is None else sentences(quality)
+    result = {**ledger.as_dict(), "lengths": length_histogram(prepared, PAGE_BINS), "warnings": lines}
+    result |= {} if quality is None else {"quality": quality}
+    return result | ({"label_examples": label_examples(prepared)} if prepared.task.labels else {})
 
 
-def check_strictly(found: dict[str, Any]) -> None:
-    """Raises UserError where `report` has a warning."""
-    if found["warnings"]:
+def check_strictly(report: dict[str, Any]) -> None:
+    """Raise UserError if the report has a warning."""
+    if report["warnings"]:
         raise UserError(
-            f"{len(found['warnings'])} findings, and --strict allows none", field="data",
-            found="; ".join(found["warnings"]), expected="no findings", fix="act on them, or leave out --strict",
+            f"{len(report['warnings'])} findings, and --strict allows none", field="data",
+            found="; ".join(report["warnings"]), expected="no findings", fix="act on them, or leave out --strict",
         )  # fmt: skip
 
 
 def warnings(prepared: Prepared) -> list[str]:
-    """Sentences on what will probably hurt, none of which stops a run."""
+    """Sentences about things that will probably hurt, none of which stops a run."""
     ledger = prepared.ledger
-    found = []
+    lines = []
     if ledger.dropped:
         first = ledger.dropped[0]
-        found.append(f"{len(ledger.dropped):,} rows are dropped, the first is {first['file']} row {first['row']} "
-                     f"({first['reason']})")  # fmt: skip
+        where = f"{first['file']} row {first['row']} ({first['reason']})"
+        lines.append(f"{len(ledger.dropped):,} rows are dropped, the first is {where}")
     if ledger.tokens_lost:
-        found.append(f"{ledger.tokens_lost:,} tokens are lost to data.max_length={prepared.max_length}")
+        lines.append(f"{ledger.tokens_lost:,} tokens are lost to data.max_length={prepared.max_length}")
     for name, count in ledger.not_rendered.items():
-        found.append(f"{count:,} rows have {name} that the chat template leaves out, so it is not learned")
+        lines.append(f"{count:,} rows have {name} that the chat template leaves out, so it is not learned")
     for part in (ledger.mixture, ledger.added, ledger.replay):
-        found += part.get("notes", ())
+        lines += part.get("notes", ())
     if ledger.scores.get("rows_unjudged"):
-        found.append(f"{ledger.scores['rows_unjudged']:,} rows got no score from the judge and are learned from")
+        lines.append(f"{ledger.scores['rows_unjudged']:,} rows got no score from the judge and are learned from")
     for name, counts in ledger.benchmarks.items():
         if counts["not_compared"]:
-            found.append(f"{counts['not_compared']:,} rows of {name} have no answer and were not compared")
+            lines.append(f"{counts['not_compared']:,} rows of {name} have no answer and were not compared")
     if ledger.rows_without_end_of_turn:
-        found.append(f"{ledger.rows_without_end_of_turn:,} rows do not teach the end of the turn")
+        lines.append(f"{ledger.rows_without_end_of_turn:,} rows do not teach the end of the turn")
     if ledger.rows_on_both_sides:
-        found.append(f"{ledger.rows_on_both_sides:,} rows stand in training and in the held-out rows")
+        lines.append(f"{ledger.rows_on_both_sides:,} rows stand in training and in the held-out rows")
     if ledger.contradictory_rows:
-        found.append(f"{ledger.contradictory_rows:,} rows have a text that stands in another row with another label")
-    return found + _label_warnings(prepared)
+        lines.append(f"{ledger.contradictory_rows:,} rows have a text that stands in another row with another label")
+    return lines + _label_warnings(prepared)
 
 
 def _label_warnings(prepared: Prepared) -> list[str]:
-    """What labels can have against them."""
+    """Warnings about labels: one value for all, imbalance, few rows, one label on every row."""
     task, counts, rows = prepared.task, prepared.ledger.labels, prepared.ledger.rows_train
     if task.name == "regression":
         return ["all rows have the same value, so there is nothing to learn"] if counts.get("std") == 0 else []
-    found = []
+    lines = []
     ratio = imbalance(counts)
     if task.name == "classification" and ratio is not None and ratio > IMBALANCED:
         most, least = max(counts, key=lambda name: counts[name]), min(counts, key=lambda name: counts[name])
-        found.append(f"{most} has {ratio:,.0f} times the rows of {least}: judge by macro F1, not by accuracy")
+        lines.append(f"{most} has {ratio:,.0f} times the rows of {least}: judge by macro F1, not by accuracy")
     few = [name for name, count in counts.items() if count < FEW_ROWS]
     if few:
-        found.append(f"{len(few):,} labels have fewer than {FEW_ROWS} rows, {few[0]} for one")
+        lines.append(f"{len(few):,} labels have fewer than {FEW_ROWS} rows, {few[0]} for one")
     always = [name for name, count in counts.items() if task.name == "multi_label" and count == rows]
     if always:
-        found.append(f"{always[0]} is a label of every row")
-    return found
+        lines.append(f"{always[0]} is a label of every row")
+    return lines
 
 
 def label_examples(prepared: Prepared) -> dict[str, str]:
     """The text of the first row of each label."""
-    labels, found = prepared.train.labels, {}
+    labels, texts = prepared.train.labels, {}
     assert labels is not None
     for index, name in enumerate(prepared.task.labels):
         rows = (labels[:, index] > 0).nonzero()[0] if labels.ndim == 2 else (labels == index).nonzero()[0]
         if len(rows):
             example = prepared.train_examples[int(prepared.train.sources[rows[0]])]
-            found[name] = " | ".join(part for part in (example.text, example.text_pair) if part is not None)
-    return found
+            texts[name] = " | ".join(part for part in (example.text, example.text_pair) if part is not None)
+    return texts
 
 
-def _show_labels(prepared: Prepared) -> None:
-    """Rows and an example of each label, the commonest first, or what the values are like."""
+def _print_labels(prepared: Prepared) -> None:
+    """Print rows and an example of each label, the commonest first, or the mean and spread of the values."""
     from rich.table import Table
     from rich.text import Text
 
@@ -119,8 +119,11 @@ def _show_labels(prepared: Prepared) -> None:
         say(f"  and {len(shown) - MOST_SHOWN:,} more labels; --json shows all", style="dim")
 
 
-def show(prepared: Prepared, found: dict[str, Any] | None = None, stand_in: str | None = None) -> None:
-    """The same for people. found: of `report`, if it was made; stand_in: whose tokenizer counted, if no recipe said."""
+def print_report(prepared: Prepared, report: dict[str, Any] | None = None, stand_in: str | None = None) -> None:
+    """Print the report for people.
+
+    report: of `report_of`, if it was computed; stand_in: the model whose tokenizer counted, if no recipe named one.
+    """
     from rich.table import Table
 
     ledger = prepared.ledger
@@ -146,11 +149,11 @@ def show(prepared: Prepared, found: dict[str, Any] | None = None, stand_in: str 
         table.add_row("packed rows", f"{ledger.packed_rows:,} ({100 * ledger.packing_fill:.1f} % full)")
     console().print(table)
     if ledger.labels:
-        _show_labels(prepared)
+        _print_labels(prepared)
     bins = length_histogram(prepared)
     most = max((b["rows"] for b in bins), default=0)
     for b in bins:
         bar = "█" * round(30 * b["rows"] / most) if most else ""
         say(f"  {b['from']:>5}–{max(b['from'], b['to'] - 1):<5} {bar} {b['rows']:,}", style="dim")
-    for warning in warnings(prepared) if found is None else found["warnings"]:
+    for warning in warnings(prepared) if report is None else report["warnings"]:
         say(f"! {warning}", style="yellow")

@@ -1,8 +1,8 @@
-"""From files to examples on disk and their sides: read, recognise, standardise, clean, hold out, mix.
+"""Collect examples from files on disk and split them into sides: read, recognise, standardise, clean, hold out, mix.
 
-One pass over the files; an example goes to the store as soon as it is standardised. What needs all of them (who is held
-out, who repeats whom, how much of each source is learned) is decided afterwards from ids, and from texts only where a
-setting asks for it. Whatever is left out is listed in the ledger with its reason.
+One pass over the files; an example goes to the store as soon as it is standardised. Decisions that need all of them
+(which rows are held out, which repeat another one, how many of each source are learned) come afterwards, from ids, and
+from texts only where a setting asks for it. Whatever is left out is listed in the ledger with its reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from whet.base.errors import UserError, nearest
 from whet.data.batch.ledger import Ledger
 from whet.data.batch.store import Examples, Store
-from whet.data.config import Data
+from whet.data.config import Data, listed
 from whet.data.example import Example
 from whet.data.format.recognise import Format, recognise
 from whet.data.format.standardise import Dropped, standardise
@@ -52,10 +52,11 @@ class Sides:
     benchmarks: dict[str, Examples] = field(default_factory=dict)
 
 
-def collect(data: Data, place: Path, ledger: Ledger) -> Sides:
-    """Everything that `data` names, written to the file `place`. Raises UserError for the first row that is refused."""
+def collect(data: Data, path: Path, ledger: Ledger) -> Sides:
+    """Collect all examples that `data` names, written to the file `path`. Raises UserError for the first row that is
+    refused."""
     check_pairs(data)
-    reading = _Reading(data, Store(place), ledger)
+    reading = _Collector(data, Store(path), ledger)
     kind = reading.read("dataset", data.max_rows)
     ledger.format, ledger.format_reason = kind.name, kind.reason
     ends = [len(reading.store)]
@@ -87,7 +88,7 @@ def collect(data: Data, place: Path, ledger: Ledger) -> Sides:
 
 @contextmanager
 def candidates(data: Data, *, paraphrase: bool) -> Iterator[Sides]:
-    """The sides before anything is scored or mixed, in a file that goes at the end: what a judge or a writer is shown.
+    """The sides before anything is scored or mixed, for a judge or a writer of paraphrases; their file goes at the end.
 
     paraphrase: for a writer: without the rows that were added already, without those of a low score, and without rows
     whose question is held out, exactly or nearly, since their paraphrases could not be learned from. Raises UserError.
@@ -97,18 +98,18 @@ def candidates(data: Data, *, paraphrase: bool) -> Iterator[Sides]:
     plain = replace(data, weights={}, replay_dataset=None)
     plain = replace(plain, added_dataset=None) if paraphrase else replace(plain, scores=None, least_score=None)
     with tempfile.TemporaryDirectory() as folder:
-        found = collect(plain, Path(folder) / "examples.jsonl", Ledger(files=fingerprints(plain)))
+        sides = collect(plain, Path(folder) / "examples.jsonl", Ledger(files=fingerprints(plain)))
         if paraphrase:
-            apart = {"held out": found.evaluation, "test": found.test}
+            apart = {"held out": sides.evaluation, "test": sides.test}
             ids = np.concatenate([side.ids for side in apart.values()])
-            free = ~asked_too(found.train, apart) & ~np.isin(found.train.ids, ids)
-            found = replace(found, train=found.train.take(free))
-        yield found
+            free = ~asked_too(sides.train, apart) & ~np.isin(sides.train.ids, ids)
+            sides = replace(sides, train=sides.train.take(free))
+        yield sides
 
 
-class _Reading:
-    """Reads files into the store. sources: of each example, which of `names` it came from; groups: as data.group;
-    origins: of each added example, the id of the row that it paraphrases, if it says so."""
+class _Collector:
+    """Reads files into the store. sources: the index in `names` of each example's source; groups: as data.group;
+    origins: the id of the row that each added example paraphrases, if it says so."""
 
     def __init__(self, data: Data, store: Store, ledger: Ledger) -> None:
         self.data, self.store, self.ledger = data, store, ledger
@@ -123,12 +124,11 @@ class _Reading:
     def read(self, field: str, limit: int | None) -> Format:
         """Put the examples of all sources of a setting into the store; returns their format."""
         kind, left = None, limit
-        given = getattr(self.data, field)
-        for name in [given] if isinstance(given, str) else given:
-            found = self._source(name, field, left)
+        for name in listed(getattr(self.data, field)):
+            source_kind = self._source(name, field, left)
             if kind is not None:
-                _check_kind(kind, found, field)
-            kind = kind or found
+                _check_kind(kind, source_kind, field)
+            kind = kind or source_kind
             left = None if limit is None else limit - len(self.store)
         if kind is None:
             raise UserError(
@@ -139,7 +139,7 @@ class _Reading:
 
     def _source(self, name: str, field: str, limit: int | None) -> Format:
         (path,) = dataset_paths(name)
-        records = self._noted(read_files([path], self.files), field)
+        records = self._remembered(read_files([path], self.files), field)
         sample = list(islice(records, SAMPLE))
         if not sample:
             raise UserError("the data holds no rows", file=path, fix="give a file with at least one row")
@@ -152,8 +152,8 @@ class _Reading:
         for example in islice(self._cleaned(stream), limit):
             self.store.add(example)
             self.sources.append(len(self.names))
-            if field == "dataset" and self._grouped:
-                self.groups.append(_place(self._group_of[example.file, example.row]))
+            if field == "dataset" and self._has_groups:
+                self.groups.append(_group_position(self._group_of[example.file, example.row]))
             if field == "added_dataset":
                 self.origins.append(self._origin_of.pop((example.file, example.row)))
         self.names.append(name)
@@ -164,35 +164,35 @@ class _Reading:
         return kind
 
     @property
-    def _grouped(self) -> bool:
+    def _has_groups(self) -> bool:
         return self.data.group not in (None, "near_duplicates")
 
     def benchmarks(self) -> dict[str, slice]:
-        """Put what the benchmarks ask into the store; where each of them lies, by its name."""
-        given, spans = self.data.benchmarks, {}
-        for name in [given] if isinstance(given, str) else given or ():
+        """Put the questions of the benchmarks into the store; returns the rows of each of them there, by its name."""
+        spans: dict[str, slice] = {}
+        for name in listed(self.data.benchmarks):
             if name in spans:
                 raise UserError("the benchmark is named twice", "name it once", field="data.benchmarks", found=name)
             (path,) = dataset_paths(name)
-            found = Asked()
+            asked = Asked()
             start = len(self.store)
-            for example in asked_rows(read_files([path], self.files), path, self.data.columns, found):
+            for example in asked_rows(read_files([path], self.files), path, self.data.columns, asked):
                 self.store.add(example)
             spans[name] = slice(start, len(self.store))
             self.ledger.benchmarks[name] = {
-                "rows": len(self.store) - start, "not_compared": found.blank, "format": found.reason,
+                "rows": len(self.store) - start, "not_compared": asked.blank, "format": asked.reason,
                 "rows_learned": 0, "dropped": 0,
             }  # fmt: skip
         return spans
 
-    def _noted(self, records: Iterator[Record], field: str) -> Iterator[Record]:
-        """The records, with the group or the origin of each remembered until its example comes."""
+    def _remembered(self, records: Iterator[Record], field: str) -> Iterator[Record]:
+        """The records as they come, with the group or the origin of each remembered until its example comes."""
         if field == "added_dataset":
             for record in records:
                 self._origin_of[record.file, record.row] = source_id(record)
                 yield record
             return
-        if not (field == "dataset" and self._grouped):
+        if not (field == "dataset" and self._has_groups):
             yield from records
             return
         for record in records:
@@ -207,7 +207,7 @@ class _Reading:
             yield record
 
     def _cleaned(self, stream: Iterable[Example]) -> Iterator[Example]:
-        """Without blocked words and personal data, as the settings want it."""
+        """The examples without blocked words and personal data, as the settings want it."""
         from whet.data.detect.blocklist import Blocked, BlockList, without_blocked
         from whet.data.detect.personal import PersonalData, without_personal_data
 
@@ -219,8 +219,7 @@ class _Reading:
             self.ledger.drop(removed.file, removed.row, removed.reason)
 
         if self.data.blocklist is not None:
-            given = self.data.blocklist
-            words = BlockList.read([given] if isinstance(given, str) else given)
+            words = BlockList.read(listed(self.data.blocklist))
             stream = without_blocked(stream, words, "drop", Blocked(), note)
         if self.data.personal != "keep":
             stream = without_personal_data(stream, self.data.personal, PersonalData(), note)
@@ -238,16 +237,16 @@ def _check_kind(kind: Format, other: Format, field: str) -> None:
         )  # fmt: skip
 
 
-def _place(name: str) -> int:
-    from whet.data.sides.split import places_of
+def _group_position(name: str) -> int:
+    """The position of a group between 0 and 2**64 (`sides.split`)."""
+    from whet.data.sides.split import positions_of
 
-    return int(places_of([name])[0])
+    return int(positions_of([name])[0])
 
 
 def dataset_paths(dataset: str | Sequence[str]) -> list[str]:
-    """Paths with the built-in names replaced by where their files lie."""
-    names = [dataset] if isinstance(dataset, str) else list(dataset)
-    return [_builtin_file(name) if name.startswith("builtin:") else name for name in names]
+    """Paths, with built-in names replaced by the paths of their files."""
+    return [_builtin_file(name) if name.startswith("builtin:") else name for name in listed(dataset)]
 
 
 def _builtin_file(name: str) -> str:
@@ -266,9 +265,8 @@ def fingerprints(data: Data) -> list[dict[str, Any]]:
     given = [data.dataset, data.eval_dataset, data.test_dataset, data.replay_dataset, data.added_dataset,
              data.benchmarks]  # fmt: skip
     paths = [path for dataset in given if dataset is not None for path in dataset_paths(dataset)]
-    found: list[dict[str, Any]] = [dict(entry) for entry in fingerprint(paths)]
-    words = [data.blocklist] if isinstance(data.blocklist, str) else data.blocklist or []
-    for path in [*words, *([] if data.scores is None else [data.scores])]:
+    entries: list[dict[str, Any]] = [dict(entry) for entry in fingerprint(paths)]
+    for path in [*listed(data.blocklist), *listed(data.scores)]:
         digest = sha256(path)
-        found.append({"path": path, "bytes": Path(path).stat().st_size, "sha256": digest})
-    return found
+        entries.append({"path": path, "bytes": Path(path).stat().st_size, "sha256": digest})
+    return entries

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from whet.base.config import config, setting
 from whet.data.format.recognise import FormatName
+
+
+def listed(given: str | Sequence[str] | None) -> list[str]:
+    """The entries of a setting that takes one name or a list of them; [] for None."""
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 @config

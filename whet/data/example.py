@@ -1,18 +1,19 @@
-"""The one shape of a row, whatever the file looked like: a conversation, raw text, or a text with its label.
+"""Examples: the one shape of data, whatever the file looked like: a conversation, raw text, or a text with its label.
 
 Examples are plain values, so that a set larger than memory can lie on disk as one line of JSON each. `to_json` leaves
-out what is not there; `from_json` gives back an equal example, with every type as it was. A reader written for one
-fixed layout is several times faster than a general one, which matters for a million rows.
+out fields that are empty; `from_json` gives back an equal example, with every type as it was. A reader written for one
+fixed form is several times faster than a general one, which matters for a million rows.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from json.encoder import encode_basestring as quoted
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Role = Literal["system", "user", "assistant", "tool"]
 # As it stands in the file: a class by name or number, a value, names of several labels, or a 0 or 1 for each label.
@@ -66,7 +67,7 @@ class Example:
 
     @property
     def unanswered(self) -> Example:
-        """All but the last message, with the tools: what the model is asked."""
+        """The example without its last message, with the tools: the prompt that the model is given."""
         return replace(self, messages=self.question)
 
     @property
@@ -78,8 +79,8 @@ class Example:
 def content_id(example: Example) -> str:
     """The id of an example with this content: 16 hex digits of its sha256.
 
-    Whatever is not in every row is named, and no role has such a name. NUL separates the parts; no content holds one,
-    so different parts never join to one string.
+    A part that not every example has is named, and no role has such a name. NUL separates the parts; no content holds
+    one, so different parts never join to one string.
     """
     if example.messages is None:
         parts = ["text", example.text or ""]
@@ -106,6 +107,7 @@ _values = attrgetter("messages", "text", "file", "row", "label", "text_pair", "t
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
 _PLAIN = 2  # a message of nothing but role and content is written as a list of these two
 _SHORT = 5  # an example of nothing but a conversation or a text is written as its first five values
+_TOOLS, _COMPLETION_FROM = 7, 8  # where they stand among the values of any other
 
 
 def to_json(example: Example) -> str:
@@ -140,18 +142,54 @@ def from_values(values: list[Any]) -> Example:
     return Example(*values)
 
 
-def plain_turns(values: list[Any]) -> tuple[tuple[str, ...], list[str]] | None:
-    """Roles and contents of a conversation of nothing else, from the values of its line; None for any other."""
-    messages = values[1]
-    if messages is None or len(values) != _SHORT:
+class PlainTurns(NamedTuple):
+    """A conversation whose turns are roles and contents, none of them empty, and nothing else to render.
+
+    own_mask: True if the row itself says what is learned of it, by weights or by where its completion begins.
+    """
+
+    roles: tuple[str, ...]
+    contents: list[str]
+    own_mask: bool = False
+
+
+def plain_turns(values: list[Any]) -> PlainTurns | None:
+    """The plain turns of the example whose line `to_json` wrote holds these values; None for any other example."""
+    messages, own_mask = values[1], False
+    if messages is None:
+        return None
+    if len(values) != _SHORT:
+        if values[_TOOLS] is not None:
+            return None
+        own_mask = values[_COMPLETION_FROM] is not None
+    roles, contents = [], []
+    for m in messages:
+        if not m[1]:
+            return None
+        if len(m) != _PLAIN:
+            reasoning, tool_calls, name, tool_call_id, weight = m[_PLAIN:]
+            if reasoning is not None or tool_calls or name or tool_call_id is not None:
+                return None
+            own_mask = own_mask or weight is not None
+        roles.append(m[0])
+        contents.append(m[1])
+    return PlainTurns(tuple(roles), contents, own_mask)
+
+
+def plain_turns_of(chat: Example | Sequence[Message]) -> PlainTurns | None:
+    """`plain_turns` of an example, or of messages that stand in none."""
+    own_mask = isinstance(chat, Example) and chat.completion_from is not None
+    messages = chat.messages if isinstance(chat, Example) else chat
+    if messages is None or (isinstance(chat, Example) and chat.tools is not None):
         return None
     roles, contents = [], []
     for m in messages:
-        if len(m) != _PLAIN:
+        if not m.content or m.reasoning is not None or m.tool_calls or m.name or m.tool_call_id is not None:
             return None
-        roles.append(m[0])
-        contents.append(m[1])
-    return tuple(roles), contents
+        own_mask = own_mask or m.weight is not None
+        roles.append(m.role)
+        contents.append(m.content)
+    return PlainTurns(tuple(roles), contents, own_mask)
 
 
 def _message(role: Role, content: str, reasoning: Any, tool_calls: list[ToolCall], *rest: Any) -> Message:

@@ -1,4 +1,4 @@
-"""Texts with labels: names of the classes from the data, and texts as token ids with the tokenizer's special tokens.
+"""Label tasks: names of the classes from the data, and texts as token ids with the tokenizer's special tokens.
 
 The labels decide the task where the recipe does not: names and whole numbers are classes, floats are values, lists are
 several labels at once. Classes are sorted (as numbers where all are), so equal data give equal indices whatever the
@@ -44,8 +44,8 @@ def encode_typed(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], pairs: Sequence[str] | None = None,
     max_length: int | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
-    """The same with the token types int8 [T]: 0 for the text, 1 for what the tokenizer says belongs to the pair."""
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    """(token ids int32 [T], token types int8 [T]) of each text; types: 0 for the text, 1 for the tokens of its pair."""
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, len(texts), CHUNK):
         part = slice(start, start + CHUNK)
         encoded = tokenizer(
@@ -53,17 +53,17 @@ def encode_typed(
             max_length=max_length, padding=False, return_token_type_ids=True, return_attention_mask=False,
             verbose=False,
         )  # fmt: skip
-        found += [
+        rows += [
             (np.asarray(ids, np.int32), np.asarray(types, np.int8))
             for ids, types in zip(encoded["input_ids"], encoded["token_type_ids"], strict=True)  # type: ignore[arg-type]
         ]
-    return found
+    return rows
 
 
 def task_of(train: Sequence[Example], held_out: Sequence[Example], wanted: TaskName | None) -> tuple[Task, str]:
     """The labelled task of these rows with the names of its classes, and why it is that one.
 
-    wanted: what the recipe says, if anything. Raises UserError for labels that do not fit it or each other.
+    wanted: the task in the recipe, if any. Raises UserError for labels that do not fit it or each other.
     """
     kind = _kind([*train, *held_out], wanted)
     name: TaskName = wanted or ("multi_label" if kind.startswith("a list") else
@@ -97,17 +97,17 @@ def indices(task: Task, examples: Sequence[Example]) -> np.ndarray:
     """The labels of `examples` as training sees them: int64 [R], for values float32 [R], for several float32 [R, C]."""
     if task.name == "regression":
         return np.asarray([example.label for example in examples], dtype=np.float32)
-    places = {name: index for index, name in enumerate(task.labels)}
+    index_of = {name: index for index, name in enumerate(task.labels)}
     if task.name == "classification":
-        return np.asarray([places[_text(example.label)] for example in examples], dtype=np.int64)
-    found = np.zeros((len(examples), len(task.labels)), dtype=np.float32)
+        return np.asarray([index_of[_text(example.label)] for example in examples], dtype=np.int64)
+    matrix = np.zeros((len(examples), len(task.labels)), dtype=np.float32)
     for row, example in enumerate(examples):
-        found[row, [places[name] for name in _names(example)]] = 1
-    return found
+        matrix[row, [index_of[name] for name in _names(example)]] = 1
+    return matrix
 
 
 def label_counts(task: Task, labels: np.ndarray) -> dict[str, Any]:
-    """What the labels are like: rows of each class, or mean, spread and range of the values."""
+    """Rows of each class, or mean, spread and range of the values."""
     if task.name == "regression":
         wide = labels.astype(np.float64)
         facts = {"mean": wide.mean(), "std": wide.std(), "min": wide.min(), "max": wide.max()} if len(wide) else {}
@@ -117,7 +117,7 @@ def label_counts(task: Task, labels: np.ndarray) -> dict[str, Any]:
 
 
 def contradictions(examples: Sequence[Example]) -> int:
-    """Rows whose very text stands in another row with another label."""
+    """Count the rows whose text stands in another row with another label."""
     labels: dict[tuple[str | None, str | None], set[Any]] = {}
     for example in examples:
         labels.setdefault((example.text, example.text_pair), set()).add(example.label)
@@ -125,7 +125,7 @@ def contradictions(examples: Sequence[Example]) -> int:
 
 
 def _kind(examples: Sequence[Example], wanted: TaskName | None) -> str:
-    """What all labels are; whole numbers among floats are floats, and floats without a fraction may be classes."""
+    """The kind of all labels; whole numbers among floats are floats, and floats without a fraction may be classes."""
     first: dict[str, Example] = {}
     for example in examples:
         first.setdefault(_kind_of(example.label), example)
@@ -206,7 +206,7 @@ def _check_vectors(examples: Sequence[Example]) -> None:
 
 
 def _check_classes(name: TaskName, names: Sequence[str], train: Sequence[Example]) -> None:
-    """Refuse what has nothing to choose between, and what is no set of classes."""
+    """Refuse a single class, labels that no row has, and more labels than classes may be."""
     if name == "classification" and len(names) == 1:
         raise UserError(
             "all rows have the same label, so there is nothing to learn", file=train[0].file, field="label",
@@ -225,7 +225,7 @@ def _check_classes(name: TaskName, names: Sequence[str], train: Sequence[Example
 
 
 def labels_text(task: str, counts: dict[str, Any]) -> str:
-    """One line on what the labels are like."""
+    """One line that describes the labels."""
     if task == "regression":
         return "values of mean {mean:.4g} and spread {std:.4g}, from {min:.4g} to {max:.4g}".format(**counts)
     ranked = sorted(counts.items(), key=lambda pair: -pair[1])
@@ -236,6 +236,6 @@ def labels_text(task: str, counts: dict[str, Any]) -> str:
 
 
 def imbalance(counts: dict[str, int]) -> float | None:
-    """Rows of the largest class for one of the smallest, or None where a class has none."""
+    """The ratio of the rows of the largest class to those of the smallest, or None if a class has none."""
     present = list(counts.values())
     return max(present) / min(present) if present and min(present) else None

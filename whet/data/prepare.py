@@ -1,8 +1,8 @@
-"""From files to rows of tokens, in one order: read, recognise, standardise, split, tokenise, fit, count.
+"""Prepare rows of tokens from files, in one order: read, recognise, standardise, split, tokenise, fit, count.
 
-Everything here is deterministic and needs no torch: `whet data check` shows the very rows that `whet train` uses.
-Texts wait in a file between reading and tokenising (store.py), tokens go to files as well (lay.py), and what took
-long is found again at the next start (cache.py); so memory does not grow with the data.
+Everything here is deterministic and needs no torch: `whet data check` shows the same rows that `whet train` uses.
+Texts wait in a file between reading and tokenising (store.py), tokens go to files as well (row_builder.py), and rows
+that took long are taken from the cache at the next start (cache.py); so memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whet.base.errors import UserError
-from whet.data.batch.lay import Laying, lay_rows
 from whet.data.batch.ledger import Ledger
 from whet.data.batch.length import choose_length, longest_allowed
 from whet.data.batch.pack import best_fit
 from whet.data.batch.padded import padded_rows, task_for
+from whet.data.batch.row_builder import RowSettings, build_rows
 from whet.data.batch.rows import Rows
 from whet.data.batch.saved import EXAMPLES, load, save
 from whet.data.cache import cached, name_of
@@ -34,11 +34,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows ready for batches. train, evaluation, test: tokens; train_examples, held_out, test_examples: what of.
+    """Rows ready for batches. train, evaluation, test: their tokens; train_examples, held_out, test_examples: the
+    examples that they were built from.
 
-    bins: packed rows as lists of row indices, or None when each row stands alone; decided: dotted path to the value
-    that was auto, with its reason; task: what is learned, with its classes; benchmarks: rows of tests by name, which
-    are only compared.
+    bins: packed rows as lists of row indices, or None when each row stands alone; decided: dotted path of each setting
+    that was auto -> (value, reason); task: the task with its classes; benchmarks: examples of tests by name, which are
+    only compared.
     """
 
     train: Rows
@@ -57,10 +58,10 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Reader:
-    """Who will read the rows. readable: the most tokens it takes (None: unknown).
+class ModelInput:
+    """The input that the model takes. readable: the most tokens of a row (None: unknown).
 
-    task: what the recipe says, None: what the rows are fit for, and `unlabelled` where they have no label.
+    task: the task in the recipe, None: the one that the rows fit, and `unlabelled` if they have no label.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -73,71 +74,71 @@ def prepare(
     data: Data, tokenizer: PreTrainedTokenizerFast, readable: int | None, task: TaskName | None = None,
     unlabelled: TaskName = "causal",
 ) -> Prepared:  # fmt: skip
-    """Read and tokenise what `data` names, for a model that reads at most `readable` tokens (None: unknown).
+    """Read and tokenise the rows that `data` names, for a model that reads at most `readable` tokens (None: unknown).
 
-    task: what the recipe says, None: what the rows are fit for, and `unlabelled` where they have no label.
-    Raises UserError for bad files, rows and settings, before any model is loaded.
+    task: the task in the recipe, None: the one that the rows fit, and `unlabelled` if they have no label. Raises
+    UserError for bad files, rows and settings, before any model is loaded.
     """
-    reader = Reader(tokenizer, readable, task, unlabelled)
+    model = ModelInput(tokenizer, readable, task, unlabelled)
     files = fingerprints(data)
     parts = {"files": files, "data": asdict(data), "reader": [readable, task, unlabelled]}
 
     def opened(folder: Path, facts: dict[str, Any]) -> Prepared:
-        found = load(folder, facts)
-        return Prepared(**found, tokeniser=Tokeniser(tokenizer, chat=facts["chat"]))
+        fields = load(folder, facts)
+        return Prepared(**fields, tokeniser=Tokeniser(tokenizer, chat=facts["chat"]))
 
     def saved(prepared: Prepared, folder: Path) -> dict[str, Any]:
         return save(prepared, folder) | {"chat": prepared.tokeniser.template is not None}
 
     name = name_of(parts | {"tokenizer": _identity(tokenizer)})
-    return cached(name, lambda folder: _made(data, reader, folder, files), saved, opened)
+    return cached(name, lambda folder: _prepare_anew(data, model, folder, files), saved, opened)
 
 
 def _identity(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
-    """Everything of a tokenizer that decides which tokens come out."""
+    """All parts of a tokenizer that decide which tokens come out."""
     state = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     return [state, tokenizer.chat_template, tokenizer.all_special_tokens, ends, type(tokenizer).__name__]
 
 
-def _made(data: Data, reader: Reader, folder: Path, files: list[dict[str, Any]]) -> Prepared:
+def _prepare_anew(data: Data, model: ModelInput, folder: Path, files: list[dict[str, Any]]) -> Prepared:
     ledger = Ledger(files=files)
     decided: dict[str, tuple[object, str]] = {}
     sides = collect(data, folder / EXAMPLES, ledger)
     others = [*sides.evaluation, *sides.test] if sides.kind.name == "classification" else []
-    found = task_for(sides.kind.name, sides.train, others, reader.task, reader.unlabelled, decided)
-    ledger.task = found.name
-    if found.name != "causal":
+    task = task_for(sides.kind.name, sides.train, others, model.task, model.unlabelled, decided)
+    ledger.task = task.name
+    if task.name != "causal":
         all_sides = (sides.train, sides.evaluation, sides.test)
-        rows, longest = padded_rows(data, reader.tokenizer, found, all_sides, reader.readable, ledger, decided)
-        tokeniser = Tokeniser(reader.tokenizer, chat=False)
+        rows, longest = padded_rows(data, model.tokenizer, task, all_sides, model.readable, ledger, decided)
+        tokeniser = Tokeniser(model.tokenizer, chat=False)
         return Prepared(
-            rows[0], rows[1], rows[2], *all_sides, None, longest, ledger, tokeniser, decided, found, sides.benchmarks
+            rows[0], rows[1], rows[2], *all_sides, None, longest, ledger, tokeniser, decided, task, sides.benchmarks
         )  # fmt: skip
-    return _conversations(data, reader, sides, folder, ledger, decided)
+    return _conversations(data, model, sides, folder, ledger, decided)
 
 
 def _conversations(
-    data: Data, reader: Reader, sides: Sides, folder: Path, ledger: Ledger, decided: dict[str, tuple[object, str]]
+    data: Data, model: ModelInput, sides: Sides, folder: Path, ledger: Ledger, decided: dict[str, tuple[object, str]]
 ) -> Prepared:
     """Rows of the task causal: conversations or raw text."""
     chat = sides.kind.name != "text"
     policy = _policy(data, chat, decided)
-    limit = longest_allowed(data.max_length, reader.readable)
-    laying = Laying(chat, str(policy["loss_on"]), str(policy["over_length"]), limit)
+    limit = longest_allowed(data.max_length, model.readable)
+    settings = RowSettings(chat, str(policy["loss_on"]), str(policy["over_length"]), limit)
     named = {"train": sides.train, "evaluation": sides.evaluation, "test": sides.test}
-    laid = [
-        lay_rows(examples, reader.tokenizer, laying, folder, name, ledger, data.num_proc)
+    built = [
+        build_rows(examples, model.tokenizer, settings, folder, name, ledger, data.num_proc)
         for name, examples in named.items()
     ]
-    train, held, test = (rows for rows, _ in laid)
-    max_length = choose_length(data.max_length, max(8, *(longest for _, longest in laid)), reader.readable, decided)
+    train, held, test = (rows for rows, _ in built)
+    max_length = choose_length(data.max_length, max(8, *(longest for _, longest in built)), model.readable, decided)
     ledger.policy = {**policy, "max_length": max_length}
     bins = best_fit(train.lengths.tolist(), max_length) if policy["packing"] and len(train) else None
     ledger.count(train, held, test, "assistant" if chat else "text")
     if bins is not None:
         ledger.packed_rows, ledger.packing_fill = len(bins), len(train.ids) / (len(bins) * max_length)
-    tokeniser = Tokeniser(reader.tokenizer, chat)
+    tokeniser = Tokeniser(model.tokenizer, chat)
     return Prepared(
         train, held, test, sides.train, sides.evaluation, sides.test, bins, max_length, ledger, tokeniser, decided,
         benchmarks=sides.benchmarks,

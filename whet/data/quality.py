@@ -1,4 +1,4 @@
-"""What deserves a second look in the rows that are learned from and held out: found here, decided by the settings.
+"""Find rows that deserve a second look, among those that are learned from and those that are held out.
 
 One pass over the examples counts personal data, odd answers and languages; repeated rows, leaks and contradictions are
 found from hashes of the texts, near ones by sketches and exact edit distances (`duplicates`), which takes a package
@@ -26,30 +26,30 @@ from whet.data.prepare import Prepared
 SHOWN, TEXT_CHARACTERS = 10, 300
 
 
-def look(prepared: Prepared, *, near: bool = True) -> dict[str, Any]:
-    """Findings by kind, as `--json` and the page show them. near: near duplicates and near leaks too.
+def quality_findings(prepared: Prepared, *, near: bool = True) -> dict[str, Any]:
+    """Findings by kind, as `--json` and the HTML page show them. near: look for near duplicates and near leaks too.
 
     Raises UserError where near ones are asked for and the package for them is missing.
     """
     sides = {"train": prepared.train_examples, "held out": prepared.held_out, "test": prepared.test_examples}
     sides = {name: side for name, side in sides.items() if len(side)}
-    found: dict[str, Any] = _row_by_row(sides)
+    findings: dict[str, Any] = _row_by_row(sides)
     train = prepared.train_examples
     both = Wording(train, "both")
     repeated = near_duplicates(both) if near else exact_duplicates(text_keys(both))
-    found["duplicates"] = _duplicates(repeated, train, near)
+    findings["duplicates"] = _duplicates(repeated, train, near)
     if len(sides) > 1:
         asked = {name: Wording(side, "asked") for name, side in sides.items()}
-        found["leakage"] = [_leak(leak, sides, near) for leak in leaks(asked, SIMILARITY if near else None)]
+        findings["leakage"] = [_leak(leak, sides, near) for leak in leaks(asked, SIMILARITY if near else None)]
     if prepared.benchmarks:
-        found["benchmarks"] = _benchmarks(train, prepared.benchmarks, near)
+        findings["benchmarks"] = _benchmarks(train, prepared.benchmarks, near)
     torn = contradictions(text_keys(Wording(train, "asked")), text_keys(Wording(train, "said")))
     examples = [
         {name: _shown(train[row], with_answer=True) for name, row in zip("ab", group[:2], strict=True)}
         for group in torn.groups[:SHOWN]
     ]
-    found["contradictions"] = {"rows": len(torn.rows), "texts": torn.texts, "examples": examples}
-    return found
+    findings["contradictions"] = {"rows": len(torn.rows), "texts": torn.texts, "examples": examples}
+    return findings
 
 
 def _row_by_row(sides: dict[str, Sequence[Example]]) -> dict[str, Any]:
@@ -67,20 +67,21 @@ def _row_by_row(sides: dict[str, Sequence[Example]]) -> dict[str, Any]:
     return {"personal": personal.as_dict(), "answers": answers.as_dict(), "languages": mix["shares"]}
 
 
-def _duplicates(found: Duplicates, examples: Sequence[Example], near: bool) -> dict[str, Any]:
+def _duplicates(repeats: Duplicates, examples: Sequence[Example], near: bool) -> dict[str, Any]:
     """Counts and the first pairs. near_rows: rows that have a near, not an equal, earlier one."""
-    repeated = found.repeated
-    pairs = [(row, int(found.same[row]), 1.0) for row in repeated[:SHOWN].tolist()]
-    pairs += [(int(b), int(a), float(s)) for (a, b), s in zip(found.pairs[:SHOWN], found.similarity, strict=False)]
+    repeated = repeats.repeated
+    pairs = [(row, int(repeats.same[row]), 1.0) for row in repeated[:SHOWN].tolist()]
+    pairs += [(int(b), int(a), float(s)) for (a, b), s in zip(repeats.pairs[:SHOWN], repeats.similarity, strict=False)]
     shown = [{"similarity": round(s, 3), "a": _shown(examples[a]), "b": _shown(examples[b])} for b, a, s in pairs]
-    kinds = {"exact_rows": len(repeated), "clusters": len(found.clusters())}
+    kinds = {"exact_rows": len(repeated), "clusters": len(repeats.clusters())}
     if near:
-        kinds["near_rows"] = len(np.setdiff1d(found.removable, repeated))
+        kinds["near_rows"] = len(np.setdiff1d(repeats.removable, repeated))
     return kinds | {"examples": shown}
 
 
 def _leak(leak: Leak, sides: dict[str, Sequence[Example]], near: bool) -> dict[str, Any]:
-    """exact: rows of the second side whose question the first one has; near: those that have one much like it."""
+    """Counts and examples of one leak: rows of the second side whose question the first one has (exact), or one much
+    like it (near)."""
     pairs = zip(leak.pairs[:SHOWN].tolist(), leak.similarity[:SHOWN].tolist(), strict=True)
     one, other = sides[leak.into], sides[leak.of]
     shown = [{"similarity": round(s, 3), "a": _shown(one[a]), "b": _shown(other[b])} for (a, b), s in pairs]
@@ -91,41 +92,41 @@ def _leak(leak: Leak, sides: dict[str, Sequence[Example]], near: bool) -> dict[s
 def _benchmarks(
     train: Sequence[Example], benchmarks: Mapping[str, Sequence[Example]], near: bool
 ) -> list[dict[str, Any]]:
-    """exact, near: rows to learn from whose question stands in a benchmark, or one much like it."""
+    """Counts and examples of the rows to learn from whose question stands in a benchmark, or one much like it."""
     asked = {"": Wording(train, "user")} | {name: Wording(rows, "user") for name, rows in benchmarks.items()}
-    found = []
+    findings = []
     for leak in leaks_of_first(asked, SIMILARITY if near else None):
         shown = _leak(leak, {"": train, **benchmarks}, near)
         counts = {"exact": len(leak.into_same)} | ({"near": len(leak.into_near) - len(leak.into_same)} if near else {})
-        found.append({"between": ["train", leak.of], **counts, "examples": shown["examples"]})
-    return found
+        findings.append({"between": ["train", leak.of], **counts, "examples": shown["examples"]})
+    return findings
 
 
 def _shown(example: Example, *, with_answer: bool = False) -> dict[str, Any]:
     text = words(example, "asked")
-    found = {"file": example.file, "row": example.row, "text": text[:TEXT_CHARACTERS]}
-    return found | ({"answer": words(example, "said")[:TEXT_CHARACTERS]} if with_answer else {})
+    shown = {"file": example.file, "row": example.row, "text": text[:TEXT_CHARACTERS]}
+    return shown | ({"answer": words(example, "said")[:TEXT_CHARACTERS]} if with_answer else {})
 
 
-def sentences(found: dict[str, Any]) -> list[str]:
+def sentences(findings: dict[str, Any]) -> list[str]:
     """One sentence for each finding that is not empty, with the setting that acts on it."""
     said: list[tuple[int, str]] = []
-    repeated = found["duplicates"]
+    repeated = findings["duplicates"]
     said.append((repeated["exact_rows"], "rows that repeat an earlier one: {} (data.duplicates=drop)"))
     said.append((repeated.get("near_rows", 0), "near duplicates of an earlier row: {} (data.duplicates=drop_near)"))
-    for leak in found.get("leakage", ()):
+    for leak in findings.get("leakage", ()):
         between = " and ".join(leak["between"])
         said.append((leak["exact"], f"questions that stand in {between}: {{}} (data.leakage=drop)"))
         said.append(
             (leak.get("near", 0), f"questions that are nearly the same in {between}: {{}} (data.leakage=drop_near)")
         )
-    for leak in found.get("benchmarks", ()):
+    for leak in findings.get("benchmarks", ()):
         name = leak["between"][1].replace("{", "{{").replace("}", "}}")
         said.append((leak["exact"], f"rows to learn from whose question stands in {name}: {{}} (data.leakage=drop)"))
         said.append((leak.get("near", 0), f"rows to learn from with nearly a question of {name}: {{}} "
                      "(data.leakage=drop_near)"))  # fmt: skip
-    said.append((found["contradictions"]["rows"], "rows with a question that another row answers otherwise: {}"))
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in found["personal"]["kinds"].items())
-    said.append((found["personal"]["rows"], f"rows with personal data: {{}}, of it {kinds} (data.personal=redact)"))
-    said += [(count, f"answers that look odd, {kind}: {{}}") for kind, count in found["answers"]["kinds"].items()]
+    said.append((findings["contradictions"]["rows"], "rows with a question that another row answers otherwise: {}"))
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in findings["personal"]["kinds"].items())
+    said.append((findings["personal"]["rows"], f"rows with personal data: {{}}, of it {kinds} (data.personal=redact)"))
+    said += [(count, f"answers that look odd, {kind}: {{}}") for kind, count in findings["answers"]["kinds"].items()]
     return [text.format(f"{count:,}") for count, text in said if count]

@@ -1,7 +1,7 @@
-"""What was taken out of the data or changed in it, and why: one record for each row, so that nothing disappears.
+"""Records of removed and changed rows, each with its reason, so that nothing disappears from the data.
 
-Every check that can drop a row gives these records; one place writes them to a file. The text of the row is not in
-the record, because what was removed is often removed for being private: file and row lead to it.
+Every check that can drop a row gives these records; one function writes them to a file. The text of the row is not in
+the record, because a row is often removed for being private: file and row lead to it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """file, row (1-based): where the row stands. kind: which check, one word. reason: one sentence for people."""
+    """A row that was removed or changed. file, row (1-based): its position. kind: the check, one word. reason: one
+    sentence for people."""
 
     file: str
     row: int

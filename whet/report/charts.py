@@ -1,9 +1,9 @@
-"""Curves of a run: what `metrics.jsonl` and `timing.jsonl` say, as inline SVG for the page and as one PNG.
+"""Draw curves of a run from `metrics.jsonl` and `timing.jsonl`, as inline SVG for the HTML page and as one PNG.
 
 The SVG holds lines only, drawn in a square of 1000 x 1000 that CSS stretches to any width; strokes do not stretch
 (`vector-effect`) and all words are HTML beside it, so text keeps its size on a phone and colours follow the theme.
 Long curves are thinned to their extremes per bucket, never averaged: a spike of one step stays visible. Values that
-are missing or not finite leave a gap and are counted under the chart. Given up: zooming.
+are missing or not finite leave a gap and are counted under the chart. Gives up: zooming.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 Point = tuple[float, float | None]  # a step and its value; None where there is nothing finite to draw
-Record = dict[str, object]
+JsonObject = dict[str, object]
 
 POINT_LIMIT = 1000
 WIDE = 10  # highest value over the median
@@ -29,11 +29,11 @@ _ACRONYMS = {"f1": "F1", "json": "JSON", "kl": "KL", "mae": "MAE", "mcc": "MCC",
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def read_records(path: Path) -> tuple[list[Record], int]:
+def read_records(path: Path) -> tuple[list[JsonObject], int]:
     """The JSON objects of a .jsonl file and the number of lines that are none (a killed run leaves half a line)."""
     if not path.is_file():
         return [], 0
-    records: list[Record] = []
+    records: list[JsonObject] = []
     unreadable = 0
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
@@ -51,13 +51,13 @@ def read_records(path: Path) -> tuple[list[Record], int]:
 
 
 def as_number(value: object) -> float | None:
-    """`value` as a finite float, or None for anything else (text, booleans, NaN, infinities)."""
+    """`value` as a finite float, or None for anything else (text, booleans, NaN, infinite values)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if abs(value) <= _LARGEST_DRAWN else None  # NaN compares false
 
 
-def part(record: Record, *keys: str) -> Record:
+def part(record: JsonObject, *keys: str) -> JsonObject:
     """The object at record[key][key]..., or {} where there is none."""
     for key in keys:
         inner = record.get(key)
@@ -65,7 +65,7 @@ def part(record: Record, *keys: str) -> Record:
     return record
 
 
-def points_of(records: Iterable[Record], field: str, kind: str | None = None) -> list[Point]:
+def points_of(records: Iterable[JsonObject], field: str, kind: str | None = None) -> list[Point]:
     """`field` by step, in order of steps. A step written twice (the run was resumed before it) counts once, the last.
 
     Empty when no record has the field, so that a chart is left out rather than drawn empty.
@@ -99,15 +99,15 @@ def thin(points: Sequence[Point], limit: int = POINT_LIMIT) -> list[Point]:
     if len(points) <= limit:
         return list(points)
     inner, buckets = points[1:-1], (limit - 2) // 2
-    kept = [points[0]]
+    thinned = [points[0]]
     for index in range(buckets):
         bucket = inner[index * len(inner) // buckets : (index + 1) * len(inner) // buckets]
-        finite = [(value, place) for place, (_, value) in enumerate(bucket) if value is not None]
+        finite = [(value, position) for position, (_, value) in enumerate(bucket) if value is not None]
         if not finite:
-            kept.append((bucket[0][0], None))
+            thinned.append((bucket[0][0], None))
             continue
-        kept += [bucket[place] for place in sorted({min(finite)[1], max(finite)[1]})]
-    return [*kept, points[-1]]
+        thinned += [bucket[position] for position in sorted({min(finite)[1], max(finite)[1]})]
+    return [*thinned, points[-1]]
 
 
 def smooth(points: Sequence[Point]) -> tuple[list[Point], int]:
@@ -182,7 +182,7 @@ def label_of(key: str) -> str:
     return words[:1].upper() + words[1:]
 
 
-def bytes_text(value: object) -> str:
+def size_text(value: object) -> str:
     number = as_number(value)
     if number is None or abs(number) < 1024:
         return "–" if number is None else f"{plain(number)} B"
@@ -200,21 +200,21 @@ def seconds_text(value: object) -> str:
 
 
 def is_wide(values: Sequence[float]) -> bool:
-    """Whether a few high values would flatten all others on a linear axis: then it is logarithmic."""
+    """True if a few high values would flatten all others on a linear axis, which is then logarithmic."""
     return bool(values) and min(values) > 0 and max(values) > WIDE * median(values)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A vertical axis: values are divided by `scale`, then (`log`) taken to the base ten, then placed low..high."""
+    """A vertical axis: values are divided by `scale`, then with `log` replaced by their logarithm to base ten."""
 
     marks: tuple[float, ...]
     scale: float = 1.0
     unit: str = ""
     log: bool = False
 
-    def place(self, value: float) -> float:
-        """Where `value` lies: 0 at the lowest mark, 1 at the highest."""
+    def height_of(self, value: float) -> float:
+        """The height of `value`: 0 at the lowest mark, 1 at the highest."""
         shown = math.log10(value / self.scale) if self.log else value / self.scale
         return (shown - self.marks[0]) / (self.marks[-1] - self.marks[0])
 
@@ -315,12 +315,12 @@ def _path(curve: Curve, axis: Axis, across: Callable[[float], float]) -> str:
     for index, (step, value) in enumerate(points):
         if value is None:
             continue
-        place = f"{1000 * across(step):.2f} {1000 - 1000 * axis.place(value):.1f}"
+        point = f"{1000 * across(step):.2f} {1000 - 1000 * axis.height_of(value):.1f}"
         begins = index == 0 or points[index - 1][1] is None
         alone = begins and (index + 1 == len(points) or points[index + 1][1] is None)
-        parts.append(f"{'M' if begins else 'L'}{place}")
+        parts.append(f"{'M' if begins else 'L'}{point}")
         if alone or (curve.dots and len(points) <= 60):
-            dots.append(f"M{place}h.01")
+            dots.append(f"M{point}h.01")
     marks = f'<path class="dot {curve.style}" d="{"".join(dots)}"/>' if dots else ""
     return f'<path class="line {curve.style}" data-name="{escape(curve.name)}" d="{"".join(parts)}"/>{marks}'
 
@@ -345,7 +345,7 @@ def _gaps(curves: Sequence[Curve]) -> str:
     )
 
 
-def loss_curves(metrics: Sequence[Record]) -> list[Curve]:
+def loss_curves(metrics: Sequence[JsonObject]) -> list[Curve]:
     """Train loss (raw and smoothed) and eval loss, as far as they were recorded."""
     raw = points_of(metrics, "loss", "train")
     mean, width = smooth(raw)
@@ -360,7 +360,7 @@ def loss_curves(metrics: Sequence[Record]) -> list[Curve]:
 
 
 def write_loss_plot(run_dir: Path, unit: str = "per supervised token") -> Path:
-    """`run_dir`/loss.png, 1600 x 900: the same curves as on the page. Says so in the picture when there are none."""
+    """Write `run_dir`/loss.png, 1600 x 900: the same curves as on the page, or a picture that says there are none."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg

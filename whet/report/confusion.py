@@ -1,12 +1,12 @@
-"""Which classes a model takes for which: a matrix for up to 20 classes, beyond that its most frequent confusions.
+"""Draw the classes that a model confuses: a matrix for up to 20 classes, beyond that the most frequent confusions.
 
 The matrix is a grid of HTML cells with table roles and not an SVG: counts stay text that keeps its size and can be
 selected, and the theme's colours follow by themselves. Shade is the share of the row, so that a rare class shows as
 plainly as a common one; it ends at 45 % of the colour, where text on it still has a contrast of over 4.5 in both
 themes. Columns are headed by numbers, which the rows repeat beside the names: twenty slanted names are hard to read.
-On a narrow screen the grid scrolls sideways under its names. Given up: ordering classes by likeness.
+On a narrow screen the grid scrolls sideways under its names. Gives up: ordering classes by likeness.
 
-It reads what `evaluate.label_metrics.details` wrote, as JSON that may be damaged, and draws nothing from what is not
+The input comes from `evaluation.label_metrics`, as JSON that may be damaged; nothing is drawn from a value that is not
 a square of counts.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from whet.report.charts import Record, as_number, plain
+from whet.report.charts import JsonObject, as_number, plain
 from whet.report.markup import objects, safe, score_text, table, visible
 
 LARGEST_DRAWN = 20  # classes
@@ -37,17 +37,17 @@ STYLE = """
 """  # belongs behind page.css
 
 
-def confusion(found: Record, title: str = "Confusions") -> str:
-    """An HTML figure from {"names", "confusion", "most_confused"}; empty where these hold nothing that can be shown.
+def confusion(labels: JsonObject, title: str = "Confusions") -> str:
+    """An HTML figure from {"names", "confusion", "most_confused"}; empty if nothing in them can be drawn.
 
     With over 20 classes, or without a matrix, the table of the most frequent confusions.
     """
-    names = found.get("names")
+    names = labels.get("names")
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    counts = _square(found.get("confusion"), len(names))
+    counts = _square(labels.get("confusion"), len(names))
     if counts and len(counts) <= LARGEST_DRAWN:
         return _figure(title, "rows: reference; columns: answer of the tuned model", _matrix(names, counts, title))
-    return _table(title, found, counts)
+    return _table(title, labels, counts)
 
 
 def _square(value: object, size: int) -> list[list[int]]:
@@ -76,12 +76,12 @@ def _matrix(names: Sequence[str], counts: Sequence[Sequence[int]], title: str) -
     )
     lines = f'<span role="columnheader" class="name head">Reference</span>{numbers}'
     lines = f'<div role="row">{lines}<span role="columnheader" class="head">Right</span></div>'
-    for place, (name, line) in enumerate(zip(names, counts, strict=True)):
-        cells = "".join(_cell(count, sum(line), column == place) for column, count in enumerate(line))
-        label = f'<span role="rowheader" class="name" title="{_attribute(name)}">{place + 1} · {safe(name, 60)}</span>'
-        recall = score_text(line[place] / sum(line), True) if sum(line) else "–"
+    for index, (name, line) in enumerate(zip(names, counts, strict=True)):
+        cells = "".join(_cell(count, sum(line), column == index) for column, count in enumerate(line))
+        label = f'<span role="rowheader" class="name" title="{_attribute(name)}">{index + 1} · {safe(name, 60)}</span>'
+        recall = score_text(line[index] / sum(line), True) if sum(line) else "–"
         lines += f'<div role="row">{label}{cells}<span role="cell" class="head">{recall}</span></div>'
-    total, right = sum(map(sum, counts)), sum(line[place] for place, line in enumerate(counts))
+    total, right = sum(map(sum, counts)), sum(line[index] for index, line in enumerate(counts))
     summary = f"{title}: {plain(right)} of {plain(total)} right"
     columns = f"grid-template-columns: auto repeat({len(names)}, minmax(1.9rem, 1fr)) auto"
     grid = f'<div class="cells" role="table" aria-label="{_attribute(summary)}" style="{columns}">{lines}</div>'
@@ -89,7 +89,7 @@ def _matrix(names: Sequence[str], counts: Sequence[Sequence[int]], title: str) -
 
 
 def _attribute(text: str) -> str:
-    """`safe` marks a cut with a tag, which would end the attribute."""
+    """Text for an HTML attribute; `safe` marks a cut with a tag, which would end the attribute."""
     return escape(visible(text[:300]))
 
 
@@ -100,12 +100,12 @@ def _cell(count: int, rows: int, is_right: bool) -> str:
     return f'<span role="cell" class="{"right" if is_right else "wrong"}" style="{share}">{plain(count)}</span>'
 
 
-def _table(title: str, found: Record, counts: Sequence[Sequence[int]]) -> str:
-    """Most frequent first; of the reference's rows, the share that was so taken, where the matrix gives it."""
-    names = found.get("names")
+def _table(title: str, labels: JsonObject, counts: Sequence[Sequence[int]]) -> str:
+    """The most frequent confusions first, each with its share of the reference's rows, if the matrix gives it."""
+    names = labels.get("names")
     rows_of = {name: sum(line) for name, line in zip(names if isinstance(names, list) else [], counts, strict=False)}
     rows: list[list[object]] = []
-    for item in objects(found, "most_confused")[:LISTED]:
+    for item in objects(labels, "most_confused")[:LISTED]:
         reference, rows_wrong = item.get("reference"), as_number(item.get("rows"))
         if not isinstance(reference, str) or not rows_wrong:
             continue

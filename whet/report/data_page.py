@@ -1,10 +1,10 @@
-"""What `whet data check` found, as one HTML file that needs nothing else: no network and no script.
+"""Write the report of `whet data check` as one HTML file that needs nothing else: no network and no script.
 
-It leads with one sentence and the few numbers that decide whether to train, then what deserves a look, and only then
-the details. A part of the report that is absent is left out with its heading. The size does not follow the rows: of
-100,000 dropped rows there are counts by reason and the first few places. The sentence is only kind when every check
-that ran found nothing. All text from data passes `markup.safe` or `masks`, which escape it. Given up: looking at any
-row; `whet data check --show` and `--json` have them.
+It leads with one sentence and the few numbers that decide whether to train, then the warnings, and only then the
+details. A part of the report that is absent is left out with its heading. The size does not follow the rows: of 100,000
+dropped rows there are counts by reason and the first few positions. The sentence is only kind when every check that ran
+found nothing. All text from data passes `markup.safe` or `masks`, which escape it. Gives up: looking at any row;
+`whet data check --show` and `--json` have them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-from whet.report.charts import Record, as_number, bytes_text, label_of, part, plain, text_of, write_atomically
+from whet.report.charts import JsonObject, as_number, label_of, part, plain, size_text, text_of, write_atomically
 from whet.report.findings import counts_table, findings, found_faults
 from whet.report.histogram import bins_of, histogram
 from whet.report.markup import Html, fold, objects, pairs, paragraph, ratio, safe, score_text, table
@@ -56,10 +56,10 @@ $sections
 """)
 
 
-def data_page(report: Record, rows: Sequence[Record]) -> str:
-    """The page. report: the object of `whet data check --json`; rows: {file, row, tokens, learned, pieces} as
-    `whet.data.show.masked_rows` makes them. Any key may be absent."""
-    made = {
+def data_page(report: JsonObject, rows: Sequence[JsonObject]) -> str:
+    """The whole page. report: the object of `whet data check --json`; rows: {file, row, tokens, learned, pieces} as
+    `data.loss_mask.masked_rows` gives them. Any key may be absent."""
+    sections = {
         "warnings": ("What to look at", _warnings(report)),
         "lengths": ("Lengths", histogram(bins_of(report), _limit(report))),
         "learned": ("What is learned", _learned(report)),
@@ -69,7 +69,7 @@ def data_page(report: Record, rows: Sequence[Record]) -> str:
         "files": ("Files", _files(report)),
         "counts": ("All counts", _counts(report)),
     }
-    shown = {name: both for name, both in made.items() if both[1]}
+    shown = {name: both for name, both in sections.items() if both[1]}
     here = Path(__file__).parent
     style = "".join((here / name).read_text(encoding="utf-8") for name in ("page.css", "data_page.css"))
     jump = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, (title, _) in shown.items())
@@ -82,19 +82,19 @@ def data_page(report: Record, rows: Sequence[Record]) -> str:
     )  # fmt: skip
 
 
-def write_data_page(path: Path, report: Record, rows: Sequence[Record]) -> Path:
+def write_data_page(path: Path, report: JsonObject, rows: Sequence[JsonObject]) -> Path:
     """Write the page to `path`, whole or not at all. Raises OSError where that is not possible."""
     return write_atomically(path, data_page(report, rows).encode("utf-8", errors="replace"))
 
 
-def _title(report: Record) -> Html:
+def _title(report: JsonObject) -> Html:
     names = [place_text({"file": item.get("path")}) for item in objects(report, "files") if item.get("path")]
     more = f" and {plain(len(names) - 1)} more" if len(names) > 1 else ""
     return Html(f"{names[0]}{more}") if names else Html("Your data")
 
 
-def verdict(report: Record) -> tuple[str, str]:
-    """A tone (good, bad or none) and one sentence: can one train on this, and what comes first."""
+def verdict(report: JsonObject) -> tuple[str, str]:
+    """A tone (good, bad or none) and one sentence: if one can train on this, and the first thing to look at."""
     rows, learned, tokens = (as_number(report.get(key)) for key in ("rows_train", "supervised_tokens", "tokens"))
     if rows == 0:
         return "bad", "<b>No row</b> is left to learn from."
@@ -114,19 +114,19 @@ def verdict(report: Record) -> tuple[str, str]:
     return "good", f"{text}. The checks that ran found nothing against it."
 
 
-def _texts(report: Record) -> list[str]:
-    found = report.get("warnings")
-    return [text_of(item) for item in found] if isinstance(found, list) else []
+def _texts(report: JsonObject) -> list[str]:
+    warnings = report.get("warnings")
+    return [text_of(item) for item in warnings] if isinstance(warnings, list) else []
 
 
-def _faults(report: Record) -> list[str]:
-    """What was found, whether or not a warning says so."""
+def _faults(report: JsonObject) -> list[str]:
+    """Names of all faults, with and without a warning."""
     faults = [name for key, name in FAULTS.items() if (as_number(report.get(key)) or 0) > 0]
     dropped = report.get("dropped")
     return faults + (["dropped rows"] if dropped else []) + found_faults(part(report, "quality"))
 
 
-def _head(report: Record) -> str:
+def _head(report: JsonObject) -> str:
     tone, sentence = verdict(report)
     labelled = bool(part(report, "labels"))
     dropped = report.get("dropped")
@@ -150,18 +150,18 @@ def _head(report: Record) -> str:
     return f'<p class="verdict {tone}">{sentence}</p>{tiles}'
 
 
-def _warnings(report: Record) -> str:
+def _warnings(report: JsonObject) -> str:
     texts = _texts(report)
     items = "".join(f"<li>{safe(text, 600)}</li>" for text in texts[:SHOWN_WARNINGS])
     more = paragraph("none", f"and {plain(len(texts) - SHOWN_WARNINGS)} more") if len(texts) > SHOWN_WARNINGS else ""
     return f'<ul class="worries">{items}</ul>{more}' if items else ""
 
 
-def _limit(report: Record) -> float | None:
+def _limit(report: JsonObject) -> float | None:
     return as_number(report.get("max_length")) or as_number(part(report, "policy").get("max_length"))
 
 
-def _learned(report: Record) -> str:
+def _learned(report: JsonObject) -> str:
     """Learned tokens by role, or the labels; and the settings that decided it."""
     body = ""
     labels = part(report, "labels")
@@ -176,8 +176,8 @@ def _learned(report: Record) -> str:
     return body
 
 
-def _labels(report: Record, labels: Record) -> str:
-    """Rows of each label with an example, or what the values are like."""
+def _labels(report: JsonObject, labels: JsonObject) -> str:
+    """Rows of each label with an example, or mean, spread and range of the values."""
     counts = {name: number for name, value in labels.items() if (number := as_number(value)) is not None}
     if report.get("task") == "regression" or not counts:
         return pairs(labels)
@@ -192,10 +192,10 @@ def _labels(report: Record, labels: Record) -> str:
     return table(columns, rows) + (paragraph("none", f"and {plain(rest)} more labels") if rest > 0 else "")
 
 
-def reasons(dropped: Sequence[object]) -> list[tuple[str, list[Record]]]:
+def reasons(dropped: Sequence[object]) -> list[tuple[str, list[JsonObject]]]:
     """Dropped rows by reason, the most frequent first. Reasons that differ in numbers alone are one, with … for
     those."""
-    groups: dict[str, list[Record]] = {}
+    groups: dict[str, list[JsonObject]] = {}
     numbers: dict[str, list[set[str]]] = {}
     for item in dropped:
         if not isinstance(item, dict):
@@ -218,7 +218,7 @@ def _filled(form: str, numbers: Sequence[set[str]]) -> str:
     return "".join(a + b for a, b in zip(parts, [*given, ""], strict=True))
 
 
-def _places(items: Sequence[Record]) -> Html:
+def _places(items: Sequence[JsonObject]) -> Html:
     """The first rows, with the name of a file once for all rows of it."""
     by_file: dict[str, list[str]] = {}
     for item in items[:SHOWN_PLACES]:
@@ -227,23 +227,23 @@ def _places(items: Sequence[Record]) -> Html:
     return Html(shown + (", …" if len(items) > SHOWN_PLACES else ""))
 
 
-def _dropped(report: Record) -> str:
+def _dropped(report: JsonObject) -> str:
     dropped = report.get("dropped")
-    found = reasons(dropped) if isinstance(dropped, list) else []
-    rows = [[safe(reason, 200), plain(len(items)), _places(items)] for reason, items in found[:SHOWN_REASONS]]
-    rest = sum(len(items) for _, items in found[SHOWN_REASONS:])
+    groups = reasons(dropped) if isinstance(dropped, list) else []
+    rows = [[safe(reason, 200), plain(len(items)), _places(items)] for reason, items in groups[:SHOWN_REASONS]]
+    rest = sum(len(items) for _, items in groups[SHOWN_REASONS:])
     body = table({"Reason": "key", "Rows": "num", "Where": "code"}, rows)
     body += paragraph("none", f"and {plain(rest)} more rows, for other reasons") if rest else ""
     return f'<div class="card">{body}</div>' if rows else ""
 
 
-def _files(report: Record) -> str:
-    """What was read, with the hash that says whether it is still the same."""
+def _files(report: JsonObject) -> str:
+    """The files that were read, with their hashes."""
     items = objects(report, "files", SHOWN_FILES)
     given = {
         "Path": ("key", lambda item: item.get("path")),
         "Rows": ("num", lambda item: text_of(item.get("rows"))),
-        "Size": ("num", lambda item: bytes_text(item.get("bytes"))),
+        "Size": ("num", lambda item: size_text(item.get("bytes"))),
         "SHA-256": ("code", lambda item: item.get("sha256")),
     }
     columns = {name: of for name, of in given.items() if any(text_of(of[1](item)) != "–" for item in items)}
@@ -255,7 +255,7 @@ def _files(report: Record) -> str:
     return f'<div class="card">{body}</div>' if rows else ""
 
 
-def _counts(report: Record) -> str:
-    """Every number of the ledger, for whoever wants one that is not above."""
+def _counts(report: JsonObject) -> str:
+    """Every number of the ledger, also those that are not above."""
     items = {key: value for key, value in report.items() if isinstance(value, str | int | float) and value != ""}
     return fold("Show", pairs({label_of(key): value for key, value in items.items()})) if items else ""

@@ -1,8 +1,8 @@
-"""What the quality checks found, in one form for all of them: counts as bars, pairs of rows side by side, examples.
+"""Show the findings of the quality checks in one form: counts as bars, pairs of rows side by side, examples.
 
 Nothing here knows a check by name, except for the sentence in front of duplicates and leakage, so a new check shows up
-by itself and none is left out for being new. Of a pair, what differs between the two texts is underlined; that is what
-lies between their common beginning and end, which for one changed word is that word.
+by itself and none is left out for being new. In a pair, the difference of the two texts is underlined: all between
+their common beginning and end, which for one changed word is that word.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
-from whet.report.charts import Record, as_number, label_of, part, plain, text_of
+from whet.report.charts import JsonObject, as_number, label_of, part, plain, text_of
 from whet.report.markup import Html, objects, pairs, paragraph, safe, score_text, table
 from whet.report.masks import place_text
 
@@ -32,12 +32,12 @@ FACTS = {"languages"}  # says what the data are, and finds no fault
 NOT_FAULTS = {"similarity", "threshold", "checked", "rows_checked", "seconds"}  # numbers that count no bad row
 
 
-def found_faults(quality: Record) -> list[str]:
+def found_faults(quality: JsonObject) -> list[str]:
     """Names of the checks that found at least one row."""
     return [_name(key) for key, value in quality.items() if key not in FACTS and _total(value) > 0]
 
 
-def findings(quality: Record) -> str:
+def findings(quality: JsonObject) -> str:
     """A section for each check that found something, and one line with those that found nothing."""
     body, clean = "", []
     for key, value in quality.items():
@@ -80,24 +80,24 @@ def _cards(key: str, value: object) -> str:
     return f'<div class="card">{_card(key, value)}</div>' if isinstance(value, dict) else ""
 
 
-def _card(key: str, found: Record) -> str:
+def _card(key: str, finding: JsonObject) -> str:
     """One finding: its sides, its numbers, its counts by kind, its examples."""
-    between = found.get("between")
+    between = finding.get("between")
     body = ""
     if isinstance(between, list) and between:
         body += f"<h3>Between {safe(' and '.join(map(str, between)), 200)}</h3>"
-    counts = {name: number for name, value in found.items() if (number := as_number(value)) is not None}
+    counts = {name: number for name, value in finding.items() if (number := as_number(value)) is not None}
     if key in FACTS:
         return body + shares_table("Language", counts)
     body += pairs({name: plain(number) for name, number in counts.items()}) if counts else ""
-    for name, value in found.items():
-        inner = part(found, name)
+    for name, value in finding.items():
+        inner = part(finding, name)
         numbers = {kind: number for kind, item in inner.items() if (number := as_number(item)) is not None}
         if numbers:
             body += counts_table(singular(name), numbers)
         elif isinstance(value, str):
             body += paragraph("lead", f"{safe(label_of(name))}: {safe(value)}")
-    return body + _examples(objects(found, "examples", SHOWN_EXAMPLES))
+    return body + _examples(objects(finding, "examples", SHOWN_EXAMPLES))
 
 
 def singular(name: str) -> str:
@@ -111,7 +111,7 @@ def heading(text: str) -> Html:
 
 
 def counts_table(title: str, counts: Mapping[str, float], unit: str = "Rows") -> str:
-    """Name, bar, count and share of each, the most first; what does not fit is counted."""
+    """A table of name, bar, count and share of each, the largest first; those that do not fit are counted."""
     whole, most = sum(counts.values()), max([*counts.values(), 1e-300])
     order = sorted(counts.items(), key=lambda pair: (-pair[1], str(pair[0])))
     rows = [
@@ -124,7 +124,7 @@ def counts_table(title: str, counts: Mapping[str, float], unit: str = "Rows") ->
 
 
 def shares_table(title: str, shares: Mapping[str, float]) -> str:
-    """The same for shares of one."""
+    """A table of name, bar and share of each, the largest first."""
     order = sorted(shares.items(), key=lambda pair: (-pair[1], str(pair[0])))[:SHOWN_COUNTS]
     rows = [[str(name), bar(value), score_text(value, True)] for name, value in order]
     return f'<div class="counts">{table({heading(title): "key", "": "", "Share": "num"}, rows)}</div>'
@@ -136,13 +136,13 @@ def bar(share: float) -> Html:
     )
 
 
-def _examples(items: Sequence[Record]) -> str:
+def _examples(items: Sequence[JsonObject]) -> str:
     twins = [item for item in items if isinstance(item.get("a"), dict) and isinstance(item.get("b"), dict)]
     others = [item for item in items if item not in twins]
     return "".join(map(_twins, twins)) + (_plain_examples(others) if others else "")
 
 
-def _twins(item: Record) -> str:
+def _twins(item: JsonObject) -> str:
     """Two rows side by side, with what differs underlined."""
     first, second = part(item, "a"), part(item, "b")
     texts = [text_of(side.get("text"))[:LONGEST_COMPARED] for side in (first, second)]
@@ -157,10 +157,10 @@ def _twins(item: Record) -> str:
     return f'<div class="twins">{body}{note}</div>'
 
 
-def _rest(side: Record) -> str:
-    """A label, an answer or whatever else a side says of itself."""
-    found = [f"{name} {value}" for name, value in side.items() if name not in ("file", "row", "text")]
-    return f" · {safe(', '.join(found), 120)}" if found else ""
+def _rest(side: JsonObject) -> str:
+    """All other fields of a side, such as a label or an answer."""
+    more = [f"{name} {value}" for name, value in side.items() if name not in ("file", "row", "text")]
+    return f" · {safe(', '.join(more), 120)}" if more else ""
 
 
 def differing(first: str, second: str) -> tuple[str, str]:
@@ -187,8 +187,8 @@ def _clip(text: str) -> Html:
     return safe(text, TEXT_CHARACTERS)
 
 
-def _plain_examples(items: Sequence[Record]) -> str:
-    """Examples as a table: where, and what is said of each."""
+def _plain_examples(items: Sequence[JsonObject]) -> str:
+    """Examples as a table: file and row, and the fields of each."""
     names = list(dict.fromkeys(name for item in items for name in item if name not in ("file", "row")))
     placed = any("file" in item or "row" in item for item in items)
     columns = ({"Row": "code"} if placed else {}) | {heading(label_of(str(n))): "" for n in names[:SHOWN_COLUMNS]}

@@ -1,4 +1,4 @@
-"""Rows by length as bars, with the limit that `data.max_length` sets.
+"""Draw rows by length as bars, with the limit that `data.max_length` sets.
 
 Bars are SVG in a square that CSS stretches, and words are HTML beside it, as in `charts`. Counts are logarithmic when
 the lowest bar would be under a hundredth of the highest, and the page says so; a bar of one row still has a height.
@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from whet.report.charts import Record, as_number, plain, ticks
+from whet.report.charts import JsonObject, as_number, plain, ticks
 from whet.report.markup import fold, objects, paragraph, table
 
 FLAT = 100  # a bar this many times lower than the highest cannot be seen
@@ -23,7 +23,7 @@ Bin = tuple[float, float, float]
 
 
 class Counts:
-    """The vertical axis. most, least: rows of the highest bar and of the lowest that is not empty."""
+    """The vertical axis of a histogram. most, least: rows of the highest bar and of the lowest that is not empty."""
 
     def __init__(self, most: float, least: float) -> None:
         self.log = most > FLAT * least
@@ -31,21 +31,21 @@ class Counts:
         self.marks = [10.0**power for power in powers] or [m for m in ticks(0, most, whole=True) if m >= 0]
         self.top = math.log10(self.marks[-1]) + ONE_ROW if self.log else self.marks[-1]
 
-    def place(self, rows: float) -> float:
-        """How high `rows` are: 0 at the foot, 1 at the top."""
+    def height_of(self, rows: float) -> float:
+        """The height of a bar of `rows`: 0 at the foot, 1 at the top."""
         if not self.log:
             return rows / self.top
         return (math.log10(rows) + ONE_ROW) / self.top if rows >= 1 else 0.0
 
 
-def bins_of(report: Record) -> list[Bin]:
+def bins_of(report: JsonObject) -> list[Bin]:
     """(from, to, rows) of each bar, in order; `to` is exclusive."""
-    found: list[Bin] = []
+    bins: list[Bin] = []
     for item in objects(report, "lengths", MOST_BARS):
         low, high, rows = (as_number(item.get(key)) for key in ("from", "to", "rows"))
         if low is not None and high is not None and rows is not None and rows >= 0:
-            found.append((low, max(high, low + 1), rows))
-    return sorted(found)
+            bins.append((low, max(high, low + 1), rows))
+    return sorted(bins)
 
 
 def histogram(bins: Sequence[Bin], limit: float | None) -> str:
@@ -84,16 +84,16 @@ def histogram(bins: Sequence[Bin], limit: float | None) -> str:
 
 def _bar(one: Bin, axis: Counts, first: float, last: float) -> str:
     low, high, rows = one
-    x, wide, tall = 1000 * (low - first) / (last - first), 1000 * (high - low) / (last - first), axis.place(rows)
+    x, wide, tall = 1000 * (low - first) / (last - first), 1000 * (high - low) / (last - first), axis.height_of(rows)
     return f'<rect x="{x:.2f}" y="{1000 - 1000 * tall:.2f}" width="{0.92 * wide:.2f}" height="{1000 * tall:.2f}"/>'
 
 
 def _rows_axis(axis: Counts) -> tuple[str, str]:
-    """Labels and lines across. Only as many labels as have room."""
+    """(labels, lines across); only as many labels as have room."""
     left = grid = ""
     apart = max(1, math.ceil(len(axis.marks) / 7))
     for mark in axis.marks[::apart]:
-        down = 1 - axis.place(mark)
+        down = 1 - axis.height_of(mark)
         left += f'<span style="top:{100 * down:.2f}%">{plain(mark)}</span>'
         grid += f'<path class="grid" d="M0 {1000 * down:.1f}H1000"/>'
     return left, grid + ('<path class="grid" d="M0 1000H1000"/>' if axis.log else "")
@@ -103,7 +103,7 @@ def _tokens_axis(first: float, last: float) -> str:
     marks = [mark for mark in ticks(first, last, 5, whole=True) if first <= mark <= last]
     if len(marks) > 1 and max(b - a for a, b in pairwise(marks)) < 1:
         marks = marks[:1]
-    places = [(mark, 100 * (mark - first) / (last - first)) for mark in marks]
+    positions = [(mark, 100 * (mark - first) / (last - first)) for mark in marks]
     return "".join(
-        f'<span{" class=end" if x > 97 else ""} style="left:{x:.2f}%">{plain(mark)}</span>' for mark, x in places
+        f'<span{" class=end" if x > 97 else ""} style="left:{x:.2f}%">{plain(mark)}</span>' for mark, x in positions
     )

@@ -1,14 +1,14 @@
-"""The parts of a report that only a run with labels has: classes one by one, confusions, and rows with their labels.
+"""Build the parts of a report that only a run with labels has: classes, confusions, and rows with their labels.
 
-The table of classes leads with the lowest F1, since that is where to look; a long one is folded away. It reads what
-`evaluate.labels` wrote, as JSON that may be damaged.
+The table of classes leads with the lowest F1, which deserves the first look; a long one is folded away. The input comes
+from `evaluation.labels`, as JSON that may be damaged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from whet.report.charts import Record, as_number, part, plain
+from whet.report.charts import JsonObject, as_number, part, plain
 from whet.report.confusion import STYLE as CONFUSION_STYLE
 from whet.report.confusion import confusion
 from whet.report.markup import Html, excerpt, fold, objects, paragraph, safe, score_text, spread, table
@@ -20,16 +20,16 @@ LARGEST_TABLE = 300
 SHOWN_ROWS = 12
 
 
-def is_labelled(row: Record) -> bool:
-    """Whether a row of predictions.jsonl is one with a label."""
+def is_labelled(row: JsonObject) -> bool:
+    """True if a row of predictions.jsonl is one with a label."""
     return "predicted" in row
 
 
-def classes(evaluation: Record) -> str:
+def classes(evaluation: JsonObject) -> str:
     """Confusions and the table of classes; empty for an evaluation without labels."""
-    found = part(evaluation, "labels")
+    labels = part(evaluation, "labels")
     rows: list[tuple[float, list[object]]] = []
-    for item in objects(found, "per_class", MOST_CLASSES):
+    for item in objects(labels, "per_class", MOST_CLASSES):
         score = as_number(item.get("f1"))
         shares = [score_text(item.get(key), True) for key in ("precision", "recall", "f1")]
         rows.append((2.0 if score is None else score, [item.get("class"), item.get("support"), *shares]))
@@ -42,11 +42,11 @@ def classes(evaluation: Record) -> str:
     shown = f"the {LARGEST_TABLE} with the lowest F1" if len(rows) > LARGEST_TABLE else "the lowest F1 first"
     title = f"Classes ({plain(len(rows))}), {shown}"
     body = f"<h3>{title}</h3>{body}" if len(rows) <= UNFOLDED else fold(title, body)
-    return confusion(found) + body
+    return confusion(labels) + body
 
 
-def label_samples(rows: Sequence[Record]) -> str:
-    """A note, and rows with their text, label, prediction and how sure it was; of values, the error."""
+def label_samples(rows: Sequence[JsonObject]) -> str:
+    """A note, and a table of rows: text, label, prediction and its probability; for values, the error."""
     if any("error" in row for row in rows):
         shown = spread(sorted(rows, key=lambda row: -(as_number(row.get("error")) or 0)), SHOWN_ROWS)
         note = f"{len(shown)} of {plain(len(rows))} rows, from the largest error to the smallest."
@@ -62,17 +62,17 @@ def label_samples(rows: Sequence[Record]) -> str:
     return f'{paragraph("lead", note)}<div class="card">{table(columns, lines)}</div>'
 
 
-def _text(row: Record) -> Html:
+def _text(row: JsonObject) -> Html:
     second = f'<br><span class="cut">+</span> {excerpt(row["text_pair"])}' if "text_pair" in row else ""
     return Html(f'<span dir="auto">{excerpt(row.get("text"))}{second}</span>')
 
 
-def _predicted(row: Record) -> Html:
+def _predicted(row: JsonObject) -> Html:
     if "error" in row:
         return safe(row.get("predicted"))
     tone = "good-text" if row.get("exact") is True else "bad-text"
     return Html(f'<span class="{tone}">{safe(row.get("predicted"))}</span>')
 
 
-def _last(row: Record, key: str) -> str:
+def _last(row: JsonObject, key: str) -> str:
     return score_text(row.get(key), key == "probability")

@@ -1,7 +1,7 @@
-"""HTML that cannot act: the few forms that every part of the report is made of.
+"""Build safe HTML: the few elements that every part of the report consists of.
 
 All text that comes from data passes `safe` (control characters shown, not obeyed; then HTML-escaped), and long cells
-are cut and say so. What is markup is an `Html`, so that nothing is escaped twice and nothing by accident not at all.
+are cut with a note. Markup is an `Html`, so that nothing is escaped twice and nothing is left unescaped by accident.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from whet.report.charts import Record, as_number, label_of, plain, text_of
+from whet.report.charts import JsonObject, as_number, label_of, plain, text_of
 
 LIST_LIMIT = 100
 _NEWLINES = re.compile(r"\r\n?|[\x85\u2028\u2029]")
@@ -18,13 +18,13 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2
 
 
 class Html(str):
-    """Markup made here. `safe` passes it through and escapes everything else."""
+    """A string of markup that whet wrote. `safe` passes it through and escapes everything else."""
 
     __slots__ = ()
 
 
 def safe(value: object, limit: int = 300) -> Html:
-    """`value` as text that cannot act: cut to `limit` characters, control characters made visible, HTML-escaped."""
+    """`value` as safe text: cut to `limit` characters, control characters made visible, HTML-escaped."""
     if isinstance(value, Html):
         return value
     text = text_of(value)
@@ -48,7 +48,7 @@ def score_text(value: object, rate: bool, signed: bool = False) -> str:
     return f"{sign}{plain(shown)}{'' if not rate else ' points' if signed else ' %'}"
 
 
-def objects(record: Record, key: str, limit: int = LIST_LIMIT) -> list[Record]:
+def objects(record: JsonObject, key: str, limit: int = LIST_LIMIT) -> list[JsonObject]:
     """The objects of the list at `key`, at most `limit`; none where there is no list."""
     items = record.get(key)
     return [item for item in items if isinstance(item, dict)][:limit] if isinstance(items, list) else []
@@ -90,7 +90,7 @@ def excerpt(value: object) -> Html:
     return safe(text, len("\n".join(text[:700].split("\n")[:16]))) if text else Html('<span class="cut">empty</span>')
 
 
-def spread(rows: Sequence[Record], count: int) -> list[Record]:
+def spread(rows: Sequence[JsonObject], count: int) -> list[JsonObject]:
     """`count` of the rows at even distances."""
     count = min(count, len(rows))
     return [rows[index * len(rows) // count] for index in range(count)]

@@ -1,7 +1,7 @@
-"""Rows as a model learns them: who says what, what is learned, and the special tokens that nobody sees elsewhere.
+"""Show rows with their loss mask: roles, learned text, and the special tokens that are hidden elsewhere.
 
-What is learned is underlined, heavier and on a tint, and a screen reader hears it: colour alone never says it. A long
-piece is cut in its middle, so that both its edges (where masks go wrong) and the end of the turn stay visible.
+Learned text is underlined, heavier and on a tint, and a screen reader reads it out: colour is never the only sign. A
+long piece is cut in its middle, so that both its edges (where masks go wrong) and the end of the turn stay visible.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 
-from whet.report.charts import Record, as_number, label_of, plain, text_of
+from whet.report.charts import JsonObject, as_number, label_of, plain, text_of
 from whet.report.markup import Html, objects, paragraph, safe, visible
 
 SHOWN_ROWS = 16
 FIRST_PIECES, LAST_PIECES = 80, 12
-WIDE, NARROW = (700, 160), (40, 20)  # characters kept at the head and the tail of a piece
+WIDE, NARROW = (700, 160), (40, 20)  # characters at the head and the tail of a piece that is cut
 ROW_CHARACTERS = 4000  # after which pieces are cut narrowly
 KEY = (
     '<ul class="key-list" aria-hidden="true"><li><mark>learned</mark></li><li>only read</li>'
@@ -23,7 +23,7 @@ KEY = (
 )
 
 
-def masks(rows: Sequence[Record]) -> str:
+def masks(rows: Sequence[JsonObject]) -> str:
     """The rows as cards under a legend; empty when there are none. rows: {file, row, tokens, learned, pieces}."""
     cards = [_row(row) for row in rows[:SHOWN_ROWS] if objects(row, "pieces")]
     if not cards:
@@ -32,7 +32,7 @@ def masks(rows: Sequence[Record]) -> str:
     return paragraph("lead", note) + f'{KEY}<div class="examples">{"".join(cards)}</div>'
 
 
-def _row(row: Record) -> str:
+def _row(row: JsonObject) -> str:
     tokens, learned = as_number(row.get("tokens")), as_number(row.get("learned"))
     facts = f"{plain(tokens)} tokens" if tokens is not None else ""
     facts += f", {plain(learned)} learned" if facts and learned is not None else ""
@@ -49,14 +49,14 @@ def _row(row: Record) -> str:
     return f'<article class="card sample">{head}{body}</article>'
 
 
-def place_text(item: Record) -> Html:
-    """Where a row stands: the name of its file and its number."""
+def place_text(item: JsonObject) -> Html:
+    """The position of a row: the name of its file and its number."""
     name = text_of(item.get("file")).replace("\\", "/").rpartition("/")[2] if "file" in item else ""
     row = f"row {item['row']}" if "row" in item else ""
     return safe(f"{name} {row}".strip(), 120)
 
 
-def _turns(pieces: Sequence[Record], known: bool, room: int) -> str:
+def _turns(pieces: Sequence[JsonObject], known: bool, room: int) -> str:
     """Pieces of one role side by side, turns one below the other; `room` characters before pieces are cut narrowly."""
     body = ""
     for role, group in groupby(pieces, key=lambda piece: piece.get("role")):
@@ -75,7 +75,7 @@ def _turns(pieces: Sequence[Record], known: bool, room: int) -> str:
 _LINE_END = "<wbr>\n"  # nothing but the end of a line, so that a block that ends with one has no empty line below
 
 
-def _piece(piece: Record, text: str, edges: tuple[int, int]) -> str:
+def _piece(piece: JsonObject, text: str, edges: tuple[int, int]) -> str:
     head, tail = edges
     if piece.get("special") is True:
         inner = f'<span class="token">{_marks(text[:200])}</span>'
@@ -96,8 +96,8 @@ def _marks(text: str) -> str:
     return escape(visible(text)).replace("\n", f'<i class="newline" aria-hidden="true">↵</i>{_LINE_END}')
 
 
-def roles(report: Record) -> list[tuple[str, float]]:
+def roles(report: JsonObject) -> list[tuple[str, float]]:
     """Learned tokens by role, the most first."""
-    found = report.get("supervised_by_role")
-    counts = [(label_of(str(k)), as_number(v)) for k, v in found.items()] if isinstance(found, dict) else []
+    by_role = report.get("supervised_by_role")
+    counts = [(label_of(str(k)), as_number(v)) for k, v in by_role.items()] if isinstance(by_role, dict) else []
     return sorted(((name, value) for name, value in counts if value is not None), key=lambda pair: -pair[1])

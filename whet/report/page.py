@@ -1,8 +1,8 @@
-"""A run directory as one HTML file that needs nothing else: no network, no script to be read, no other room of whet.
+"""Write a run directory as one HTML file that needs nothing else: no network, no other file, no other room of whet.
 
-Every sentence is made from what the run wrote; what is missing is named together with the command that makes it.
-All text that comes from data passes `markup.safe`, and a content security policy lets only the page's own script run.
-Given up: interaction beyond hover.
+Every sentence comes from the files of the run; a missing part is named together with the command that makes it. All
+text that comes from data passes `markup.safe`, and a content security policy lets only the page's own script run.
+Gives up: interaction beyond hover.
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ from pathlib import Path
 from string import Template
 
 from whet.report import charts
-from whet.report.charts import Curve, Record, as_number, bytes_text, chart, label_of, part, plain, points_of, text_of
+from whet.report.charts import (
+    Curve,
+    JsonObject,
+    as_number,
+    chart,
+    label_of,
+    part,
+    plain,
+    points_of,
+    size_text,
+    text_of,
+)
 from whet.report.labels import STYLE, classes, is_labelled, label_samples
 from whet.report.markup import (
     LIST_LIMIT,
@@ -39,13 +50,14 @@ _RATES = {"accuracy", "match", "f1", "rate", "recall", "precision", "agreement",
 _LOWER_IS_BETTER = {"loss", "perplexity", "error", "errors", "kl", "wer", "cer", "mse", "mae"}
 
 
-class Run:
-    """What a run directory holds: `files` and `lines` by stem, empty where absent; `problems`: what is unreadable."""
+class RunFiles:
+    """The files of a run directory. files: JSON objects by stem, empty if absent; lines: those of JSONL files by stem;
+    problems: sentences on unreadable files."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.problems = path, list[str]()
-        self.files: dict[str, Record] = {}
-        self.lines: dict[str, list[Record]] = {}
+        self.files: dict[str, JsonObject] = {}
+        self.lines: dict[str, list[JsonObject]] = {}
         for name in ("origins", "environment", "data", "plan", "finished", "results/evaluation", "results/merge"):
             try:
                 content = json.loads(self.text(f"{name}.json") or "{}")
@@ -64,15 +76,15 @@ class Run:
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
     def todo(self, text: str, verb: str, recipe: bool = True, rest: str = "") -> Html:
-        """What has not been done yet, and the command that does it."""
+        """A sentence on a step that has not been done yet, with the command that does it."""
         target = shlex.quote(str(self.path / "recipe.yaml" if recipe else self.path))
         return Html(f"{text} <code>{safe(f'whet {verb} {target}{rest}', 600)}</code>")
 
 
 class Score:
-    """One metric: base and tuned score, their difference and its interval; `sure` when that leaves out zero."""
+    """One metric: base and tuned score, their difference and its interval. sure: the interval does not hold zero."""
 
-    def __init__(self, evaluation: Record, name: str) -> None:
+    def __init__(self, evaluation: JsonObject, name: str) -> None:
         base, tuned = (as_number(part(evaluation, who, "metrics").get(name)) for who in ("base", "tuned"))
         difference = part(evaluation, "difference", name)
         keys = ("low", "high", "p_value", "mean_difference")
@@ -87,18 +99,19 @@ class Score:
             self.sure, self.span = not low <= 0 <= high, f"{start} to {score_text(high, self.rate, True)}"
 
 
-def scores(run: Run) -> list[Score]:
-    found = run.files["evaluation"]
-    return [Score(found, name) for name in {**part(found, "tuned", "metrics"), **part(found, "base", "metrics")}]
+def scores(run: RunFiles) -> list[Score]:
+    evaluation = run.files["evaluation"]
+    base, tuned = (part(evaluation, who, "metrics") for who in ("base", "tuned"))
+    return [Score(evaluation, name) for name in {**tuned, **base}]
 
 
-def verdict(run: Run) -> tuple[str, str]:
-    """A tone (good, bad or none) and the one thing to take away. Claims nothing that an interval does not support."""
-    found = [score for score in scores(run) if score.tuned is not None]
-    if not found:
+def verdict(run: RunFiles) -> tuple[str, str]:
+    """A tone (good, bad or none) and the result in one sentence, which claims only what an interval supports."""
+    measured = [score for score in scores(run) if score.tuned is not None]
+    if not measured:
         return "", _training_verdict(run)
-    first = next((s for s in found if s.name.endswith("accuracy")), None)
-    score = first or next((s for s in found if s.name == "exact_match"), found[0])
+    first = next((s for s in measured if s.name.endswith("accuracy")), None)
+    score = first or next((s for s in measured if s.name == "exact_match"), measured[0])
     rows = as_number(run.files["evaluation"].get("rows"))
     where = f" on {plain(rows)} held-out {'row' if rows == 1 else 'rows'}" if rows is not None else ""
     title, after = safe(label_of(score.name)), f"<b>{score_text(score.tuned, score.rate)}</b>"
@@ -118,7 +131,7 @@ def verdict(run: Run) -> tuple[str, str]:
 
 
 def _against_baseline(score: Score, text: str) -> tuple[str, str]:
-    """The same of a run whose base cannot answer: against what one would say without reading the rows."""
+    """The verdict on a run whose base cannot answer: compared with one constant answer for all rows."""
     text += f"; one answer for all rows would have <b>{score_text(score.base, score.rate)}</b>"
     if not score.span:
         return "", f"{text}. No confidence interval was computed, so the difference may be chance."
@@ -127,7 +140,7 @@ def _against_baseline(score: Score, text: str) -> tuple[str, str]:
     return "good" if score.better else "bad", f"{text}. The confidence interval of the difference is {score.span}."
 
 
-def _training_verdict(run: Run) -> str:
+def _training_verdict(run: RunFiles) -> str:
     metrics, finished = run.lines["metrics"], run.files["finished"]
     steps = points_of(metrics, "loss", "train")
     if not steps and not finished:
@@ -144,12 +157,12 @@ def _training_verdict(run: Run) -> str:
     return run.todo(text, "eval", recipe=False)
 
 
-def _learned(run: Run) -> tuple[str, str]:
-    """What a loss is the mean over, and how all that is learned is called: a row with labels is learned as one."""
+def _learned(run: RunFiles) -> tuple[str, str]:
+    """(the unit that a loss is a mean over, the title of the count of targets): a row with labels is one target."""
     return ("row", "Labels learned") if part(run.files["data"], "labels") else ("supervised token", "Supervised tokens")
 
 
-def head(run: Run) -> str:
+def head(run: RunFiles) -> str:
     finished, plan, (tone, sentence) = run.files["finished"], run.files["plan"], verdict(run)
     stages = {
         "data": ("Data checked", "Data not checked", run.files["data"]),
@@ -170,8 +183,8 @@ def head(run: Run) -> str:
             f"of {text_of(finished.get('tokens'))}" if _learned(run)[0] != "row" else "",
         ),
         "Peak memory": (
-            bytes_text(finished.get("peak_memory_bytes")),
-            f"{bytes_text(plan.get('peak_bytes'))} predicted",
+            size_text(finished.get("peak_memory_bytes")),
+            f"{size_text(plan.get('peak_bytes'))} predicted",
         ),
         "Trainable parameters": (text_of(plan.get("trainable_params")), f"{score_text(share, True)} of all"),
     }
@@ -185,7 +198,7 @@ def head(run: Run) -> str:
     return f'<p class="verdict {tone}">{sentence}</p><ul class="stages">{links}</ul>{tiles}{problems}'
 
 
-def results(run: Run) -> str:
+def results(run: RunFiles) -> str:
     rows, evaluation = [], run.files["evaluation"]
     for score in scores(run):
         colour = "" if not score.sure else "good-text" if score.better else "bad-text"
@@ -219,7 +232,7 @@ def _track(score: Score) -> Html:
     return Html(f'<span class="range" aria-hidden="true">{between}{ends}</span>')
 
 
-def training(run: Run) -> str:
+def training(run: RunFiles) -> str:
     metrics, timing, best = run.lines["metrics"], run.lines["timing"], as_number(run.files["finished"].get("best_step"))
 
     def single(title: str, points: Sequence[charts.Point], unit: str = "", is_bytes: bool = False) -> str:
@@ -236,7 +249,7 @@ def training(run: Run) -> str:
     return body if any(drawn) else paragraph("todo", run.todo("No step has been recorded yet:", "train"))
 
 
-def samples(run: Run) -> str:
+def samples(run: RunFiles) -> str:
     rows = run.lines["predictions"]
     if not rows:
         return paragraph("todo", run.todo("No answers have been written yet:", "eval", recipe=False))
@@ -252,11 +265,11 @@ def samples(run: Run) -> str:
     return paragraph("lead", note) + "".join(_sample(row) for pair in zip_longest(bad, good) for row in pair if row)
 
 
-def _is_exact(row: Record) -> bool:
+def _is_exact(row: JsonObject) -> bool:
     return row.get("exact", row.get("tuned") == row.get("reference")) is True
 
 
-def _sample(row: Record) -> str:
+def _sample(row: JsonObject) -> str:
     css, badge = ("good", "✓ exact") if _is_exact(row) else ("bad", "✗ differs")
     answers = "".join(
         f'<div class="{key} {css}"><h4>{label_of(key)}</h4><p dir="auto">{excerpt(row.get(key))}</p></div>'
@@ -267,7 +280,7 @@ def _sample(row: Record) -> str:
     return f'<article class="card sample">{title}{prompt}<div class="answers">{answers}</div></article>'
 
 
-def data(run: Run) -> str:
+def data(run: RunFiles) -> str:
     ledger = run.files["data"]
     if not ledger:
         return paragraph("todo", run.todo("The data has not been checked yet:", "data check"))
@@ -286,7 +299,7 @@ def data(run: Run) -> str:
     return body + (f"<h3>Files</h3>{files}" if rows else "")
 
 
-def memory(run: Run) -> str:
+def memory(run: RunFiles) -> str:
     plan = run.files["plan"]
     seen = [value for _, value in points_of(run.lines["timing"], "memory_bytes") if value is not None]
     measured = as_number(run.files["finished"].get("peak_memory_bytes")) or max(seen, default=None)
@@ -299,11 +312,11 @@ def memory(run: Run) -> str:
     for name, value in {**classes, "Predicted peak": predicted, "Measured peak": measured}.items():
         css = "bar measured" if name.startswith("Measured") else "bar"
         bar = f'<span class="{css}" aria-hidden="true"><i style="width:{100 * (value or 0) / largest:.1f}%"></i></span>'
-        rows.append([name, Html(bar), bytes_text(value)])
+        rows.append([name, Html(bar), size_text(value)])
     note = "The peak has not been measured yet: no step is recorded."
     if measured and predicted:
         off = 100 * (predicted - measured) / measured
-        note = f"Predicted {bytes_text(predicted)}, measured {bytes_text(measured)}: the plan was "
+        note = f"Predicted {size_text(predicted)}, measured {size_text(measured)}: the plan was "
         note += f"{plain(abs(off), 2)} % too {'high' if off > 0 else 'low'}." if off else "exact."
     return f'{paragraph("lead", note)}<div class="card">{table({"Part": "key", "": "wide", "Size": "num"}, rows)}</div>'
 
@@ -317,7 +330,7 @@ _CERTIFIED = {  # what a certificate says of a candidate -> its column and wheth
 }  # fmt: skip
 
 
-def merge(run: Run) -> str:
+def merge(run: RunFiles) -> str:
     certificate = run.files["merge"]
     if not certificate:
         return paragraph("todo", run.todo("The adapter has not been merged yet:", "merge", recipe=False, rest=" out/"))
@@ -327,16 +340,17 @@ def merge(run: Run) -> str:
         [item.get("name"), item.get("dtype"), *(score_text(item.get(key), share) for key, (_, share) in said.items())]
         for item in candidates
     ]
-    kept, prompts, positions, path = (safe(certificate.get(key)) for key in ("chosen", "prompts", "positions", "path"))
+    keys = ("chosen", "prompts", "positions", "path")
+    name, prompts, positions, path = (safe(certificate.get(key)) for key in keys)
     names = [(item.get("name"), f"{item.get('name')} base, {item.get('dtype')}") for item in candidates]
     chosen = next((i for i, both in enumerate(names) if certificate.get("chosen") in both), -1)
     columns = {"Candidate": "key", "Type": "", **{title: "num" for title, _ in said.values()}}
     compared = f"{prompts} prompts, {positions} positions" if "positions" in certificate else f"{prompts} rows"
-    note = f"Compared on {compared}. Kept: <b>{kept}</b>, in <code>{path}</code>."
+    note = f"Compared on {compared}. Kept: <b>{name}</b>, in <code>{path}</code>."
     return paragraph("lead", note) + (f'<div class="card">{table(columns, rows, chosen)}</div>' if rows else "")
 
 
-def settings(run: Run) -> str:
+def settings(run: RunFiles) -> str:
     chosen, defaults, columns = [], [], {"Setting": "key", "Value": "code", "Origin": "", "Reason": ""}
     for name in run.files["origins"]:
         item = part(run.files["origins"], name)
@@ -351,13 +365,13 @@ def settings(run: Run) -> str:
     return body or paragraph("todo", "No recipe is stored in this run directory.")
 
 
-def environment(run: Run) -> str:
+def environment(run: RunFiles) -> str:
     return pairs(run.files["environment"]) if run.files["environment"] else paragraph("todo", "Not recorded.")
 
 
 def write_page(run_dir: Path) -> Path:
     """Write `run_dir`/report.html, whole or not at all, and return its path."""
-    run, here = Run(run_dir), Path(__file__).parent
+    run, here = RunFiles(run_dir), Path(__file__).parent
     template = (here / "page.html").read_text(encoding="utf-8")
     script = template.split("<script>")[1].split("</script>")[0]
     sections = (head, results, training, samples, data, memory, merge, settings, environment)

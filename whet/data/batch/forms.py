@@ -1,7 +1,7 @@
-"""A few fixed forms for batches of every length, so that a compiled layer and a captured step are made once for each.
+"""Choose a few fixed forms for batches of every length, so that layers are compiled and steps captured once for each.
 
-A GPU repeats what it has been prepared for many times faster than it does something new; real batches all differ. So
-the token counts of all batches of a run are known beforehand (the order is a function of the seed), a few are chosen
+A GPU repeats a step that it has been prepared for many times faster than it runs a new one; real batches all differ. So
+the token counts of all batches of a run are computed beforehand (the order is a function of the seed), a few are chosen
 that waste least, and every batch is filled up to the next one: its tokens with documents that teach nothing, its
 document ends and targets with entries that count for nothing. The filling is never counted as work.
 """
@@ -20,7 +20,8 @@ FORM_SAVES = 0.02  # another form costs a compilation and a graph's memory, so i
 
 @dataclass(frozen=True)
 class Form:
-    """What a batch is filled up to. tokens: T; documents: D; targets: M; longest: bound of a document's tokens.
+    """The fixed sizes that a batch is filled up to. tokens: T; documents: D; targets: M; longest: bound of a document's
+    tokens.
 
     row: the length of every document if all are the same, those that fill up too, else 0.
     """
@@ -34,7 +35,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Facts:
-    """Of each batch of a run, int64 [B]: real tokens, documents, targets, and its longest and shortest document."""
+    """Sizes of each batch of a run, int64 [B]: real tokens, documents, targets, longest and shortest document."""
 
     tokens: np.ndarray
     documents: np.ndarray
@@ -44,7 +45,8 @@ class Facts:
 
     @classmethod
     def of(cls, windows: Iterator[tuple[np.ndarray, np.ndarray]], per_unit: Facts) -> Facts:
-        """From (order of units, starts of the batches in it) of each epoch, and the facts of each unit."""
+        """The sizes of all batches, from (order of units, starts of the batches in it) of each epoch and the sizes of
+        each unit."""
         parts: list[list[np.ndarray]] = []
         for order, starts in windows:
             sums = [

@@ -1,7 +1,7 @@
-"""The ledger: what exactly is learned, counted over the whole set before the first step.
+"""The ledger: counts of rows and tokens to learn from, over the whole set, before the first step.
 
-Training on nothing looks like success (a loss of 0.0), and so does a model that never learns to stop. Both are
-countable before any model is loaded, so they are counted, shown, stored with the run and refused by name.
+Training on nothing looks like success (a loss of 0.0), and so does a model that never learns to stop. Both can be
+counted before any model is loaded, so they are counted, printed, stored with the run and refused by name.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Ledger:
     sha256: str = ""
 
     def count(self, train: Rows, evaluation: Rows, test: Rows, role: str) -> None:
-        """Fill in the counts of the finished rows. role: whose tokens are learned; `label`: one label a row."""
+        """Fill in the counts of the finished rows. role: the role whose tokens are learned; `label`: one label a
+        row."""
         self.rows_train, self.rows_eval, self.rows_test = len(train), len(evaluation), len(test)
         self.tokens, self.supervised_tokens = len(train.ids), train.targets
         self.supervised_by_role = {role: train.targets}
@@ -66,11 +67,11 @@ class Ledger:
         self.sha256 = train.sha256()
 
     def drop(self, file: str, row: int, reason: str) -> None:
-        """Note a row that is not used."""
+        """List a row that is not used, with the reason."""
         self.dropped.append({"file": file, "row": row, "reason": reason})
 
     def gate(self) -> None:
-        """Refuse to train on what cannot work. Raises UserError."""
+        """Refuse to train on no rows or on no targets. Raises UserError."""
         if not self.rows_train:
             raise UserError(
                 "no row is left to train on",

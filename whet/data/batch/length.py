@@ -1,4 +1,4 @@
-"""What happens to a row that is longer than `max_length`: always by a declared policy, always counted."""
+"""Fit rows that are longer than `max_length`: always by a declared policy, always counted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ LONGEST_BY_DEFAULT = 4096
 
 
 def longest_allowed(wanted: int | None, readable: int | None) -> int:
-    """The most tokens that a row may have, known before any row is. Raises UserError where the model cannot read it."""
+    """The most tokens that a row may have, before any row is tokenised. Raises UserError for more than the model can
+    read."""
     if wanted is None:
         return max(8, min(readable or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT))
     if readable is not None and wanted > readable:
@@ -25,7 +26,7 @@ def longest_allowed(wanted: int | None, readable: int | None) -> int:
 
 
 def too_long(file: str, row: int, tokens: int, limit: int) -> UserError:
-    """For a row of more than `limit` tokens under the policy `error`."""
+    """The error for a row of more than `limit` tokens under the policy `error`."""
     return UserError(
         "the row is longer than data.max_length", file=file, row=row, field="data.over_length",
         found=f"{tokens} tokens", expected=f"at most {limit}",
@@ -38,7 +39,7 @@ def choose_length(
 ) -> int:
     """The longest row in tokens: `wanted`, else the `longest` there is, as far as the model can read.
 
-    Raises UserError where the model cannot read so much.
+    Raises UserError for more than the model can read.
     """
     limit = longest_allowed(wanted, readable)
     if wanted is not None:
@@ -51,7 +52,7 @@ def choose_length(
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """The row as it is used (None: dropped) and how many tokens were lost."""
+    """A row after `fit`. tokens: the row, None if it is dropped; lost: tokens that were cut off."""
 
     tokens: Tokens | None
     lost: int
@@ -67,20 +68,20 @@ def fit(tokens: Tokens, max_length: int, policy: str) -> Fitted:
     if policy == "drop":
         return Fitted(None, len(tokens.ids))
     if policy == "truncate":
-        short = _chosen(tokens, np.arange(len(tokens.ids)) < max_length, tokens.prompts, False)
+        short = _selected(tokens, np.arange(len(tokens.ids)) < max_length, tokens.prompts, False)
         return Fitted(short, excess) if short.learned[1:].any() else Fitted(None, len(tokens.ids))
     assert policy == "truncate_prompt", policy
-    kept = np.ones(len(tokens.ids), dtype=bool)
+    keep = np.ones(len(tokens.ids), dtype=bool)
     left = excess
     for start, end in tokens.prompts:
         cut = min(left, end - start)
-        kept[start : start + cut] = False
+        keep[start : start + cut] = False
         left -= cut
     if left:
         return Fitted(None, len(tokens.ids))
-    return Fitted(_chosen(tokens, kept, [], tokens.closed), excess)
+    return Fitted(_selected(tokens, keep, [], tokens.closed), excess)
 
 
-def _chosen(tokens: Tokens, kept: np.ndarray, prompts: list[tuple[int, int]], closed: bool) -> Tokens:
-    weights = None if tokens.weights is None else tokens.weights[kept]
-    return Tokens(tokens.ids[kept], tokens.learned[kept], prompts, closed, weights, tokens.dropped)
+def _selected(tokens: Tokens, keep: np.ndarray, prompts: list[tuple[int, int]], closed: bool) -> Tokens:
+    weights = None if tokens.weights is None else tokens.weights[keep]
+    return Tokens(tokens.ids[keep], tokens.learned[keep], prompts, closed, weights, tokens.dropped)

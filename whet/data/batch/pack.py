@@ -1,4 +1,4 @@
-"""Documents into rows of a fixed length, best fit in decreasing order.
+"""Pack documents into rows of a fixed length, best fit in decreasing order.
 
 Each document goes into the fullest row that still has room for it; whole documents only, so nothing is cut. Best-fit
 decreasing wastes at most 2/9 more than the optimum (Johnson, 1973) and under 1 % on real lengths. The free capacities

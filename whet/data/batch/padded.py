@@ -1,8 +1,8 @@
-"""Rows of the tasks whose batches are padded: texts with labels, and sources with the answers written to them.
+"""Build the rows of tasks whose batches are padded: texts with labels, and sources with the answers to them.
 
-What a row becomes does not depend on its neighbours: no packing, no documents that share a row. A text that is too long
-is cut by default, because its label stays; an answer that is cut still ends with the end token, or the model would
-learn to go on for ever.
+A row does not depend on its neighbours: no packing, no documents that share a row. A text that is too long is cut by
+default, because its label stays; an answer that is cut still ends with the end token, or the model would learn to go on
+for ever.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from whet.data.batch.rows import Rows
 from whet.data.config import Data
 from whet.data.example import Example
 from whet.data.labels import contradictions, encode_texts, encode_typed, indices, label_counts, task_of
+from whet.data.template.tokenise import end_token
 from whet.engine.task import LABELLED, Task, TaskName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Decided = dict[str, tuple[object, str]]
-Sides = tuple[Sequence[Example], ...]
+Selections = tuple[Sequence[Example], ...]
 
 
 def task_for(
     format: str, train: Sequence[Example], held_out: Sequence[Example], wanted: TaskName | None,
     unlabelled: TaskName, decided: Decided,
 ) -> Task:  # fmt: skip
-    """The task that rows of `format` are for. wanted: what the recipe says; unlabelled: what rows without labels are
-    for. Raises UserError for rows that do not fit what is wanted."""
+    """The task of rows of `format`. wanted: the task in the recipe, if any; unlabelled: the task of rows without
+    labels. Raises UserError for rows that do not fit the wanted task."""
     has_labels = format == "classification"
     if wanted is None and unlabelled in LABELLED and not has_labels:
         raise UserError(
@@ -68,17 +69,17 @@ def task_for(
 
 
 def padded_rows(
-    data: Data, tokenizer: PreTrainedTokenizerFast, task: Task, sides: Sides, readable: int | None, ledger: Ledger,
+    data: Data, tokenizer: PreTrainedTokenizerFast, task: Task, sides: Selections, readable: int | None, ledger: Ledger,
     decided: Decided,
 ) -> tuple[list[Rows], int]:  # fmt: skip
     """(rows of each of `sides`: to learn from, held out, for a test; longest row in tokens). Raises UserError."""
     policy = _policy(data, task, decided)
     make = _Labelled if task.labelled else _Pairs
-    made = [make(tokenizer, examples, ledger) for examples in sides]
-    longest = max((side.longest for side in made), default=8)
+    built = [make(tokenizer, examples, ledger) for examples in sides]
+    longest = max((side.longest for side in built), default=8)
     max_length = choose_length(data.max_length, longest, readable, decided)
     ledger.policy = {"over_length": policy, "max_length": max_length}
-    train, held, test = (side.rows(task, max_length, policy) for side in made)
+    train, held, test = (side.rows(task, max_length, policy) for side in built)
     ledger.count(train, held, test, "label" if task.labelled else "answer")
     if task.labelled:
         ledger.contradictory_rows = contradictions([example for side in sides for example in side])
@@ -90,7 +91,7 @@ def padded_rows(
 
 
 def _policy(data: Data, task: Task, decided: Decided) -> str:
-    """What happens to rows that are too long; refuses settings that cannot take effect."""
+    """The policy for rows that are too long; refuses settings that cannot take effect. Raises UserError."""
     for name in ("packing", "padding_free"):
         if getattr(data, name):
             raise UserError(
@@ -131,11 +132,12 @@ class _Side:
         self.tokenizer, self.examples, self.ledger = tokenizer, examples, ledger
 
     def rows(self, task: Task, limit: int, policy: str) -> Rows:
-        """All examples of at most `limit` tokens, and what `policy` leaves of the others."""
+        """The rows of all examples of at most `limit` tokens, and of the others as `policy` fits them."""
         raise NotImplementedError
 
     def _too_long(self, example: Example, tokens: int, limit: int, policy: str) -> bool:
-        """Count an example that is too long; whether it is to be cut. Raises UserError under the policy `error`."""
+        """Count an example that is too long; returns True if it is to be cut. Raises UserError under the policy
+        `error`."""
         self.ledger.rows_over_length += 1
         if policy == "error":
             raise too_long(example.file, example.row, tokens, limit)
@@ -153,12 +155,12 @@ class _Labelled(_Side):
     def __init__(self, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], ledger: Ledger) -> None:
         super().__init__(tokenizer, examples, ledger)
         nothing = (np.zeros(0, np.int32), np.zeros(0, np.int8))
-        self.found: list[tuple[np.ndarray, np.ndarray]] = [nothing] * len(examples)
+        self.encoded: list[tuple[np.ndarray, np.ndarray]] = [nothing] * len(examples)
         for paired in (False, True):  # a file may have both
-            chosen = [place for place, example in enumerate(examples) if (example.text_pair is not None) == paired]
-            for place, row in zip(chosen, self._encoded([examples[place] for place in chosen]), strict=True):
-                self.found[place] = row
-        self.longest = max((len(ids) for ids, _ in self.found), default=8)
+            chosen = [index for index, example in enumerate(examples) if (example.text_pair is not None) == paired]
+            for index, row in zip(chosen, self._encoded([examples[index] for index in chosen]), strict=True):
+                self.encoded[index] = row
+        self.longest = max((len(ids) for ids, _ in self.encoded), default=8)
 
     def _encoded(self, examples: Sequence[Example], limit: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
         """Token ids and types of examples that all have a pair, or none has one."""
@@ -168,25 +170,25 @@ class _Labelled(_Side):
         return encode_typed(self.tokenizer, texts, pairs, limit)
 
     def rows(self, task: Task, limit: int, policy: str) -> Rows:
-        """Texts with their labels as indices or values."""
-        kept: list[tuple[int, np.ndarray, np.ndarray]] = []
-        for source, (example, (ids, types)) in enumerate(zip(self.examples, self.found, strict=True)):
+        """The rows of the texts, with their labels as indices or values."""
+        parts: list[tuple[int, np.ndarray, np.ndarray]] = []
+        for source, (example, (ids, types)) in enumerate(zip(self.examples, self.encoded, strict=True)):
             if not len(ids):
                 self.ledger.rows_without_target += 1
                 self.ledger.drop(example.file, example.row, "a text without a token")
             elif len(ids) <= limit:
-                kept.append((source, ids, types))
+                parts.append((source, ids, types))
             elif self._too_long(example, len(ids), limit, policy):
                 ((ids, types),) = self._encoded([example], limit)
-                kept.append((source, ids, types))
-        rows = Rows.whole([(source, ids) for source, ids, _ in kept], learned=False)
-        types = np.concatenate([types for _, _, types in kept]) if kept else np.zeros(0, np.int8)
+                parts.append((source, ids, types))
+        rows = Rows.whole([(source, ids) for source, ids, _ in parts], learned=False)
+        types = np.concatenate([types for _, _, types in parts]) if parts else np.zeros(0, np.int8)
         labels = indices(task, self.examples)[rows.sources]
         return replace(rows, labels=labels, types=types if types.any() else None)
 
 
 class _Pairs(_Side):
-    """Sources, and the answers that are written when they were read."""
+    """Sources, which an encoder reads, and the answers that a decoder writes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], ledger: Ledger) -> None:
         super().__init__(tokenizer, examples, ledger)
@@ -195,25 +197,25 @@ class _Pairs(_Side):
         self.longest = max((len(ids) for ids in (*self.sources, *self.targets)), default=8)
 
     def rows(self, task: Task, limit: int, policy: str) -> Rows:
-        """Source and answer each keep to `limit`. truncate_prompt cuts the source, truncate the answer as well."""
-        kept: list[tuple[int, np.ndarray, np.ndarray]] = []
+        """Rows, each source and answer of at most `limit` tokens; truncate_prompt cuts the source, truncate both."""
+        parts: list[tuple[int, np.ndarray, np.ndarray]] = []
         rows = zip(self.examples, self.sources, self.targets, strict=True)
         for source, (example, ids, answer) in enumerate(rows):
             longest = max(len(ids), len(answer))
             if longest <= limit:
-                kept.append((source, ids, answer))
+                parts.append((source, ids, answer))
                 continue
             cut = "drop" if policy == "truncate_prompt" and len(answer) > limit else policy
             if self._too_long(example, longest, limit, cut):
                 (ids,) = encode_texts(self.tokenizer, [source_text(example)], max_length=limit)
                 (answer,) = _targets(self.tokenizer, [example.answer], limit)
-                kept.append((source, ids, answer))
-        answers = Rows.whole([(source, answer) for source, _, answer in kept], learned=True)
-        return replace(Rows.whole([(source, ids) for source, ids, _ in kept], learned=False), answers=answers)
+                parts.append((source, ids, answer))
+        answers = Rows.whole([(source, answer) for source, _, answer in parts], learned=True)
+        return replace(Rows.whole([(source, ids) for source, ids, _ in parts], learned=False), answers=answers)
 
 
 def source_text(example: Example) -> str:
-    """What the encoder reads of a conversation of one turn: the system message, a blank line, the question.
+    """The encoder's input for a conversation of one turn: the system message, a blank line, the question.
 
     Raises UserError for a longer conversation.
     """
@@ -230,16 +232,11 @@ def source_text(example: Example) -> str:
 def _targets(
     tokenizer: PreTrainedTokenizerFast, answers: Sequence[str], max_length: int | None = None
 ) -> list[np.ndarray]:
-    """Ids of answers, each closed by the end token, without which the model would never learn to stop."""
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise UserError(
-            "the tokenizer has no end token, so generation could never stop", field="model.tokenizer",
-            fix="set eos_token in its tokenizer_config.json",
-        )  # fmt: skip
-    found = []
+    """Token ids of answers, each closed by the end token, without which the model would never learn to stop."""
+    end, targets = end_token(tokenizer), []
     for ids in encode_texts(tokenizer, answers):
-        closed = ids if len(ids) and ids[-1] == end else np.append(ids, np.int32(end))  # type: ignore[arg-type]
-        cut = max_length is not None and len(closed) > max_length
-        found.append(np.append(closed[: max_length - 1], np.int32(end)) if cut else closed)  # type: ignore[operator]
-    return found
+        closed = ids if len(ids) and ids[-1] == end else np.append(ids, np.int32(end))
+        if max_length is not None and len(closed) > max_length:
+            closed = np.append(closed[: max_length - 1], np.int32(end))
+        targets.append(closed)
+    return targets

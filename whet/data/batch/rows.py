@@ -11,12 +11,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rows:
-    """ids: token ids of all rows, int32 [N]; learned: True where a token is a target, bool [N]; starts: int64 [R+1].
+    """R rows of N tokens in all. ids: token ids, int32 [N]; learned: the loss mask, True where a token is a target,
+    bool [N]; starts: first token of each row, and N, int64 [R+1].
 
-    sources: index of each row's example in the order of reading, int64 [R]. labels: what rows with a label are asked
-    for, int64 [R], float32 [R] or float32 [R, C]; types: token types of pairs of texts, int8 [N]; answers: what is
-    written when row i was read, its tokens all learned; weights: factor on the loss of each token, float32 [N], None:
-    1 for all.
+    sources: index of each row's example in the order of reading, int64 [R]. labels: int64 [R], float32 [R] or float32
+    [R, C]; types: token types of pairs of texts, int8 [N]; answers: the rows that a decoder writes for these, their
+    tokens all learned; weights: factor on the loss of each token, float32 [N], None: 1 for all.
     """
 
     ids: np.ndarray
@@ -30,14 +30,13 @@ class Rows:
 
     @classmethod
     def whole(cls, parts: Iterable[tuple[int, np.ndarray]], *, learned: bool) -> Rows:
-        """From (source, ids) of each row, whose tokens are all learned (by a decoder that has a start token), or none
-        is."""
-        found = cls.gather((source, ids, np.zeros(len(ids), bool)) for source, ids in parts)
-        return replace(found, learned=np.full(len(found.ids), learned))
+        """Gather (source, ids) of rows whose tokens are all learned (by a decoder that has a start token), or none."""
+        rows = cls.gather((source, ids, np.zeros(len(ids), bool)) for source, ids in parts)
+        return replace(rows, learned=np.full(len(rows.ids), learned))
 
     @classmethod
     def gather(cls, parts: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> Rows:
-        """From (source, ids, learned) of each row. A row's first token is never a target: nothing predicts it."""
+        """Gather (source, ids, learned) of rows. A row's first token is never a target: nothing predicts it."""
         ids, learned, starts, sources = [], [], [0], []
         for source, row_ids, row_learned in parts:
             ids.append(np.asarray(row_ids, dtype=np.int32))
@@ -62,7 +61,7 @@ class Rows:
         return self.ids[span], self.learned[span]
 
     def span(self, index: int) -> slice:
-        """Where the tokens of one row lie."""
+        """The span of one row's tokens in the arrays."""
         return slice(self.starts[index], self.starts[index + 1])
 
     @property
@@ -72,13 +71,13 @@ class Rows:
 
     @property
     def targets(self) -> int:
-        """What is learned in all rows: labels, tokens of answers, or tokens."""
+        """Count of targets in all rows: labels, tokens of answers, or learned tokens."""
         if self.labels is not None:
             return len(self.labels)
         return int(self.learned.sum()) if self.answers is None else self.answers.targets
 
     def sha256(self) -> str:
-        """Of everything that training sees."""
+        """The hash of everything that training reads of the rows."""
         digest = hashlib.sha256()
         for array in (self.ids, self.learned, self.starts):
             digest.update(np.ascontiguousarray(array).tobytes())

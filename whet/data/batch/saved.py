@@ -1,4 +1,4 @@
-"""Prepared rows as files of plain numbers and one JSON object, and back: what the cache keeps."""
+"""Save prepared rows as files of plain numbers and one JSON object, and load them: the content of a cache entry."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ def save(prepared: Any, folder: Path) -> dict[str, Any]:
     """Write the arrays of `prepared` (a `Prepared`) that are not in files of `folder` yet; returns the JSON part."""
     arrays: dict[str, Any] = {}
 
-    def keep(name: str, value: Any) -> None:
+    def write(name: str, value: Any) -> None:
         if isinstance(value, Rows):
             for field in fields(Rows):
-                keep(f"{name}.{field.name}", getattr(value, field.name))
+                write(f"{name}.{field.name}", getattr(value, field.name))
         elif value is not None:
-            place = folder / name
-            if not (isinstance(value, np.memmap) and Path(str(value.filename)) == place):
-                np.ascontiguousarray(value).tofile(place)
+            path = folder / name
+            if not (isinstance(value, np.memmap) and Path(str(value.filename)) == path):
+                np.ascontiguousarray(value).tofile(path)
             arrays[name] = [str(value.dtype), list(value.shape)]
 
     for name in ROWS:
-        keep(name, getattr(prepared, name))
+        write(name, getattr(prepared, name))
     for name in SELECTIONS:
         for part, value in getattr(prepared, name).arrays().items():
-            keep(f"{name}.{part}", value)
+            write(f"{name}.{part}", value)
     for number, examples in enumerate(prepared.benchmarks.values()):
         for part, value in examples.arrays().items():
-            keep(f"benchmark{number}.{part}", value)
+            write(f"benchmark{number}.{part}", value)
     if prepared.bins is not None:
-        keep("bins.rows", np.concatenate([np.zeros(0, np.int64), *(np.asarray(unit) for unit in prepared.bins)]))
-        keep("bins.sizes", np.array([len(unit) for unit in prepared.bins], np.int64))
+        write("bins.rows", np.concatenate([np.zeros(0, np.int64), *(np.asarray(unit) for unit in prepared.bins)]))
+        write("bins.sizes", np.array([len(unit) for unit in prepared.bins], np.int64))
     return {
         "arrays": arrays, "ledger": prepared.ledger.as_dict(), "max_length": prepared.max_length,
         "decided": {name: list(pair) for name, pair in prepared.decided.items()}, "task": asdict(prepared.task),

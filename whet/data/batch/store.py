@@ -1,8 +1,8 @@
-"""Examples on disk: as many as there are, in memory only those that are looked at.
+"""Store examples on disk, any number of them, with only those in memory that are in use.
 
 Everything that happens between reading and tokenising (splitting, mixing, finding duplicates) needs a few numbers of
-each row, and its text once. So texts go to a file as they are read, one JSON line each, and what is kept is 8 bytes for
-its place, 4 for its size and 8 for its id. Rows are read and not mapped, so that they leave no pages in the process.
+each row, and its text once. So texts go to a file as they are read, one JSON line each, and memory holds 8 bytes for
+its offset, 4 for its size and 8 for its id. Rows are read and not mapped, so that they leave no pages in the process.
 Gives up: a random look at a row costs two system calls and some parsing, about 20 microseconds.
 """
 
@@ -28,21 +28,21 @@ class Lines:
     def __init__(self, file: BinaryIO) -> None:
         self.file, self._lock = file, threading.Lock()
 
-    def read(self, place: int, size: int) -> bytes:
-        """`size` bytes from `place` on."""
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on."""
         with self._lock:
-            self.file.seek(place)
+            self.file.seek(offset)
             return self.file.read(size)
 
 
 class Examples(Sequence[Example]):
     """A selection of the examples in a file. ids: uint64 [N], the ids of the examples as numbers."""
 
-    def __init__(self, lines: Lines, places: np.ndarray, sizes: np.ndarray, ids: np.ndarray) -> None:
-        self._lines, self._places, self._sizes, self.ids = lines, places, sizes, ids
+    def __init__(self, lines: Lines, offsets: np.ndarray, sizes: np.ndarray, ids: np.ndarray) -> None:
+        self._lines, self._offsets, self._sizes, self.ids = lines, offsets, sizes, ids
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -51,7 +51,7 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | Examples:
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
-        return from_json(self._lines.read(int(self._places[index]), int(self._sizes[index])).decode())
+        return from_json(self._lines.read(int(self._offsets[index]), int(self._sizes[index])).decode())
 
     def __iter__(self) -> Iterator[Example]:
         return map(from_json, self.lines())
@@ -61,37 +61,37 @@ class Examples(Sequence[Example]):
         start = 0
         while start < len(self):
             end = self._run(start)
-            begin = int(self._places[start])
-            size = int(self._places[end - 1]) + int(self._sizes[end - 1]) - begin
+            begin = int(self._offsets[start])
+            size = int(self._offsets[end - 1]) + int(self._sizes[end - 1]) - begin
             block = self._lines.read(begin, size)
             for index in range(start, end):
-                at = int(self._places[index]) - begin
-                yield block[at : at + int(self._sizes[index])].decode()
+                begins = int(self._offsets[index]) - begin
+                yield block[begins : begins + int(self._sizes[index])].decode()
             start = end
 
     def _run(self, start: int) -> int:
         """End of the rows from `start` that lie in ascending order within TOGETHER_BYTES."""
-        window = self._places[start : start + 4096].astype(np.int64)
+        window = self._offsets[start : start + 4096].astype(np.int64)
         apart = (np.diff(window) < 0) | (window[1:] - window[0] > TOGETHER_BYTES)
         return start + (int(np.argmax(apart)) + 1 if apart.any() else len(window))
 
     def take(self, chosen: np.ndarray) -> Examples:
         """The examples at the indices (or where the mask is True), in that order."""
-        return Examples(self._lines, self._places[chosen], self._sizes[chosen], self.ids[chosen])
+        return Examples(self._lines, self._offsets[chosen], self._sizes[chosen], self.ids[chosen])
 
     def joined(self, other: Examples) -> Examples:
         """These examples and then the others, which are in the same file."""
         assert self._lines is other._lines
-        pairs = ((self._places, other._places), (self._sizes, other._sizes), (self.ids, other.ids))
+        pairs = ((self._offsets, other._offsets), (self._sizes, other._sizes), (self.ids, other.ids))
         return Examples(self._lines, *(np.concatenate(pair) for pair in pairs))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `opened` needs beside the file."""
-        return {"places": self._places, "sizes": self._sizes, "ids": self.ids}
+        """The arrays that `opened` needs beside the file."""
+        return {"places": self._offsets, "sizes": self._sizes, "ids": self.ids}
 
 
 class Store:
-    """Takes examples in and writes them to `path`, or to a file without a name that goes with the process."""
+    """Writes examples to `path`, or to a file without a name that goes with the process."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._file: BinaryIO = tempfile.TemporaryFile() if path is None else path.open("w+b")  # type: ignore[assignment]  # noqa: SIM115
@@ -108,17 +108,17 @@ class Store:
         return len(self._ids)
 
     def finish(self) -> Examples:
-        """All that was added."""
+        """All examples that were added."""
         self._file.flush()
         sizes = np.frombuffer(self._sizes, np.uint32) if self._sizes else np.zeros(0, np.uint32)
         ids = np.frombuffer(self._ids, np.uint64) if self._ids else np.zeros(0, np.uint64)
-        places = np.zeros(len(sizes), np.uint64)
-        np.cumsum(sizes[:-1], out=places[1:], dtype=np.uint64)
-        return Examples(Lines(self._file), places, sizes, ids)
+        offsets = np.zeros(len(sizes), np.uint64)
+        np.cumsum(sizes[:-1], out=offsets[1:], dtype=np.uint64)
+        return Examples(Lines(self._file), offsets, sizes, ids)
 
 
 def stored(examples: Iterable[Example]) -> Examples:
-    """The examples in a file without a name."""
+    """Store the examples in a file without a name."""
     store = Store()
     for example in examples:
         store.add(example)
@@ -126,5 +126,5 @@ def stored(examples: Iterable[Example]) -> Examples:
 
 
 def opened(path: Path, arrays: dict[str, np.ndarray]) -> Examples:
-    """Examples that were written to `path`; arrays: of `Examples.arrays`."""
+    """Open examples that were written to `path`; arrays: of `Examples.arrays`."""
     return Examples(Lines(path.open("rb")), arrays["places"], arrays["sizes"], arrays["ids"])

@@ -1,7 +1,7 @@
-"""What can be seen in one answer alone, as bits and short forms: the rest is the set's business (`detect.answers`).
+"""Signs that can be seen in one answer alone, as bits and short forms; `detect.answers` compares them over the set.
 
-Each sign is narrow on purpose. A list may end without a full stop, code may end anywhere, a poem repeats itself:
-what is called prose here is a last line of eight words or more that is no list, heading, table, code or address.
+Each sign is narrow on purpose. A list may end without a full stop, code may end anywhere, a poem repeats itself: prose
+here means a last line of eight words or more that is no list, heading, table, code or address.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from enum import IntFlag
 
 
 class Signs(IntFlag):
-    """What one answer shows; 16 bits at most."""
+    """Signs of one answer as flags; 16 bits at most."""
 
     EMPTY = 1
     NO_WORDS = 2
@@ -32,9 +32,9 @@ class Signs(IntFlag):
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """flags: `Signs`. start, end: the sign with which the answer and its last line begin; label: the whole answer
-    where it is short; keys: the field names of an object, as JSON. None where there is none."""
+class AnswerSigns:
+    """All signs of one answer. flags: `Signs`; start, end: the sign with which the answer and its last line begin;
+    label: the whole answer if it is short; keys: the field names of an object, as JSON. None where there is none."""
 
     characters: int
     flags: int
@@ -71,11 +71,11 @@ _CLOSED = re.compile(r"[.!?…。！？:;)\]}\"'”’」』》*_~`%℃$]$|[^\w\
 _MARK = re.compile(r"\S{1,24}")
 
 
-def signs_of(answer: str, question: str) -> Seen:
+def signs_of(answer: str, question: str) -> AnswerSigns:
     """The signs of `answer`, given the user's last message."""
     text = answer.strip()
     if not text:
-        return Seen(0, Signs.EMPTY | Signs.NOT_JSON, None, None, "", None)
+        return AnswerSigns(0, Signs.EMPTY | Signs.NOT_JSON, None, None, "", None)
     flags = Signs(0)
     if not any(map(str.isalnum, text)):
         flags |= Signs.NO_WORDS
@@ -92,7 +92,7 @@ def signs_of(answer: str, question: str) -> Seen:
         flags |= Signs.NOT_JSON | _end_signs(text)
     last = text.rsplit("\n", 1)[-1].strip()
     label = text if len(text) <= _LABEL_CHARACTERS and "\n" not in text else None
-    return Seen(len(text), int(flags), _mark(text), _mark(last) if last != text else None, label, keys)
+    return AnswerSigns(len(text), int(flags), _mark(text), _mark(last) if last != text else None, label, keys)
 
 
 def _folded(text: str) -> str:
@@ -100,14 +100,14 @@ def _folded(text: str) -> str:
 
 
 def _mark(line: str) -> str | None:
-    """The first word of a line where it is a sign (####, Answer:, <think>), not a word of the language."""
+    """The first word of a line if it is a sign (####, Answer:, <think>), not a word of the language."""
     match = _MARK.match(line)
     word = match[0] if match else ""
     return word if len(word) > 1 and re.search(r"[:#<>\]\[=*{}|]", word) else None
 
 
 def _end_signs(text: str) -> Signs:
-    """How the text ends."""
+    """The signs of the text's end."""
     flags = Signs(0)
     fences = _FENCE.findall(text)
     if len(fences) % 2 and not text.endswith(fences[-1]):
@@ -127,7 +127,7 @@ def _end_signs(text: str) -> Signs:
 
 
 def _json(text: str) -> tuple[bool, str | None]:
-    """Whether the whole text is a JSON object or list, and the field names of an object in order of the alphabet."""
+    """(True if the whole text is a JSON object or list, the field names of an object in order of the alphabet)."""
     if text[0] not in "{[" or text[-1] not in "}]":
         return False, None
     try:
@@ -138,7 +138,7 @@ def _json(text: str) -> tuple[bool, str | None]:
 
 
 def _repeats(text: str) -> bool:
-    """Whether a phrase of six words, or 24 characters where there are no spaces, makes up half of a long text.
+    """True if a phrase of six words, or 24 characters where there are no spaces, makes up half of a long text.
 
     Compression is the cheap first look: text that is written for the first time shrinks to a half or a third.
     """
@@ -152,7 +152,7 @@ def _repeats(text: str) -> bool:
     width = 6
     if len(words) < len(head) / 15:
         words, width = list(head), 24
-    grams = Counter(tuple(words[place : place + width]) for place in range(len(words) - width + 1))
+    grams = Counter(tuple(words[start : start + width]) for start in range(len(words) - width + 1))
     if not grams:
         return False
     gram, count = grams.most_common(1)[0]
@@ -160,7 +160,7 @@ def _repeats(text: str) -> bool:
 
 
 def _same_lines(text: str, count: int) -> bool:
-    """Not a table or list of code, whose lines differ by a word: most lines or sentences occur again as a whole."""
+    """True if most lines or sentences occur again as a whole; those of a table or a list differ by a word."""
     parts = [part.strip() for part in re.split(r"[\n.!?。]", text) if part.strip()]
     again = sum(number for number in Counter(parts).values() if number > 1)
     return len(parts) < 3 or 2 * again >= len(parts)

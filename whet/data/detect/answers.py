@@ -1,11 +1,11 @@
-"""Answers that would teach something unwanted: empty, cut off, repeating, refusing, or unlike all the others.
+"""Find answers that would teach something unwanted: empty, cut off, repeating, refusing, or unlike all the others.
 
 An answer is judged by the set it stands in. A missing full stop means nothing among chat lines and a lot where 98 of
-100 answers end with one; so the rows are read once, a few numbers are kept of each (about 40 bytes), and what most
-rows do is known before any row is called an exception. Whatever fewer than `CLOSE_SHARE` or `FORM_SHARE` of the rows
-do is nobody's rule, and is not reported against anyone.
-What it gives up: whether an answer is true, and anything that only a reader can tell. A finding is a question to the
-owner of the data, meant to be right nearly always; it is better to miss one.
+100 answers end with one; so the rows are read once, a few numbers of each are stored (about 40 bytes), and the habits
+of most rows are known before any row is called an exception. A habit of fewer than `CLOSE_SHARE` or `FORM_SHARE` of the
+rows is no rule, and no row is reported for breaking it.
+Gives up: whether an answer is true, and anything that only a reader can tell. A finding is a question to the owner of
+the data, meant to be right nearly always; it is better to miss one.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ LONG_ANSWER = 80
 
 
 @dataclass
-class _Form:
-    """How often each form occurs, by number; forms beyond the limit are all -1, of which nothing is said."""
+class _Frequencies:
+    """The form of each row and how often each form occurs, by number; forms beyond the limit all have the number -1,
+    which is never reported."""
 
     numbers: dict[str, int] = field(default_factory=dict)
     counts: Counter[int] = field(default_factory=Counter)
@@ -49,7 +50,7 @@ class _Form:
         self.rows.append(number)
 
     def usual(self) -> tuple[int, str] | None:
-        """Number and form that at least `FORM_SHARE` of all rows have, if there is one."""
+        """The number and the form that at least `FORM_SHARE` of all rows have, if there is one."""
         for number, count in self.counts.most_common(1):
             if count >= FORM_SHARE * len(self.rows):
                 return number, next(name for name, known in self.numbers.items() if known == number)
@@ -61,10 +62,10 @@ class Answers:
 
     def __init__(self) -> None:
         self._files: dict[str, int] = {}
-        self._places = (array("i"), array("q"))
+        self._positions = (array("i"), array("q"))
         self._lengths = array("i")
         self._flags = array("H")
-        self._forms = {name: _Form() for name in ("start", "end", "label", "keys")}
+        self._forms = {name: _Frequencies() for name in ("start", "end", "label", "keys")}
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -74,13 +75,13 @@ class Answers:
         if not example.messages or (example.messages[-1].tool_calls and not example.answer):
             return
         question = next((m.content for m in reversed(example.question) if m.role == "user"), "")
-        found = signs_of(example.answer or "", question or "")
-        self._places[0].append(self._files.setdefault(example.file, len(self._files)))
-        self._places[1].append(example.row)
-        self._lengths.append(found.characters)
-        self._flags.append(found.flags)
+        signs = signs_of(example.answer or "", question or "")
+        self._positions[0].append(self._files.setdefault(example.file, len(self._files)))
+        self._positions[1].append(example.row)
+        self._lengths.append(signs.characters)
+        self._flags.append(signs.flags)
         for name, form in self._forms.items():
-            form.add(getattr(found, name))
+            form.add(getattr(signs, name))
 
     def findings(self) -> Iterator[Removed]:
         """One record for each row that has something against it, in order of adding; the gravest reason wins."""
@@ -89,16 +90,16 @@ class Answers:
         for index in range(len(self)):
             for kind, reason, applies in rules:
                 if applies(index):
-                    yield Removed(files[self._places[0][index]], self._places[1][index], reason, kind)
+                    yield Removed(files[self._positions[0][index]], self._positions[1][index], reason, kind)
                     break
 
     def as_dict(self) -> dict[str, Any]:
         """kinds: rows of each kind; examples: the first few of each; usual: what most answers do."""
         kinds, examples = Counter[str](), list[dict[str, str | int]]()
-        for found in self.findings():
-            kinds[found.kind] += 1
-            if kinds[found.kind] <= SHOWN:
-                examples.append({"file": found.file, "row": found.row, "kind": found.kind, "reason": found.reason})
+        for odd in self.findings():
+            kinds[odd.kind] += 1
+            if kinds[odd.kind] <= SHOWN:
+                examples.append({"file": odd.file, "row": odd.row, "kind": odd.kind, "reason": odd.reason})
         return {"answers": len(self), "kinds": dict(kinds.most_common()), "examples": examples, "usual": self.usual()}
 
     def usual(self) -> list[str]:
@@ -112,7 +113,7 @@ class Answers:
         return sum(bool(flags & flag) for flags in self._flags) / max(1, len(self))
 
     def _alone(self) -> list[_Rule]:
-        """What is wrong in any set, unless it is what the set is about."""
+        """Rules for answers that are odd in any set, unless so many are that the set is about them."""
         rules: list[_Rule] = []
         for kind, flag, reason, limit in (
             ("empty", Signs.EMPTY, "the answer is empty", 1.0),
@@ -131,7 +132,8 @@ class Answers:
         return rules
 
     def _lengths_apart(self) -> list[_Rule]:
-        """Far outside what nearly all answers keep to, by a factor and not by a rank: there need not be any."""
+        """Rules for lengths far outside those of nearly all answers, by a factor and not by a rank: perhaps no row has
+        one."""
         if len(self) < ENOUGH_ROWS:
             return []
         ordered, last = sorted(self._lengths), len(self) - 1
@@ -145,7 +147,7 @@ class Answers:
         ]  # fmt: skip
 
     def _cut_off(self) -> list[_Rule]:
-        """Open brackets or fences where the others are closed, and a last sentence that stops where others end."""
+        """Rules for brackets or code fences that stay open, and for a last sentence that stops in the middle."""
         rules: list[_Rule] = [("truncated", "the answer stops in the middle", self._flag(Signs.STOPS))]
         if self._share(Signs.OPEN_FENCE) <= 0.02:
             rules.append(("truncated", "code fences do not come in pairs", self._flag(Signs.OPEN_FENCE)))
@@ -160,7 +162,7 @@ class Answers:
         return rules
 
     def _form(self) -> list[_Rule]:
-        """What nearly all answers look like, and who does not."""
+        """Rules for answers without the form that nearly all have: JSON, its fields, a few labels, a beginning."""
         if len(self) < ENOUGH_ROWS:
             return []
         rules: list[_Rule] = []
@@ -179,10 +181,10 @@ class Answers:
             rules.append(("format", f"not one of the {len(labels)} answers that the others give: {names}",
                           lambda index: rows[index] not in known))  # fmt: skip
             return rules
-        for name, place in (("start", "beginning"), ("end", "last line beginning")):
+        for name, position in (("start", "beginning"), ("end", "last line beginning")):
             usual = self._forms[name].usual()
             if usual is not None and json_share < FORM_SHARE:
-                rules.append(("format", f'not {place} with "{usual[1]}"', self._unlike(name, usual[0])))
+                rules.append(("format", f'not {position} with "{usual[1]}"', self._unlike(name, usual[0])))
         return rules
 
     def _unlike(self, name: str, number: int) -> Callable[[int], bool]:

@@ -1,4 +1,4 @@
-"""Words that must not be in the rows: block lists of the user's own, matched all at once.
+"""Find words that must not be in the rows: block lists of the user's own, matched all at once.
 
 A file holds one word or phrase a line, `#` starts a comment, and `re:` a regular expression. Case, Unicode form and
 the kind of white space do not matter. A word in letters that are written with spaces between words (Latin, Cyrillic,
@@ -7,7 +7,7 @@ anywhere, because particles follow it without a space.
 
 All words become one pattern that shares their beginnings, so the time does not grow with each word of the list.
 Regular expressions are the user's; each has a time limit a row, so that a bad one is an error and not a hang.
-What it gives up: spelling that is meant to escape a list (`s h i t`); that is what `re:` is for.
+Gives up: spelling that is meant to escape a list (`s h i t`); that is what `re:` is for.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def folded(text: str) -> str:
 
 @dataclass(frozen=True)
 class BlockList:
-    """words: how many words and phrases; the patterns find them in folded text."""
+    """The words of one or more files as patterns. words: how many words and phrases; the patterns find them in folded
+    text."""
 
     words: int
     free: regex.Pattern[str] | None
@@ -50,7 +51,8 @@ class BlockList:
 
     @classmethod
     def read(cls, paths: Sequence[str]) -> BlockList:
-        """From files. Raises UserError with file and line for what cannot be read or is no regular expression."""
+        """Read a block list from files. Raises UserError, with file and line, for a file that cannot be read and for a
+        line that is no regular expression."""
         words: set[str] = set()
         expressions = []
         for path in paths:
@@ -72,13 +74,13 @@ class BlockList:
         return cls(len(words), _pattern(words - spaced, ""), _pattern(spaced, _SPACED), tuple(expressions))
 
     def find(self, text: str) -> list[str]:
-        """The words of the list that `text` holds, each once, in order of place; regular expressions last."""
+        """The words of the list that `text` holds, each once, in order of position; regular expressions last."""
         plain = folded(text)
-        found: dict[str, int] = {}
+        offsets: dict[str, int] = {}
         for pattern in (self.free, self.bounded):
             for match in pattern.finditer(plain) if pattern else ():
-                found.setdefault(" ".join(match[0].split()), match.start())
-        words = sorted(found, key=lambda word: found[word])
+                offsets.setdefault(" ".join(match[0].split()), match.start())
+        words = sorted(offsets, key=lambda word: offsets[word])
         for pattern, path, row in self.expressions:
             try:
                 hit = pattern.search(text, timeout=SECONDS_A_ROW)
@@ -102,16 +104,16 @@ def _lines(path: str) -> list[str]:
 
 def _expression(source: str, path: str, row: int) -> regex.Pattern[str]:
     try:
-        found = regex.compile(source, regex.IGNORECASE)
+        expression = regex.compile(source, regex.IGNORECASE)
     except regex.error as error:
         problem = f"not a regular expression: {error}"
         raise UserError(problem, "escape its signs with \\, or remove `re:`", path, row, found=source) from error
-    if found.search("") is not None:
+    if expression.search("") is not None:
         raise UserError(
             "the regular expression matches every text", "make it ask for at least one character", path, row,
             found=source,
         )  # fmt: skip
-    return found
+    return expression
 
 
 def _pattern(words: set[str], border: str) -> regex.Pattern[str] | None:
@@ -143,14 +145,15 @@ def _escaped(text: str) -> str:
 
 @dataclass
 class Blocked:
-    """What was found so far. words: rows that hold each word; rows: rows that hold any; examples: the first few."""
+    """Counts of blocked words so far. words: rows that hold each word; rows: rows that hold any; examples: the first
+    few."""
 
     rows: int = 0
     words: Counter[str] = field(default_factory=Counter)
     examples: list[dict[str, str | int]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json` and the page."""
+        """Plain values for `--json` and the HTML page."""
         return {"rows": self.rows, "words": dict(self.words.most_common(50)), "examples": self.examples}
 
 
@@ -159,16 +162,16 @@ def without_blocked(
 ) -> Iterator[Example]:
     """The examples, without those that hold a word of the list where `action` is drop. Every message is looked at.
 
-    seen: counts what is found. note: called once for each row that is dropped.
+    seen: counts the words. note: called once for each row that is dropped.
     """
     for example in examples:
-        found = list(dict.fromkeys(word for text in texts(example) for word in words.find(text)))
-        if found:
+        blocked = list(dict.fromkeys(word for text in texts(example) for word in words.find(text)))
+        if blocked:
             seen.rows += 1
-            seen.words.update(found)
+            seen.words.update(blocked)
             if len(seen.examples) < SHOWN:
-                seen.examples.append({"file": example.file, "row": example.row, "word": found[0]})
+                seen.examples.append({"file": example.file, "row": example.row, "word": blocked[0]})
             if action == "drop":
-                note(Removed(example.file, example.row, f"on the block list: {', '.join(found[:3])}", "blocklist"))
+                note(Removed(example.file, example.row, f"on the block list: {', '.join(blocked[:3])}", "blocklist"))
                 continue
         yield example

@@ -1,10 +1,10 @@
-"""Rows that are the same text, and rows that are nearly the same: which, how similar, and in what clusters.
+"""Find rows that are the same text, and rows that are nearly the same: which, how similar, and in what clusters.
 
 Two texts are the same when they are equal after `normalised`: canonical Unicode (NFC), case folded, every run of white
 space one space. Punctuation stays, since "Really?" and "Really!" may carry different labels. They are near duplicates
 when the edit distance of the normalised texts (insertions, deletions, substitutions of characters) is at most
 1 - similarity of the longer one: a definition that anybody can check by hand, unlike a score of sketches. Sketches
-(`data.minhash`) only propose pairs; rapidfuzz decides each one exactly, so there is no false alarm by construction.
+(`detect.minhash`) only propose pairs; rapidfuzz decides each one exactly, so there is no false alarm by construction.
 Texts of fewer than 1 / (1 - similarity) characters have no near duplicates, only equal ones.
 
 Everything is decided by content: the order of rows, the machine and PYTHONHASHSEED change nothing. Gives up: texts that
@@ -24,7 +24,7 @@ from whet.base.errors import UserError
 from whet.data.detect.minhash import Sketches, edits_allowed, may_be_near, meetings, sketches
 
 SIMILARITY = 0.9
-LEAST_SIMILARITY = 0.9  # what the bands of data.minhash are chosen for
+LEAST_SIMILARITY = 0.9  # for which the bands of detect.minhash are chosen
 BATCH = 1 << 14
 KEPT_CHARACTERS = 1 << 24
 MOST_COMPARISONS = 100  # of one text with longer ones; a text of banking77 needs 3 on average
@@ -32,7 +32,7 @@ MOST_COMPARISONS = 100  # of one text with longer ones; a text of banking77 need
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Of R rows. first: the first row of each row's cluster, int64 [R] (a row that is alone names itself).
+    """Duplicates among R rows. first: the first row of each row's cluster, int64 [R] (of a row that is alone, itself).
 
     same: the first row with the same normalised text, int64 [R]. pairs: the near duplicates that tie the clusters
     together, int64 [P, 2], each text by its first row, a < b, ascending: one fewer than the texts of a cluster, so
@@ -48,12 +48,12 @@ class Duplicates:
 
     @property
     def repeated(self) -> np.ndarray:
-        """Rows whose text stands in an earlier row, int64 [D]: what removing exact duplicates would remove."""
+        """Rows whose text stands in an earlier row, int64 [D]: those that removing exact duplicates would remove."""
         return np.flatnonzero(self.same != np.arange(len(self.same)))
 
     @property
     def removable(self) -> np.ndarray:
-        """Rows that are not the first of their cluster, int64 [D]: what keeping one row of each would remove."""
+        """Rows that are not the first of their cluster, int64 [D]: those that keeping one row of each would remove."""
         return np.flatnonzero(self.first != np.arange(len(self.first)))
 
     def clusters(self) -> list[np.ndarray]:
@@ -124,17 +124,17 @@ def _near(
 ) -> list[Duplicates]:
     _check(similarity)
     unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    found = sketches((normalised(texts[int(row)]) for row in first.tolist()), len(first))
-    order = np.argsort(found.lengths, kind="stable")
-    found, rows = found.reordered(order), first[order]
+    sketched = sketches((normalised(texts[int(row)]) for row in first.tolist()), len(first))
+    order = np.argsort(sketched.lengths, kind="stable")
+    sketched, rows = sketched.reordered(order), first[order]
     where: list[np.ndarray | None] = [None]
     if sides is not None:
         there = np.zeros((count, len(unique)), bool)
         there[sides, inverse] = True
         where = [(there[0] + 2 * side)[order] for side in there[1:].astype(np.uint8)]
     written = _Written(texts, rows)
-    links = [_Links(written, found, rows, similarity, bits) for bits in where]
-    for a, b, crowded in meetings(found, similarity):
+    links = [_Links(written, sketched, rows, similarity, bits) for bits in where]
+    for a, b, crowded in meetings(sketched, similarity):
         for each in links:
             each.meet(a, b, crowded)
     same = first[inverse].astype(np.int64)
@@ -174,34 +174,34 @@ class _Forest:
 
 
 class _Written:
-    """Texts in their normal form, read when they meet and kept while there is room: alike texts meet many others."""
+    """Texts in their normal form, read when they are compared and cached, since alike texts are compared with many."""
 
     def __init__(self, texts: Sequence[str], rows: np.ndarray) -> None:
         self.texts, self.rows = texts, rows
-        self.kept: dict[int, str] = {}
+        self.cache: dict[int, str] = {}
         self.characters = 0
 
     def of(self, texts: np.ndarray) -> dict[int, str]:
         """The normal forms of some texts by their indices, int64 [N]."""
         if self.characters > KEPT_CHARACTERS:
-            self.kept, self.characters = {}, 0
+            self.cache, self.characters = {}, 0
         for text in texts.tolist():
-            if text not in self.kept:
-                self.kept[text] = normalised(self.texts[int(self.rows[text])])
-                self.characters += len(self.kept[text])
-        return self.kept
+            if text not in self.cache:
+                self.cache[text] = normalised(self.texts[int(self.rows[text])])
+                self.characters += len(self.cache[text])
+        return self.cache
 
 
 class _Links:
-    """Compares pairs that are not in one cluster yet, so what is kept is bounded by rows and not by pairs.
+    """Compares pairs that are not in one cluster yet, so memory is bounded by rows and not by pairs.
 
     rows: the first row of each text. where: uint8, bit 0 or 1 set where the text is on that side; None: no sides.
     """
 
     def __init__(
-        self, written: _Written, found: Sketches, rows: np.ndarray, similarity: float, where: np.ndarray | None
+        self, written: _Written, sketched: Sketches, rows: np.ndarray, similarity: float, where: np.ndarray | None
     ) -> None:
-        self.written, self.found, self.rows, self.similarity, self.where = written, found, rows, similarity, where
+        self.written, self.sketched, self.rows, self.similarity, self.where = written, sketched, rows, similarity, where
         self.forest = _Forest(np.arange(len(rows)))
         self.crowded = np.zeros(len(rows), bool)
         self.compared = np.zeros(len(rows), np.int32)
@@ -218,7 +218,7 @@ class _Links:
         if crowded:
             self.crowded[a] = True
             return
-        near = may_be_near(self.found, a, b, self.similarity)
+        near = may_be_near(self.sketched, a, b, self.similarity)
         a, b = a[near], b[near]
         left = self.compared[a] < MOST_COMPARISONS
         self.crowded[a[~left]] = True
@@ -231,7 +231,7 @@ class _Links:
             self.flattened = len(self.pairs)
 
     def duplicates(self, same: np.ndarray) -> Duplicates:
-        """What was found, its pairs in order of rows. same: as `Duplicates` has it."""
+        """The duplicates of all pairs so far, the pairs in order of rows. same: as in `Duplicates`."""
         pairs = np.asarray(self.pairs, np.int64).reshape(-1, 2)
         order = np.lexsort((pairs[:, 1], pairs[:, 0]))
         pairs, alike = pairs[order], np.asarray(self.alike, np.float64)[order]

@@ -1,10 +1,10 @@
-"""Which languages the rows are in: by script, and for Latin letters by their commonest words.
+"""Tell the languages of rows apart: by script, and for Latin letters by their commonest words.
 
 A letter of Hangul or Kana names its language at once, so counting letters is exact and fast where a model would be
 slow and guess. English is told from other languages in Latin letters by function words, which make up about half of
 any English sentence. A word of Latin letters among Korean is a name or a term, not a second language: a row is mixed
 only when the second script holds a good part of it.
-What it gives up: telling Cyrillic or Latin languages other than English apart, and a text of one or two words.
+Gives up: telling Cyrillic or Latin languages other than English apart, and a text of one or two words.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def language(text: str) -> Language:
 
 
 def languages(text: str) -> tuple[Language, ...]:
-    """The same, and after it each other language that holds at least a quarter of the text and 15 letters."""
+    """The language of most of `text`, then each other one that holds at least a quarter of it and 15 letters."""
     text = text[:_HEAD]
     if not text.strip():
         return ("none",)
@@ -103,7 +103,7 @@ def _without_letters(text: str) -> Language:
 
 
 def _latin(words: list[str]) -> tuple[Language, int]:
-    """(which, how many of its function words): English when they outnumber those of other languages and accents.
+    """(language, number of its function words): English when they outnumber those of other languages and accents.
 
     One or two words of plain ASCII without any are called English, as that is what such words mostly are.
     """
@@ -117,7 +117,8 @@ def _latin(words: list[str]) -> tuple[Language, int]:
 
 @dataclass
 class LanguageMix:
-    """Rows of each language so far; mixed: rows with more than one, by pair; examples: the first few mixed rows."""
+    """Counts of the rows of each language so far. mixed: rows with more than one, by pair; examples: the first few of
+    those."""
 
     rows: Counter[Language] = field(default_factory=Counter)
     mixed: Counter[str] = field(default_factory=Counter)
@@ -125,10 +126,10 @@ class LanguageMix:
 
     def add(self, text: str, file: str, row: int) -> None:
         """Count one row."""
-        found = languages(text)
-        self.rows[found[0]] += 1
-        if len(found) > 1:
-            pair = "+".join(found)
+        present = languages(text)
+        self.rows[present[0]] += 1
+        if len(present) > 1:
+            pair = "+".join(present)
             self.mixed[pair] += 1
             if len(self.examples) < _SHOWN:
                 self.examples.append({"file": file, "row": row, "languages": pair})

@@ -1,6 +1,6 @@
-"""What is on two sides: rows of a test, an evaluation or a benchmark that training has seen, and contradictory rows.
+"""Find rows on two sides (a test, an evaluation or a benchmark that training has seen), and contradictory rows.
 
-Three measures of sameness, each said by its own number, since they ask for different deeds: identical (bit for bit),
+Three measures of sameness, each with its own count, since they call for different actions: identical (bit for bit),
 same (equal after `duplicates.normalised`), near (an edit distance of at most 1 - similarity of the longer text). A
 score on leaked rows measures memory, not skill. Contradictions are the other half: one text with two labels or answers
 teaches neither. Gives up: the same question in other words, which takes a model to see.
@@ -86,11 +86,11 @@ def leaks(sides: Mapping[str, Sequence[str]], similarity: float | None = SIMILAR
             fix="name the evaluation data, or a benchmark file",
         )  # fmt: skip
     keys = _keys(sides)
-    return [leak for place in range(len(names) - 1) for leak in _against(names[place:], sides, keys, similarity)]
+    return [leak for index in range(len(names) - 1) for leak in _against(names[index:], sides, keys, similarity)]
 
 
 def leaks_of_first(sides: Mapping[str, Sequence[str]], similarity: float | None = SIMILARITY) -> list[Leak]:
-    """The same for the first side against each other one alone, of which there may be none."""
+    """The leaks between the first side and each other one alone, of which there may be none; as `leaks`."""
     return _against(list(sides), sides, _keys(sides), similarity) if len(sides) > 1 else []
 
 
@@ -106,19 +106,19 @@ def _keys(sides: Mapping[str, Sequence[str]]) -> _Keys:
 def _against(
     names: list[str], sides: Mapping[str, Sequence[str]], every: _Keys, similarity: float | None
 ) -> list[Leak]:
-    """What the first of `names` shares with each other one."""
+    """The leaks between the first of `names` and each other one."""
     keys = every[False]
     near: Sequence[Duplicates | None] = [None] * (len(names) - 1)
     if similarity is not None:
         side_of = np.repeat(np.arange(len(names)), [len(keys[name]) for name in names])
         joined = _Joined([sides[name] for name in names])
         near = near_across(joined, side_of, len(names), similarity, keys=np.concatenate([keys[n] for n in names]))
-    found, start = [], len(keys[names[0]])
+    result, start = [], len(keys[names[0]])
     for of, across in zip(names[1:], near, strict=True):
         span = slice(start, start + len(keys[of]))
-        found.append(_leak(names[0], of, every[True], keys, span, across, similarity))
+        result.append(_leak(names[0], of, every[True], keys, span, across, similarity))
         start = span.stop
-    return found
+    return result
 
 
 def contradictions(keys: np.ndarray, answers: np.ndarray) -> Contradictions:
@@ -149,7 +149,7 @@ def _leak(
     into: str, of: str, written: dict[str, np.ndarray], keys: dict[str, np.ndarray], span: slice,
     near: Duplicates | None, similarity: float | None,
 ) -> Leak:  # fmt: skip
-    """Of one pair of sides. span: the rows of `of` among all rows that `near` knows; those of `into` come first."""
+    """The leak of one pair of sides. span: the rows of `of` among all rows of `near`; those of `into` come first."""
     identical = np.flatnonzero(np.isin(written[of], written[into]))
     same, here = np.isin(keys[of], keys[into]), np.isin(keys[into], keys[of])
     seen = here
@@ -157,9 +157,9 @@ def _leak(
     pairs, alike = np.stack([a, b], axis=1), np.ones(len(a))
     near_of = same
     if near is not None:
-        near_into, near_here, tied, found = _between(near, slice(0, len(keys[into])), span)
+        near_into, near_here, tied, similarities = _between(near, slice(0, len(keys[into])), span)
         seen, near_of = seen | near_into, same | near_here
-        pairs, alike = np.concatenate([pairs, tied]), np.concatenate([alike, found])
+        pairs, alike = np.concatenate([pairs, tied]), np.concatenate([alike, similarities])
     order = np.lexsort((pairs[:, 0], pairs[:, 1]))
     return Leak(
         into, of, identical, np.flatnonzero(same), np.flatnonzero(near_of), np.flatnonzero(here),
@@ -167,19 +167,19 @@ def _leak(
     )  # fmt: skip
 
 
-def _between(found: Duplicates, one: slice, other: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _between(duplicates: Duplicates, one: slice, other: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(bool rows of one, bool rows of other, pairs int64 [P, 2], similarity float64 [P]) of two spans of rows."""
-    nowhere = len(found.same)
+    nowhere = len(duplicates.same)
     firsts = []
     for span in (one, other):
         first = np.full(nowhere, nowhere, np.int64)
-        np.minimum.at(first, found.same[span], np.arange(span.stop - span.start))
+        np.minimum.at(first, duplicates.same[span], np.arange(span.stop - span.start))
         firsts.append(first)
-    pairs = np.concatenate([found.pairs, found.pairs[:, ::-1]])
-    alike = np.concatenate([found.similarity, found.similarity])
+    pairs = np.concatenate([duplicates.pairs, duplicates.pairs[:, ::-1]])
+    alike = np.concatenate([duplicates.similarity, duplicates.similarity])
     there = (firsts[0][pairs[:, 0]] < nowhere) & (firsts[1][pairs[:, 1]] < nowhere)
     pairs, alike = pairs[there], alike[there]
-    marked = [np.isin(found.same[span], pairs[:, side]) for side, span in enumerate((one, other))]
+    marked = [np.isin(duplicates.same[span], pairs[:, side]) for side, span in enumerate((one, other))]
     tied = np.stack([firsts[0][pairs[:, 0]], firsts[1][pairs[:, 1]]], axis=1)
     return marked[0], marked[1], tied, alike
 

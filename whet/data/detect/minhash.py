@@ -1,4 +1,4 @@
-"""Which texts may be near duplicates: MinHash over character trigrams, banded (LSH), then two exact bounds.
+"""Propose pairs of near duplicates: MinHash over character trigrams, banded (LSH), then two exact bounds.
 
 Trigrams of characters need no words, so Korean and texts of twelve characters work as English pages do. They are
 counted, not only noted: the second "ㅋㅋㅋ" of a text is another element than the first. So two texts of n characters
@@ -10,7 +10,7 @@ the edit distance from below; the rest is for the caller to compare exactly.
 In numpy, not from a library: on short Korean reviews and one core a sketch takes 11 µs (rensa 0.5.0: 19 µs, datasketch
 2.0.0: 230 µs), and no release of a library can change which pairs are found. Memory is 300 bytes a row. Gives up: in a
 bucket with more than `NEIGHBOURS` rows of like length, a row meets only those next to it, or one template filled in a
-million times would cost 10¹² comparisons; it is said which rows met such a bucket.
+million times would cost 10¹² comparisons; the rows that met such a bucket are reported.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ CHUNK_CHARACTERS = 1 << 20
 MOST_TRIGRAMS = 512  # of a longer text those of the lowest hashes, which are a fair sample of it
 BITS = 256
 FLIPPED_BY_AN_EDIT = 4  # a substitution removes two bigrams and adds two
-OPEN, CLOSE = "\ue000", "\ue001"  # private use: what no text begins or ends with
+OPEN, CLOSE = "\ue000", "\ue001"  # private use: no text begins or ends with them
 _LOW = np.uint64(0xFFFFFFFF)
 
 
 @dataclass(frozen=True)
 class Sketches:
-    """Of R texts: bands uint32 [BANDS, R], bits uint64 [R, BITS / 64] of bigrams, lengths int64 [R] in characters."""
+    """Sketches of R texts: bands uint32 [BANDS, R], bits uint64 [R, BITS / 64] of bigrams, lengths int64 [R] in
+    characters."""
 
     bands: np.ndarray
     bits: np.ndarray
     lengths: np.ndarray
 
     def reordered(self, order: np.ndarray) -> Sketches:
-        """The same for texts in another order."""
+        """The sketches of the texts in another order."""
         bands = self.bands
         for band in bands:
             band[:] = band[order]
@@ -67,31 +68,31 @@ def edits_allowed(longer: np.ndarray, similarity: float) -> np.ndarray:
     return np.floor((1 - similarity) * longer + 1e-9).astype(np.int64)
 
 
-def meetings(found: Sketches, similarity: float) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+def meetings(sketched: Sketches, similarity: float) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     """(a, b, crowded): rows int64 [P] that share a bucket and whose lengths allow the similarity, nearest first.
 
     Lengths must ascend; b is never the shorter text. A pair comes once for each bucket that it shares. crowded: there
     are more partners for each a than are given.
     """
-    for band in found.bands:
+    for band in sketched.bands:
         order = np.argsort(band, kind="stable")
-        keys, sizes = band[order], found.lengths[order]
-        places = np.arange(len(order))
+        keys, sizes = band[order], sketched.lengths[order]
+        one = np.arange(len(order))
         for step in range(1, NEIGHBOURS + 2):
-            places = places[: np.searchsorted(places, len(order) - step)]
-            other = places + step
+            one = one[: np.searchsorted(one, len(order) - step)]
+            other = one + step
             allowed = edits_allowed(sizes[other], similarity)
-            meets = (keys[places] == keys[other]) & (sizes[other] - sizes[places] <= allowed)
-            places, other = places[meets], other[meets]
-            if not len(places):
+            meets = (keys[one] == keys[other]) & (sizes[other] - sizes[one] <= allowed)
+            one, other = one[meets], other[meets]
+            if not len(one):
                 break
-            yield order[places], order[other], step > NEIGHBOURS
+            yield order[one], order[other], step > NEIGHBOURS
 
 
-def may_be_near(found: Sketches, a: np.ndarray, b: np.ndarray, similarity: float) -> np.ndarray:
+def may_be_near(sketched: Sketches, a: np.ndarray, b: np.ndarray, similarity: float) -> np.ndarray:
     """False for pairs of rows whose bigrams rule the similarity out, bool [P]. b: the longer texts."""
-    flips = np.bitwise_count(found.bits[a] ^ found.bits[b]).sum(axis=1, dtype=np.int64)
-    return flips <= FLIPPED_BY_AN_EDIT * edits_allowed(found.lengths[b], similarity)
+    flips = np.bitwise_count(sketched.bits[a] ^ sketched.bits[b]).sum(axis=1, dtype=np.int64)
+    return flips <= FLIPPED_BY_AN_EDIT * edits_allowed(sketched.lengths[b], similarity)
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -135,14 +136,14 @@ def _counted(hashes: np.ndarray, owners: np.ndarray, rows: int) -> tuple[np.ndar
     missing = np.flatnonzero(np.bincount(owners, minlength=rows) == 0)
     hashes = np.concatenate([hashes, np.zeros(len(missing), np.uint64)])
     coded = np.sort(np.concatenate([owners, missing]).astype(np.uint64) << np.uint64(32) | hashes)
-    places = np.arange(len(coded))
+    index = np.arange(len(coded))
     first = np.concatenate([[True], coded[1:] != coded[:-1]])
-    copies = places - np.maximum.accumulate(np.where(first, places, 0))
+    copies = index - np.maximum.accumulate(np.where(first, index, 0))
     rows_of = (coded >> np.uint64(32)).astype(np.int64)
     starts = np.searchsorted(rows_of, np.arange(rows))
-    kept = places - starts[rows_of] < MOST_TRIGRAMS
+    sampled = index - starts[rows_of] < MOST_TRIGRAMS
     elements = mixed((coded & _LOW) + (copies.astype(np.uint64) << np.uint64(32)))
-    return (elements[kept] >> np.uint64(32)).astype(np.uint32), np.searchsorted(rows_of[kept], np.arange(rows))
+    return (elements[sampled] >> np.uint64(32)).astype(np.uint32), np.searchsorted(rows_of[sampled], np.arange(rows))
 
 
 def _bands(elements: np.ndarray, starts: np.ndarray) -> np.ndarray:

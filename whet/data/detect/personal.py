@@ -1,10 +1,10 @@
-"""Personal data in the rows: found, counted, shown without being shown, or replaced by what it was.
+"""Find personal data in the rows, count it, and mask it or replace it by placeholders such as [EMAIL].
 
 Digits with a check digit, keys with a known start and e-mail addresses have a shape of their own, so patterns and
-arithmetic find them at a speed no model has, the same on every run. One search first tells that most texts have
-nothing to look at. A finding that could as well be an order number is not reported: what is reported is meant to be
-right nearly always, so that `redact` does not eat prices and dates.
-What it gives up: names and addresses of people; anything in a script whose digits are not folded here.
+arithmetic find them at a speed no model has, the same on every run. One search first tells that most texts hold none. A
+number that could as well be an order number is not reported: a finding is meant to be right nearly always, so that
+`redact` does not eat prices and dates.
+Gives up: names and addresses of people; anything in a script whose digits are not folded here.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ PLACEHOLDERS: Mapping[Kind, str] = {
 }
 SHOWN = 5
 Action = Literal["report", "redact", "drop"]
-# One character for one, so that places in the folded text are places in the text.
+# One character for one, so that an offset in the folded text is the same offset in the text.
 _FOLD = str.maketrans("０１２３４５６７８９＠．：（）＋－–—‐‑‒−\u00a0\u3000", "0123456789@.:()+-------  ")
 
 
 class Finding(NamedTuple):
-    """kind: what it is. start, end: where it lies in the text, in characters."""
+    """A piece of personal data. kind: its kind; start, end: its span in the text, in characters."""
 
     kind: Kind
     start: int
@@ -48,14 +48,14 @@ class Finding(NamedTuple):
 
 
 def find(text: str) -> list[Finding]:
-    """Personal data in `text`, in order of place, none overlapping another."""
+    """Personal data in `text`, in order, none overlapping another."""
     folded = text if text.isascii() else text.translate(_FOLD)
     rules = [rule for gate, group in GROUPS if gate.search(folded) for rule in group]
-    found: list[tuple[int, int, Kind, int]] = [
+    spans: list[tuple[int, int, Kind, int]] = [
         (span[0], rank, rule.kind, span[1]) for rank, rule in enumerate(rules) for span in _spans(rule, folded)
     ]
     taken: list[tuple[int, int, Kind, int]] = []
-    for now in sorted(found):
+    for now in sorted(spans):
         if taken and now[0] < taken[-1][3]:
             if taken[-1][1] <= now[1]:
                 continue
@@ -65,7 +65,7 @@ def find(text: str) -> list[Finding]:
 
 
 def _spans(rule: Rule, text: str) -> Iterator[tuple[int, int]]:
-    """Where `rule` finds something. An earlier rule is the surer one and keeps what a later one claims as well."""
+    """The spans that `rule` finds. An earlier rule is the surer one and keeps a span that a later one claims too."""
     for match in rule.pattern.finditer(text):
         if rule.near and not rule.near.search(text[max(0, match.start() - NEAR) : match.start()]):
             continue
@@ -76,31 +76,31 @@ def _spans(rule: Rule, text: str) -> Iterator[tuple[int, int]]:
 
 def redact(text: str, findings: Sequence[Finding]) -> str:
     """`text` with each finding replaced by its placeholder, such as [EMAIL]. findings: as `find` gives them."""
-    parts, place = [], 0
+    parts, position = [], 0
     for kind, start, end in findings:
-        parts += [text[place:start], PLACEHOLDERS[kind]]
-        place = end
-    return "".join([*parts, text[place:]])
+        parts += [text[position:start], PLACEHOLDERS[kind]]
+        position = end
+    return "".join([*parts, text[position:]])
 
 
 def masked(text: str, finding: Finding) -> str:
-    """The finding as a report may show it: its first two characters and its shape, at most 24 characters."""
-    found = text[finding.start : finding.end]
-    hidden = "".join("•" if character.isalnum() else character for character in found[2:24])
-    return f"{found[:2]}{hidden}{'…' if len(found) > 24 else ''}"
+    """The finding, masked for a report: its first two characters and its shape, at most 24 characters."""
+    value = text[finding.start : finding.end]
+    hidden = "".join("•" if character.isalnum() else character for character in value[2:24])
+    return f"{value[:2]}{hidden}{'…' if len(value) > 24 else ''}"
 
 
 @dataclass
 class PersonalData:
-    """What was found so far. kinds: findings of each kind; rows: rows that hold any; examples: the first few of each
-    kind, masked."""
+    """Counts of personal data so far. kinds: findings of each kind; rows: rows that hold any; examples: the first few
+    of each kind, masked."""
 
     rows: int = 0
     kinds: Counter[Kind] = field(default_factory=Counter)
     examples: list[dict[str, str | int]] = field(default_factory=list)
 
     def redacted(self, example: Example) -> Example:
-        """`example` with placeholders, itself where nothing was found; counts what it finds. The id stays."""
+        """`example` with placeholders, or itself if it holds no personal data; counts the findings. The id stays."""
         hits = [(text, findings) for text in texts(example) if (findings := find(text))]
         if not hits:
             return example
@@ -109,12 +109,12 @@ class PersonalData:
             for finding in findings:
                 self.kinds[finding.kind] += 1
                 if self.kinds[finding.kind] <= SHOWN:
-                    place: dict[str, str | int] = {"file": example.file, "row": example.row}
-                    self.examples.append({**place, "kind": finding.kind, "shown": masked(text, finding)})
+                    position: dict[str, str | int] = {"file": example.file, "row": example.row}
+                    self.examples.append({**position, "kind": finding.kind, "shown": masked(text, finding)})
         return with_texts(example, lambda text: redact(text, find(text)))
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json` and the page."""
+        """Plain values for `--json` and the HTML page."""
         return {"rows": self.rows, "kinds": dict(self.kinds.most_common()), "examples": self.examples}
 
 
@@ -123,7 +123,7 @@ def without_personal_data(
 ) -> Iterator[Example]:
     """The examples as `action` wants them, in order: as they are, redacted, or without those that hold any.
 
-    seen: counts what is found. note: called once for each row that was changed or dropped.
+    seen: counts the findings. note: called once for each row that was changed or dropped.
     """
     for example in examples:
         before = seen.kinds.copy()

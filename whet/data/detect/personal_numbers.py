@@ -1,4 +1,4 @@
-"""Check digits and number plans: what tells a card, account or resident number from digits that only look like one.
+"""Check digits and number plans, which tell a card, account or resident number from digits that only look like one.
 
 Plain arithmetic from the public definitions: ISO/IEC 7812-1 (Luhn), ISO 13616 (IBAN, mod 97), the Korean resident
 registration rules and those of the Korean tax service, the US Social Security Administration's list of numbers that
@@ -46,16 +46,16 @@ _KOREAN_CARD = ("94", "94", (16,))  # cards that work in Korea alone
 
 
 def luhn(digits: str) -> bool:
-    """Whether the last digit is right by ISO/IEC 7812-1."""
+    """True if the last digit is right by ISO/IEC 7812-1."""
     total = 0
-    for place, digit in enumerate(reversed(digits)):
-        value = int(digit) * (1 + place % 2)
+    for index, digit in enumerate(reversed(digits)):
+        value = int(digit) * (1 + index % 2)
         total += value - 9 if value > 9 else value
     return total % 10 == 0
 
 
 def card(digits: str, *, grouped: bool) -> bool:
-    """Whether an issuer has such a prefix and length and the last digit is right. grouped: written in groups."""
+    """True if an issuer has such a prefix and length and the last digit is right. grouped: written in groups."""
     plans = (*_CARD_PREFIXES, _KOREAN_CARD) if grouped else _CARD_PREFIXES
     fits = any(
         len(digits) in lengths and low <= digits[: len(low)] <= high
@@ -71,7 +71,7 @@ def iban_length(country: str) -> int | None:
 
 
 def iban(text: str) -> bool:
-    """Whether `text` (letters and digits, no spaces) has the length of its country and is 1 modulo 97."""
+    """True if `text` (letters and digits, no spaces) has the length of its country and is 1 modulo 97."""
     if len(text) != _IBAN_LENGTHS.get(text[:2]) or not (text.isascii() and text.isalnum()):
         return False
     return int("".join(str(int(c, 36)) for c in text[4:] + text[:4])) % 97 == 1
@@ -90,32 +90,32 @@ def resident_date(digits: str) -> date | None:
 
 
 def resident(digits: str) -> bool:
-    """Whether the check digit of a resident registration number is right; foreigners' numbers (5 to 8) differ by 2."""
+    """True if the check digit of a resident registration number is right; foreigners' numbers (5 to 8) differ by 2."""
     total = sum(int(digit) * weight for digit, weight in zip(digits[:12], (*range(2, 10), *range(2, 6)), strict=True))
     base = 13 if digits[6] in "5678" else 11
     return (base - total % 11) % 10 == int(digits[12])
 
 
 def barcode(digits: str) -> bool:
-    """Whether 13 digits are a Korean article number (EAN-13 from 880), many of which begin like a date."""
-    total = sum(int(digit) * (1 + 2 * (place % 2)) for place, digit in enumerate(digits))
+    """True if 13 digits are a Korean article number (EAN-13 from 880), many of which begin like a date."""
+    total = sum(int(digit) * (1 + 2 * (index % 2)) for index, digit in enumerate(digits))
     return digits.startswith("880") and total % 10 == 0
 
 
 def business(digits: str) -> bool:
-    """Whether the check digit of a ten-digit Korean business registration number is right."""
+    """True if the check digit of a ten-digit Korean business registration number is right."""
     total = sum(int(d) * w for d, w in zip(digits[:9], (1, 3, 7, 1, 3, 7, 1, 3, 5), strict=True))
     total += int(digits[8]) * 5 // 10
     return int(digits[0]) > 0 and (10 - total % 10) % 10 == int(digits[9])
 
 
 def social_security(digits: str) -> bool:
-    """Whether a US social security number could have been issued: no 000, 666 or 9xx, no 00, no 0000."""
+    """True if a US social security number could have been issued: no 000, 666 or 9xx, no 00, no 0000."""
     return digits[:3] not in ("000", "666") and digits[0] != "9" and digits[3:5] != "00" and digits[5:] != "0000"
 
 
 def ipv4(text: str) -> bool:
-    """Whether it is an address of a host: not a net mask, not this machine, not a multicast group."""
+    """True for the address of a host: not a net mask, not this machine, not a multicast group."""
     parts = text.split(".")
     if any(int(part) > 255 or (len(part) > 1 and part[0] == "0") for part in parts):
         return False
@@ -123,11 +123,11 @@ def ipv4(text: str) -> bool:
 
 
 def ipv6(text: str) -> bool:
-    """Whether it is a global, unique local or link-local address that is not just a net."""
+    """True for a global, unique local or link-local address that is not just a net."""
     try:
-        found = ipaddress.IPv6Address(text)
+        address = ipaddress.IPv6Address(text)
     except ValueError:
         return False
-    head = int(found) >> 112
+    head = int(address) >> 112
     known = 0x2000 <= head < 0x4000 or 0xFC00 <= head < 0xFE00 or 0xFE80 <= head < 0xFEC0
-    return known and int(found) & ((1 << 64) - 1) != 0
+    return known and int(address) & ((1 << 64) - 1) != 0

@@ -1,14 +1,13 @@
 """The shapes of personal data in English and Korean text: one rule a kind of number or key, the surest first.
 
-A rule is a pattern, what must stand before it where the shape alone could be anything (`near`), and a check of the
-digits that says where the finding really lies. Rules look for ASCII: the caller folds full-width characters first.
+A rule is a pattern, a word that must stand before it where the shape alone could be anything (`near`), and a check of
+the digits that gives the exact span. Rules look for ASCII: the caller folds full-width characters first.
 Korean particles follow a number without a space, so that a border is "no digit, no Latin letter", never `\\b`.
 
 Every pattern is linear in the text: repetitions are bounded, or what they may hold cannot start the next one.
-What it gives up: names and street addresses, which need a model; numbers that are read out in words; phone numbers in
-the national form of other countries; e-mail addresses with letters beyond ASCII; company lines
-such as 1588-1234, which nobody is known by and which look like years; nine bare digits of a US passport without the
-word beside them.
+Gives up: names and street addresses, which need a model; numbers that are read out in words; phone numbers in the
+national form of other countries; e-mail addresses with letters beyond ASCII; company lines such as 1588-1234, which
+identify no person and look like years; nine bare digits of a US passport without the word beside them.
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ NEAR = 40
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """near: what the 40 characters before must end with. check: where the finding lies, None for a false alarm."""
+    """One kind of personal data and how to find it. near: pattern of the end of the 40 characters before; check: gives
+    the span of the finding, None for a false alarm."""
 
     kind: Kind
     pattern: re.Pattern[str]
@@ -53,7 +53,7 @@ _FILES = ("js", "ts")
 
 
 def _shape(pattern: str, flags: int = 0) -> re.Pattern[str]:
-    """A letter or digit is a Latin one: Korean may touch what is looked for."""
+    """Compile a pattern in which letters and digits are Latin ones: Korean may touch the finding."""
     return re.compile(pattern, re.ASCII | flags)
 
 
@@ -69,24 +69,24 @@ def _email(match: re.Match[str]) -> Span | None:
 
 
 def _iban(match: re.Match[str]) -> Span | None:
-    """Of the country's length, whatever follows: letters after it may be the next word."""
+    """The span of as many characters as the country's numbers have: letters behind it may be the next word."""
     length = numbers.iban_length(match[1])
     if length is None:
         return None
-    text, place, found = match.string, match.start(), ""
-    while len(found) < length and place < len(text):
-        character = text[place]
+    text, end, characters = match.string, match.start(), ""
+    while len(characters) < length and end < len(text):
+        character = text[end]
         if character.isascii() and character.isalnum():
-            found += character
-        elif character not in " -" or text[place - 1] in " -":
+            characters += character
+        elif character not in " -" or text[end - 1] in " -":
             return None
-        place += 1
-    ends = not re.match(r"[A-Za-z0-9]", text[place : place + 1])
-    return (match.start(), place) if ends and numbers.iban(found) else None
+        end += 1
+    ends = not re.match(r"[A-Za-z0-9]", text[end : end + 1])
+    return (match.start(), end) if ends and numbers.iban(characters) else None
 
 
 def _resident(match: re.Match[str]) -> Span | None:
-    """The check digit decides, but for numbers that may have none: random ones are told by their date or by a word."""
+    """The span of a number with a right check digit; numbers that may have none need a recent date or a word."""
     digits = _digits(match[0])
     born = numbers.resident_date(digits)
     before = match.string[max(0, match.start() - 30) : match.start()]
@@ -114,12 +114,12 @@ def _business(match: re.Match[str]) -> Span | None:
 
 
 def _phone(match: re.Match[str]) -> Span | None:
-    """Not a number in binary."""
+    """The whole match, unless it is a number in binary."""
     return match.span() if set(match[0]) - {"0", "1"} else None
 
 
 def _international(match: re.Match[str]) -> Span | None:
-    """At most 13 digits, cut between groups, since another number may follow after a space."""
+    """The span of at most 13 digits, cut between groups, since another number may follow after a space."""
     groups = list(re.finditer(r"\d+", match[0]))
     total = [len(group[0]) for group in groups]
     while sum(total) > 13 and len(total) > 2:
@@ -132,7 +132,8 @@ def _international(match: re.Match[str]) -> Span | None:
 
 
 def _ipv4(match: re.Match[str]) -> Span | None:
-    """Four short numbers are also a section or a version: those need a word, a port or a net beside them."""
+    """The span of an address; four short numbers, perhaps a section or a version, need a word, a port or a net beside
+    them."""
     if not numbers.ipv4(match[0]):
         return None
     text, start, end = match.string, match.start(), match.end()
@@ -150,7 +151,7 @@ def _ipv6(match: re.Match[str]) -> Span | None:
 
 
 def _changes(text: str) -> int:
-    """How often the sort of character changes: words hardly ever, random strings at every second one."""
+    """Count the changes of the sort of character: words have hardly any, random strings one at every second step."""
     sorts = ["d" if c.isdigit() else "u" if c.isupper() else "l" if c.islower() else "o" for c in text]
     return sum(a != b for a, b in pairwise(sorts))
 
@@ -161,18 +162,18 @@ _STAND_IN = _shape(
 
 
 def _key(match: re.Match[str]) -> Span | None:
-    """Not a stand-in such as sk-xxxx."""
+    """The whole match, unless it is a stand-in such as sk-xxxx."""
     return match.span() if len(set(match[0])) >= 10 and not _STAND_IN.search(match[0]) else None
 
 
 def _account(match: re.Match[str]) -> Span | None:
-    """Not a date that runs into a number, nor zeros in its place."""
+    """The whole match, unless it is a date that runs into a number, or zeros."""
     dated = re.search(r"(?:19|20)\d\d-(?:0?[1-9]|1[0-2])-", match[0])
     return None if dated or set(match[0]) <= {"0", "-"} else match.span()
 
 
 def _assigned(match: re.Match[str]) -> Span | None:
-    """Random characters for a key; for a password letters with digits or signs, which a plain word is not."""
+    """The span of an assigned secret: random characters for a key; letters with digits or signs for a password."""
     value, span = match["value"].rstrip(".?") or match["value"], match.span("value")
     span = (span[0], span[0] + len(value))
     if (
@@ -191,13 +192,13 @@ def _assigned(match: re.Match[str]) -> Span | None:
 
 
 def _in_address(match: re.Match[str]) -> Span | None:
-    """The password in scheme://user:password@host."""
+    """The span of the password in scheme://user:password@host."""
     plain = {"password", "pass", "passwd", "pwd", "secret", "user", "username", "token"}
     return None if match[1].lower() in plain or _STAND_IN.search(match[1]) else match.span(1)
 
 
 def _before(words: str) -> re.Pattern[str]:
-    """One of `words`, then few characters without a digit, then the number."""
+    """A pattern of one of `words`, then few characters without a digit, then the number."""
     return _shape(rf"(?:{words})[^\d\n]{{0,14}}$", re.IGNORECASE)
 
 
@@ -321,7 +322,7 @@ _ACCOUNTS = (
 )  # fmt: skip
 
 _NUMBER = _shape(r"\d(?:[ .()-]{0,3}\d){6}|[A-Z]\d{3}[A-Z]\d{4}")
-# What the rules of a group can be in: one search in place of many, since most texts hold nothing. The surest first.
+# A pattern for all texts that the rules of a group can match: one search instead of many. The surest group first.
 GROUPS: tuple[tuple[re.Pattern[str], tuple[Rule, ...]], ...] = (
     (_shape(
         r"[Kk]ey|KEY|oken|OKEN|ecret|ECRET|assw|ASSW|assphrase|pwd|PWD|uthoriz|비밀|비번|패스워드|인증|토큰|시크릿"

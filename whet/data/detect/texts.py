@@ -1,4 +1,4 @@
-"""Every text that an example holds, to be looked at or changed: one walk for all checks, so that none forgets a place.
+"""Walk over every text that an example holds, to read or change it: one walk for all checks, so that none misses one.
 
 Contents, reasoning, the arguments of tool calls, raw text and its pair are texts; roles, labels, names of fields and
 of functions and the list of tools are not. An example that is changed keeps its id, by which its origin and its side
@@ -63,7 +63,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _changed(value: Any, change: Change) -> Any:
-    """The same value with every string in it changed; names of fields stay."""
+    """`value` with every string in it changed; names of fields stay."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):

@@ -1,9 +1,9 @@
-"""What rows ask and what they answer, as texts to compare.
+"""The questions and answers of rows, as texts to compare.
 
 asked: all that stands before the answer (of a conversation the user's turns and the system message; of other rows their
-text); said: the answers, or the label; both: the two together; user: the user's turns alone, where there are any.
-Whether a row repeats another one is a question about both, whether the model has seen a test question is one about
-`asked` alone, and where the other rows come from elsewhere (a benchmark has no system message) one about `user`.
+text); said: the answers, or the label; both: the two together; user: the user's turns alone, where there are any. Rows
+that repeat another one are found by `both`; test questions that the model has seen by `asked` alone; and rows from
+elsewhere (a benchmark has no system message) by `user`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Single values of a row -> checked values, or a complaint that names the field.
+"""Read and check single values of a row; a bad one gives an error that names the field.
 
 Every format reads its strings, answers, tools and weights through these functions, so that a value is refused in the
 same words wherever it stands.
@@ -25,11 +25,11 @@ _CALL = '{"name": …, "arguments": {…}}'
 
 
 class NothingToLearn(UserError):
-    """A row whose answer is blank: an error, or dropped when the user said so."""
+    """A row whose answer is blank: an error, or a dropped row with `data.empty=drop`."""
 
 
 class Content(NamedTuple):
-    """What the content of a turn holds: its text, and what an assistant thought and called."""
+    """The content of a turn: its text, and the reasoning and tool calls of an assistant."""
 
     text: str
     reasoning: str | None = None
@@ -37,9 +37,9 @@ class Content(NamedTuple):
 
 
 def wrong(where: str, value: object, expected: str, fix: str) -> UserError:
-    """A complaint about a value of the wrong kind."""
-    found = "no such field" if value is ABSENT else kind_of(value)
-    return UserError("wrong kind of value", fix, field=where, found=found, expected=expected)
+    """The error for a value of the wrong kind."""
+    kind = "no such field" if value is ABSENT else kind_of(value)
+    return UserError("wrong kind of value", fix, field=where, found=kind, expected=expected)
 
 
 def require(value: dict, name: str) -> object:
@@ -52,7 +52,7 @@ def require(value: dict, name: str) -> object:
 
 
 def string(value: object, where: str) -> str:
-    """A string, or a list of text parts joined."""
+    """Read a string, or a list of text parts, which are joined."""
     return content(value, where).text if isinstance(value, list) else _checked(value, where)
 
 
@@ -66,7 +66,7 @@ def _checked(value: object, where: str) -> str:
 
 
 def answer(value: object, where: str, what: str = "answer") -> str:
-    """A string that is not blank. Raises NothingToLearn."""
+    """Read a string that is not blank. Raises NothingToLearn."""
     text = string(value, where)
     if not text or text.isspace():
         raise blank(where, text, what)
@@ -74,13 +74,13 @@ def answer(value: object, where: str, what: str = "answer") -> str:
 
 
 def blank(where: str, value: object, what: str = "answer") -> NothingToLearn:
-    """A complaint about a value with nothing to learn in it."""
+    """The error for a value with nothing to learn in it."""
     fix = f"write the {what}, or leave such rows out with data.empty=drop"
     return NothingToLearn(f"nothing to learn: the {what} is blank", fix, None, None, where, kind_of(value), "text")
 
 
 def content(value: object, where: str) -> Content:
-    """A string, or a list of parts: text, and of an assistant's turn reasoning and tool calls."""
+    """Read a string, or a list of parts: text, and in an assistant's turn reasoning and tool calls."""
     if not isinstance(value, list):
         return Content(_checked(value, where))
     if not value or not all(isinstance(part, dict) for part in value):
@@ -110,7 +110,7 @@ def _part(value: object, where: str) -> str:
 
 
 def tool_calls(value: object, where: str) -> tuple[ToolCall, ...]:
-    """Calls of an assistant's turn as templates render them; arguments written as a JSON string become an object."""
+    """Read the calls of an assistant's turn as templates render them; arguments in a JSON string become an object."""
     value = _from_text(value, where, _CALL)
     calls = value if isinstance(value, list) else [value]
     return tuple(_call(call, f"{where}[{index}]" if len(calls) > 1 else where) for index, call in enumerate(calls))
@@ -126,14 +126,14 @@ def _call(call: object, where: str) -> ToolCall:
         raise wrong(
             f"{where}.arguments", arguments, "an object", "write the arguments as an object of names and values"
         )
-    found: ToolCall = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    result: ToolCall = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     if isinstance(call, dict) and isinstance(call.get("id"), str):
-        found = {"id": call["id"], **found}
-    return found
+        result = {"id": call["id"], **result}
+    return result
 
 
 def tools(value: object, where: str = "tools") -> str | None:
-    """The definitions of a row's tools as JSON text of a list, None where there are none."""
+    """Read the definitions of a row's tools as JSON text of a list, None where there are none."""
     if value in EMPTY:
         return None
     value = _from_text(value, where, f"a list of {_DEFINITION}")
@@ -141,15 +141,15 @@ def tools(value: object, where: str = "tools") -> str | None:
         return None
     if not isinstance(value, list):
         raise wrong(where, value, f"a list of {_DEFINITION}", "write the tools as a list")
-    found = []
+    definitions = []
     for index, tool in enumerate(value):
         if isinstance(tool, str):
             tool = _from_text(tool, f"{where}[{index}]", _DEFINITION)
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise wrong(f"{where}[{index}]", tool, _DEFINITION, "give each tool its name")
-        found.append(tool if function is not tool else {"type": "function", "function": function})
-    return json.dumps(found, ensure_ascii=False)
+        definitions.append(tool if function is not tool else {"type": "function", "function": function})
+    return json.dumps(definitions, ensure_ascii=False)
 
 
 def _from_text(value: object, where: str, expected: str) -> Any:
@@ -157,11 +157,11 @@ def _from_text(value: object, where: str, expected: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        found = json.loads(value, parse_constant=_no_constant, object_pairs_hook=_no_twice)
+        parsed = json.loads(value, parse_constant=_no_constant, object_pairs_hook=_no_twice)
     except (ValueError, RecursionError) as error:
         problem = f"broken JSON in a string: {error}"
         raise UserError(problem, "write it with json.dumps", None, None, where, kind_of(value), expected) from error
-    return found
+    return parsed
 
 
 def _no_constant(name: str) -> float:
@@ -169,35 +169,37 @@ def _no_constant(name: str) -> float:
 
 
 def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         raise ValueError("a key stands twice in one object")
-    return found
+    return value
 
 
 def weight(turn: dict, names: frozenset[str], role: str, where: str) -> float | None:
-    """The factor on the loss of a turn: 0 to 1 for an assistant's, and nothing but 0 for those never learned."""
-    found = None
+    """Read the factor on the loss of a turn: 0 to 1 for an assistant's, and only 0 for a turn that is never learned."""
+    factor = None
     for name in sorted(names.intersection(turn)):
         given = turn[name]
         if given is None:
             continue
-        number = isinstance(given, bool | int | float) and math.isfinite(given)
-        if not number or not 0 <= given <= (1 if role == "assistant" else 0):
+        valid = isinstance(given, bool | int | float) and math.isfinite(given)
+        if not valid or not 0 <= given <= (1 if role == "assistant" else 0):
             expected = "a number from 0 to 1" if role == "assistant" else f"0: a {role} turn is not learned"
             fix = f"write such a number, or remove `{name}`: data.loss_on says what is learned"
             raise UserError(
                 "a weight that cannot be used", fix, None, None, f"{where}.{name}", kind_of(given), expected
             )
-        if found is not None and found != float(given):
-            fix = "keep one of them"
-            raise UserError("two weights that differ", fix, None, None, f"{where}.{name}", kind_of(given), f"{found:g}")
-        found = float(given)
-    return found if role == "assistant" else None
+        if factor is not None and factor != float(given):
+            raise UserError(
+                "two weights that differ", "keep one of them", None, None, f"{where}.{name}", kind_of(given),
+                f"{factor:g}",
+            )  # fmt: skip
+        factor = float(given)
+    return factor if role == "assistant" else None
 
 
 def refuse_media(value: dict, prefix: str = "") -> None:
-    """Pictures and sound change what is learned, so a row that has them is refused."""
+    """Refuse a row with pictures or sound, which would change what is learned. Raises UserError."""
     for name in sorted(MEDIA.intersection(value)):
         if value[name] not in EMPTY:
             fix = f"remove `{name}` if the answers do not depend on it, or leave such rows out"

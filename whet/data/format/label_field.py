@@ -1,4 +1,4 @@
-"""The label of a row as it stands in the file -> a `Label`, or a complaint; what it means, `data.labels` decides."""
+"""Read the label of a row as it stands in the file; its meaning is decided by `data.labels`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FIELD = "label"
 EXPECTED = "a name, a number, a list of names, or a list of 0 and 1"
 
 
-class Labelled(NamedTuple):
+class LabelledText(NamedTuple):
     """A text, perhaps with a second one, and its label."""
 
     text: str
@@ -22,7 +22,7 @@ class Labelled(NamedTuple):
 
 
 def read_label(value: object) -> Label:
-    """The label in `value`, which is there. Raises UserError."""
+    """The label in `value`. Raises UserError."""
     match value:
         case bool() | int():
             return value
@@ -52,5 +52,5 @@ def _several(values: list) -> tuple[str, ...] | tuple[int, ...]:
 
 
 def _wrong(where: str, value: object) -> UserError:
-    found = "not a number" if isinstance(value, float) else kind_of(value)
-    return UserError("this is no label", f"write {EXPECTED}", field=where, found=found, expected=EXPECTED)
+    kind = "not a number" if isinstance(value, float) else kind_of(value)
+    return UserError("this is no label", f"write {EXPECTED}", field=where, found=kind, expected=EXPECTED)

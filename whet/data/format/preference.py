@@ -1,4 +1,4 @@
-"""Rows that say which answer is better (chosen and rejected) or whether one is good (a boolean label).
+"""Preference data: rows with a better and a worse answer (chosen and rejected), or with a boolean label for one.
 
 Supervised training can learn from the good side alone; the other side is named and left out, or everything is refused:
 `data.preference` says which. A check of the data reads both sides.
@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from whet.base.errors import UserError
 from whet.data.example import Message
 from whet.data.format.fields import require, string, wrong
-from whet.data.format.single import Chat, answered, are_turns, prompt_of, shown, tools_of
+from whet.data.format.single import Conversation, answered, are_turns, check_prompt, prompt_of, tools_of
 from whet.data.format.turns import conversation, dialect_of, read_turn, read_turns, system
 from whet.data.read.read import kind_of
 
@@ -26,9 +26,9 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 class Judged(NamedTuple):
-    """An answered conversation, whether it is the good one, and what it is called in the row."""
+    """An answered conversation, True if it is the good one, and the name of its field in the row."""
 
-    chat: Chat
+    chat: Conversation
     good: bool
     side: str
 
@@ -40,7 +40,7 @@ def pair(value: dict) -> list[Judged]:
     sides = []
     for name in ("chosen", "rejected"):
         messages, start = _side(require(value, name), name, asked, value)
-        sides.append(Judged(Chat(messages, tools, start), name == "chosen", name))
+        sides.append(Judged(Conversation(messages, tools, start), name == "chosen", name))
     if asked is None:
         first, second = (side.chat.messages for side in sides)
         if first[:-1] != second[:-1]:
@@ -78,7 +78,7 @@ def _side(given: object, name: str, asked: tuple[list[Message], str] | None, val
         problem, fix = "an answer without its question", "add the question as `prompt`, or write both sides as messages"
         raise UserError(problem, fix, field=name, found=kind_of(given), expected="a prompt, or a whole conversation")
     prompt, key = asked
-    shown(prompt, key)
+    check_prompt(prompt, key)
     return conversation(prompt + turns, name, len(prompt)), len(prompt)
 
 

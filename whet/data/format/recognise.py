@@ -1,7 +1,7 @@
-"""Which format a file is in, from the names of its fields and, for lists of turns, from the first turn.
+"""Recognise the format of a file from the names of its fields and, for lists of turns, from the first turn.
 
-Decided once, from the first rows; every row must then keep to it. Where the names fit nothing, or several formats, the
-complaint says what would settle it: whet does not guess.
+Decided once, from the first rows; every row must then keep to it. Where the names fit no format, or several, the error
+says which setting decides: whet does not guess.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FormatName = Literal[
     "alpaca", "messages", "sharegpt", "prompt_completion", "text", "classification", "preference", "feedback"
 ]
 
-# What each format needs, and what it takes besides. Turns may stand in any of TURN_FIELDS.
+# The fields that each format needs, and those it may have besides. Turns may stand in any of TURN_FIELDS.
 _TOOLS = ("tools", "functions")
 _ASKED = ("prompt", "question", "instruction", "input", "history", "system", *TURN_FIELDS, *_TOOLS)
 _FIELDS: dict[FormatName, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -43,7 +43,7 @@ _PAIRS = (("question", "answer"), ("query", "response"), ("input", "output"))
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """name: which format. reason: the fields that say so, for people. needed: the fields that every row must have."""
+    """A recognised format. reason: the fields that say so, for people; needed: the fields that every row must have."""
 
     name: FormatName
     reason: str
@@ -79,25 +79,26 @@ def recognise(records: Sequence[Record], columns: Mapping[str, str], name: Forma
 
 
 def _fits(values: Sequence[dict], names: Sequence[str]) -> list[Format]:
-    found = []
+    formats = []
     if {"chosen", "rejected"} <= set(names):
-        found.append(Format("preference", "", ("chosen", "rejected")))
+        formats.append(Format("preference", "", ("chosen", "rejected")))
     label = next((label for label in FEEDBACK if any(isinstance(v.get(label), bool) for v in values)), None)
     if label is not None and not {"completion", "output", *TURN_FIELDS}.isdisjoint(names):
-        found.append(Format("feedback", "", (label,)))
+        formats.append(Format("feedback", "", (label,)))
     plain: tuple[FormatName, ...] = ("alpaca", "prompt_completion", "text", "classification")
-    found += [Format(format, "", _FIELDS[format][0]) for format in plain if set(_FIELDS[format][0]) <= set(names)]
-    return found + [Format(_turn_format(values, key), "", (key,)) for key in TURN_FIELDS if key in names]
+    formats += [Format(format, "", _FIELDS[format][0]) for format in plain if set(_FIELDS[format][0]) <= set(names)]
+    return formats + [Format(_turn_format(values, key), "", (key,)) for key in TURN_FIELDS if key in names]
 
 
 def _turn_format(values: Sequence[dict], key: str) -> FormatName:
-    """Whether the turns under `key` speak of role and content or of from and value; the first turn decides."""
+    """The format of the turns under `key`: role and content, or from and value; the first turn decides."""
     turns = next((value[key] for value in values if isinstance(value.get(key), list) and value[key]), None)
     return "sharegpt" if dialect_of(turns) is SHAREGPT else "messages"
 
 
 def rename(value: dict, columns: Mapping[str, str]) -> dict:
-    """`value` under our names. Mapped fields are moved; what a mapping replaces is gone, even in a row without it."""
+    """`value` under our names. Mapped fields are moved; a field that a mapping replaces is gone, even in a row that
+    lacks the new one."""
     if not columns:
         return value
     taken = {*columns, *columns.values()}
@@ -127,19 +128,19 @@ def _check_columns(records: Sequence[Record], columns: Mapping[str, str]) -> Non
 
 
 def _unsure(first: Record, fits: list[Format], names: Sequence[str], columns: Mapping[str, str], ask: str) -> UserError:
-    found = kind_of(first.value)
+    fields = kind_of(first.value)
     if fits:
         problem = f"the fields fit several formats: {', '.join(fit.name for fit in fits)}"
         fix = "say which is meant, e.g. " + " ".join(f"data.columns.{n}={columns.get(n, n)}" for n in fits[0].needed)
-        return UserError(problem, fix, first.file, first.row, found=found, expected="the fields of one format")
+        return UserError(problem, fix, first.file, first.row, found=fields, expected="the fields of one format")
     if "rejected" in names or "rejected_messages" in names:
         fix = "say which fields are meant: data.columns.chosen=FIELD data.columns.rejected=FIELD"
         problem, expected = "preference data without the two answers", "fields chosen and rejected"
-        return UserError(problem, fix, first.file, first.row, found=found, expected=expected)
+        return UserError(problem, fix, first.file, first.row, found=fields, expected=expected)
     pair = next((pair for pair in _PAIRS if set(pair) <= set(names)), None)
     known = {name for needed, optional in _FIELDS.values() for name in (*needed, *optional)} - {"question"}
     near = {name: nearest(name, known - set(names)) for name in names if name not in known}
     misspelt = " ".join(f"data.columns.{ours}={theirs}" for theirs, ours in near.items() if ours)
     fix = "say which fields are meant, e.g. data.columns.prompt={} data.columns.completion={}"
     fix = f"did you mean {misspelt}?" if misspelt and not pair else fix.format(*(pair or _PAIRS[0]))
-    return UserError(f"the fields do not fit {ask}", fix, first.file, first.row, found=found, expected=_EXPECTED)
+    return UserError(f"the fields do not fit {ask}", fix, first.file, first.row, found=fields, expected=_EXPECTED)

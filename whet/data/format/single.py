@@ -8,14 +8,14 @@ from typing import NamedTuple
 from whet.base.errors import UserError
 from whet.data.example import Message
 from whet.data.format.fields import NothingToLearn, answer, require, string, tools, wrong
-from whet.data.format.label_field import Labelled, read_label
+from whet.data.format.label_field import LabelledText, read_label
 from whet.data.format.turns import conversation, read_turns, system
 from whet.data.read.read import TURN_FIELDS, kind_of
 
 _TOOL_FIELDS = ("tools", "functions")
 
 
-class Chat(NamedTuple):
+class Conversation(NamedTuple):
     """A whole conversation, the tools it may use (JSON text), and where the completion begins if the row says so."""
 
     messages: list[Message]
@@ -24,15 +24,15 @@ class Chat(NamedTuple):
 
 
 def are_turns(value: object) -> bool:
-    """Whether a list holds turns, and not the parts of one content."""
+    """True if a list holds turns, and not the parts of one content."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "type" not in value[0]
 
 
 def tools_of(value: dict) -> str | None:
     """The tools that a row defines beside its turns. Raises UserError."""
     for name in _TOOL_FIELDS:
-        if name in value and (found := tools(value[name], name)) is not None:
-            return found
+        if name in value and (definitions := tools(value[name], name)) is not None:
+            return definitions
     return None
 
 
@@ -53,15 +53,16 @@ def alpaca_question(value: dict) -> list[Message]:
     return [*messages, Message("user", prompt)]
 
 
-def alpaca(value: dict) -> Chat:
-    """instruction, input and output."""
+def alpaca(value: dict) -> Conversation:
+    """The conversation of an alpaca row: instruction, input and output."""
     messages = alpaca_question(value)
     messages.append(Message("assistant", answer(require(value, "output"), "output")))
-    return Chat(messages, tools_of(value))
+    return Conversation(messages, tools_of(value))
 
 
-def prompt_completion(value: dict) -> Chat:
-    """Two strings, or two lists of turns. An answer inside the prompt is part of the prompt: it is not learned."""
+def prompt_completion(value: dict) -> Conversation:
+    """The conversation of prompt and completion, two strings or two lists of turns. An answer inside the prompt is part
+    of the prompt: it is not learned."""
     prompt, completion = require(value, "prompt"), require(value, "completion")
     given = tools_of(value)
     if are_turns(prompt) and isinstance(completion, list):
@@ -69,20 +70,20 @@ def prompt_completion(value: dict) -> Chat:
         before = system(value)
         asked = before + [replace(turn, weight=0.0) if turn.role == "assistant" else turn for turn in turns]
         turns = conversation(asked + read_turns(completion, "completion"), "prompt+completion", len(before))
-        return Chat(turns, given, len(asked))
+        return Conversation(turns, given, len(asked))
     asked = [*system(value), Message("user", string(prompt, "prompt"))]
-    return Chat([*asked, Message("assistant", answer(completion, "completion"))], given, len(asked))
+    return Conversation([*asked, Message("assistant", answer(completion, "completion"))], given, len(asked))
 
 
-def turn_list(value: dict, key: str) -> Chat:
+def turn_list(value: dict, key: str) -> Conversation:
     """A conversation under `key`, in either dialect."""
     before = system(value)
     messages = before + read_turns(require(value, key), key)
-    return Chat(conversation(messages, key, len(before)), tools_of(value))
+    return Conversation(conversation(messages, key, len(before)), tools_of(value))
 
 
-def answered(value: dict) -> Chat:
-    """A conversation in whichever of the shapes above the row has."""
+def answered(value: dict) -> Conversation:
+    """The conversation of a row in any of the formats above."""
     key = next((key for key in TURN_FIELDS if key in value), None)
     if key is not None:
         return turn_list(value, key)
@@ -90,21 +91,21 @@ def answered(value: dict) -> Chat:
 
 
 def raw_text(value: dict) -> str:
-    """A document."""
+    """The document of a row of raw text."""
     return answer(require(value, "text"), "text", "text")
 
 
-def classification(value: dict) -> Labelled:
+def classification(value: dict) -> LabelledText:
     """A text with its label; a pair of texts where there is a second one. Raises UserError."""
     text, pair = answer(require(value, "text"), "text", "text"), value.get("text_pair")
     if value.get("label") is None:
         fix = "write the label, or leave such rows out with data.empty=drop"
         raise NothingToLearn("the label is missing", fix, field="label", found=kind_of(value), expected="label")
-    return Labelled(text, None if pair is None else string(pair, "text_pair"), read_label(value["label"]))
+    return LabelledText(text, None if pair is None else string(pair, "text_pair"), read_label(value["label"]))
 
 
 def prompt_of(value: dict) -> tuple[list[Message], str] | None:
-    """What was asked in a row whose answers stand elsewhere, with the field that it is in; None where nothing is."""
+    """(the prompt of a row whose answers stand in other fields, the field that it is in); None if there is none."""
     key = next((key for key in TURN_FIELDS if key in value), None)
     if key is not None:
         return system(value) + read_turns(require(value, key), key), key
@@ -113,16 +114,13 @@ def prompt_of(value: dict) -> tuple[list[Message], str] | None:
     for key in ("prompt", "question"):
         if key in value:
             given = value[key]
-            found = read_turns(given, key) if are_turns(given) else [Message("user", string(given, key))]
-            return system(value) + found, key
+            messages = read_turns(given, key) if are_turns(given) else [Message("user", string(given, key))]
+            return system(value) + messages, key
     return None
 
 
-def shown(messages: list[Message], key: str) -> list[Message]:
-    """`messages` as a prompt: it ends where an answer may begin. Raises UserError."""
+def check_prompt(messages: list[Message], key: str) -> None:
+    """Refuse a prompt that does not end where an answer may begin. Raises UserError."""
     if not messages or messages[-1].role not in ("user", "tool"):
-        found = messages[-1].role if messages else "nothing"
-        raise UserError(
-            "the prompt does not end with a question", "end it with the user's turn", field=key, found=found
-        )
-    return messages
+        role = messages[-1].role if messages else "nothing"
+        raise UserError("the prompt does not end with a question", "end it with the user's turn", field=key, found=role)

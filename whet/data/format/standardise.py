@@ -1,8 +1,8 @@
-"""Records of a recognised format -> `Example`s of one shape.
+"""Turn records of a recognised format into `Example`s, all of one shape.
 
-Every row must keep to the format: a row that only resembles the others is an error with its place, never a guess.
-Fields nobody knows are ignored, but one that would change what is learned and cannot be honoured (a picture, a weight
-on the user's words) is refused. A file that mixes formats has to be split.
+Every row must keep to the format: a row that only resembles the others is an error with file and row, never a guess.
+Unknown fields are ignored, but one that would change what is learned and cannot be obeyed (a picture, a weight on the
+user's words) is refused. A file that mixes formats has to be split.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Literal
 from whet.base.errors import UserError
 from whet.data.example import Example, Message, named
 from whet.data.format.fields import MEDIA, NothingToLearn, refuse_media
-from whet.data.format.label_field import Labelled
+from whet.data.format.label_field import LabelledText
 from whet.data.format.preference import Judged, Learned, feedback, pair
 from whet.data.format.recognise import Format, FormatName, original, recognise, rename
-from whet.data.format.single import Chat, alpaca, classification, prompt_completion, raw_text, turn_list
+from whet.data.format.single import Conversation, alpaca, classification, prompt_completion, raw_text, turn_list
 from whet.data.read.read import Record
 
 __all__ = ["Dropped", "Example", "Format", "FormatName", "Message", "NothingToLearn", "recognise", "standardise"]
 
-Converted = Chat | str | Labelled | list[Judged]
+Converted = Conversation | str | LabelledText | list[Judged]
 # From a row and the first field that its format needs.
 _CONVERTERS: dict[FormatName, Callable[[dict, str], Converted]] = {
     "alpaca": lambda value, _: alpaca(value),
@@ -38,7 +38,7 @@ _CONVERTERS: dict[FormatName, Callable[[dict, str], Converted]] = {
 
 @dataclass(slots=True)
 class Dropped:
-    """What is left out, each as (file, row, reason).
+    """Rows and answers that are left out, each as (file, row, reason).
 
     rows: whole rows, those without an answer under `empty="drop"` and those marked as bad. answers: the rejected
     answers of rows whose chosen one is used.
@@ -62,9 +62,9 @@ def standardise(
 ) -> Iterator[Example]:
     """The examples of `records`, in order.
 
-    With `empty="drop"` blank answers are left out and listed in `dropped`. preference: what is learned from a row that
-    judges its answers: "error" refuses it, "chosen" gives the good answer and lists the other in `dropped`, "check"
-    gives both. Raises UserError.
+    With `empty="drop"` blank answers are left out and listed in `dropped`. preference: for a row that judges its
+    answers, "error" refuses it, "chosen" gives the good answer and lists the other in `dropped`, "check" gives both.
+    Raises UserError.
     """
     assert dropped is not None or (empty == "error" and preference != "chosen"), "nothing is dropped uncounted"
     convert = _CONVERTERS[format.name]
@@ -82,14 +82,14 @@ def standardise(
                 continue
             raise
         if isinstance(content, list):
-            kept = _kept(content, record, format, preference, dropped)
-            nothing = nothing and not kept
-            yield from (_chat(judged.chat, record) for judged in kept)
+            used = _used_answers(content, record, format, preference, dropped)
+            nothing = nothing and not used
+            yield from (_chat(judged.chat, record) for judged in used)
             continue
         nothing = False
-        if isinstance(content, Chat):
+        if isinstance(content, Conversation):
             yield _chat(content, record)
-        elif isinstance(content, Labelled):
+        elif isinstance(content, LabelledText):
             yield named(Example("", None, content.text, record.file, record.row, content.label, content.pair))
         else:
             yield named(Example("", None, content, record.file, record.row))
@@ -100,7 +100,7 @@ def standardise(
         raise UserError(problem, "check the field", file, row, found=reason)
 
 
-def _kept(
+def _used_answers(
     sides: list[Judged], record: Record, format: Format, preference: Learned, dropped: Dropped | None
 ) -> list[Judged]:
     """The answers of one row that are used; the others are listed."""
@@ -121,7 +121,7 @@ def _kept(
     return [side for side in sides if side.good]
 
 
-def _chat(chat: Chat, record: Record) -> Example:
+def _chat(chat: Conversation, record: Record) -> Example:
     return named(Example(
         "", tuple(chat.messages), None, record.file, record.row, tools=chat.tools, completion_from=chat.completion_from
     ))  # fmt: skip

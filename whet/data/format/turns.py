@@ -1,4 +1,4 @@
-"""Lists of turns, in the two dialects of the field, -> messages in an order that chat templates render as written.
+"""Read lists of turns, in the two usual dialects, as messages in an order that chat templates render as written.
 
 OpenAI's dialect says role and content, ShareGPT's from and value. In ShareGPT a tool call is a turn of its own, in
 OpenAI's a part of the assistant's turn; here it is always a part of the assistant's turn, because that is what one
@@ -29,7 +29,8 @@ _AFTER: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """role, content: the fields of a turn. roles: their word -> ours. Those of `calls` hold a tool call as content."""
+    """The field names and roles of one dialect. role, content: the fields of a turn; roles: its word -> ours; calls:
+    the roles whose content is a tool call."""
 
     role: str
     content: str
@@ -54,7 +55,7 @@ def dialect_of(turns: object) -> Dialect:
 
 
 def read_turns(turns: object, key: str, dialect: Dialect | None = None) -> list[Message]:
-    """The messages of a list of turns, one by one; their order is `conversation`'s business. Raises UserError."""
+    """The messages of a list of turns, one by one; `conversation` checks their order. Raises UserError."""
     dialect = dialect or dialect_of(turns)
     if not isinstance(turns, list) or not turns:
         raise wrong(
@@ -72,7 +73,7 @@ def read_turns(turns: object, key: str, dialect: Dialect | None = None) -> list[
 
 
 def _bare(turn: object, dialect: Dialect) -> Message | None:
-    """The message of a sound turn of nothing but a role and a string, as most are; None for any other."""
+    """The message of a valid turn of nothing but a role and a string, as most are; None for any other."""
     if not isinstance(turn, dict) or len(turn) != 2:
         return None
     word, text = turn.get(dialect.role), turn.get(dialect.content)
@@ -85,7 +86,7 @@ def _bare(turn: object, dialect: Dialect) -> Message | None:
 
 
 def read_turn(turn: object, where: str, dialect: Dialect) -> Message:
-    """One turn. Raises UserError, NothingToLearn for an assistant's turn that says and calls nothing."""
+    """Read one turn. Raises UserError, NothingToLearn for an assistant's turn that says and calls nothing."""
     if not isinstance(turn, dict) or dialect.role not in turn:
         expected = f"an object {{{dialect.role}, {dialect.content}}}"
         raise wrong(where, turn, expected, "write each turn as such an object")
@@ -93,39 +94,39 @@ def read_turn(turn: object, where: str, dialect: Dialect) -> Message:
     role = dialect.roles.get(word) if isinstance(word, str) else None
     if role is None:
         raise _unknown_role(word, f"{where}.{dialect.role}", dialect.roles)
-    place = f"{where}.{dialect.content}"
+    path = f"{where}.{dialect.content}"
     given = turn.get(dialect.content, ABSENT)
     factor = None if WEIGHTS.isdisjoint(turn) else weight(turn, WEIGHTS, role, where)
     if role != "assistant":
         if not _BESIDE.isdisjoint(turn):
-            return _beside(turn, where, role, string(given, place))
-        return Message(role, string(given, place))
+            return _beside(turn, where, role, string(given, path))
+        return Message(role, string(given, path))
     if word in dialect.calls:
-        return Message(role, "", tool_calls=tool_calls(given, place), weight=factor)
+        return Message(role, "", tool_calls=tool_calls(given, path), weight=factor)
     if _BESIDE.isdisjoint(turn) and isinstance(given, str):
         if not given or given.isspace():
-            raise blank(place, given)
-        return Message(role, string(given, place), weight=factor)
-    return _assistant(turn, where, place, given, factor)
+            raise blank(path, given)
+        return Message(role, string(given, path), weight=factor)
+    return _assistant(turn, where, path, given, factor)
 
 
-def _assistant(turn: dict, where: str, place: str, given: object, factor: float | None) -> Message:
+def _assistant(turn: dict, where: str, path: str, given: object, factor: float | None) -> Message:
     """An assistant's turn that may think and call tools; its content may be absent only where it calls one."""
     refuse_media(turn, where + ".")
     calls = ()
     for name in ("tool_calls", _CALLING):
         if turn.get(name) not in (None, [], "", "[]"):
             calls += tool_calls(turn[name], f"{where}.{name}")
-    said = content("" if calls and given in (None, ABSENT) else given, place)
+    said = content("" if calls and given in (None, ABSENT) else given, path)
     reasons = [(name, turn[name]) for name in REASONING if turn.get(name) not in (None, "")]
     if said.reasoning is not None:
         reasons.insert(0, ("content", said.reasoning))
     if len({str(text) for _, text in reasons}) > 1:
-        found = ", ".join(name for name, _ in reasons)
-        raise UserError("the reasoning stands in several fields", "keep one", field=where, found=found)
+        fields = ", ".join(name for name, _ in reasons)
+        raise UserError("the reasoning stands in several fields", "keep one", field=where, found=fields)
     calls += said.tool_calls
     if not calls and (not said.text or said.text.isspace()):
-        raise blank(place, said.text)
+        raise blank(path, said.text)
     reasoning = string(reasons[0][1], f"{where}.{reasons[0][0]}") if reasons else None
     return Message("assistant", said.text, reasoning or None, calls, weight=factor)
 
@@ -144,7 +145,7 @@ def _beside(turn: dict, where: str, role: Role, text: str) -> Message:
 
 
 def _joined(before: Message, call: Message, where: str) -> Message:
-    """What the assistant said and then called, as the one answer that it is."""
+    """Join the assistant's words and the call that follows in a turn of its own into the one answer that they are."""
     if before.weight != call.weight:
         fix = "give both the same weight"
         raise UserError("one answer in two turns that weigh differently", fix, field=where, found=f"{call.weight}")
@@ -152,7 +153,7 @@ def _joined(before: Message, call: Message, where: str) -> Message:
 
 
 def conversation(messages: list[Message], key: str, offset: int = 0) -> list[Message]:
-    """`messages`, or a complaint about turns in an order that a chat template would not render as they stand.
+    """`messages`, or UserError for an order of turns that a chat template would not render as they stand.
 
     offset: how many of them come from another field than `key`.
     """

@@ -1,8 +1,8 @@
-"""Augmented rows as a file for `data.added_dataset`: what is asked for, written, and found again when it is read.
+"""Write augmented rows to a file for `data.added_dataset`, and read their origin back.
 
-Each line is a row in a shape that every reader of the field knows (messages, prompt and completion, text with label),
-and beside it `origin`: the source row, model, endpoint, date and prompt. The file is read back before it takes its
-name, and every row must have the id that it was written with; so nothing that a row holds can be lost on the way.
+Each line is a row in a usual format (messages, prompt and completion, text with label), and beside it `origin`: the
+source row, model, endpoint, date and prompt. The file is read back before it takes its name, and every row must have
+the id that it was written with; so nothing that a row holds can be lost on the way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from whet.data.detect.duplicates import near_duplicates
 from whet.data.example import Example, Message
 from whet.data.format.recognise import recognise
 from whet.data.format.standardise import standardise
-from whet.data.judge.augment import Origin, paraphrased, source_text
+from whet.data.judge.augment import Origin, paraphrased, text_to_paraphrase
 from whet.data.judge.endpoint import Endpoint
 from whet.data.judge.output import json_lines, replies_beside
 from whet.data.read.read import Record
@@ -34,7 +34,7 @@ SAMPLE = 100
 
 
 def refused_beside(out: Path) -> Path:
-    """Where the paraphrases that are left out are listed: added.jsonl -> added-refused.jsonl."""
+    """The path of the list of paraphrases that are left out: added.jsonl -> added-refused.jsonl."""
     return out.with_name(f"{out.stem}-refused.jsonl")
 
 
@@ -43,20 +43,20 @@ def augment_rows(
 ) -> dict[str, Any]:
     """Ask for paraphrases of each example and write the new rows to `out`; returns the summary for `--json`.
 
-    examples: rows to learn from, none of them held out; held_out: ids of the rows of the other sides. What is refused
-    goes to the file beside `out`. Raises UserError as `ask_all` does.
+    examples: rows to learn from, none of them held out; held_out: ids of the rows of the other sides. Refused
+    paraphrases are listed in the file beside `out`. Raises UserError as `ask_all` does.
     """
-    total = sum(bool(source_text(example).strip()) for example in examples)
+    total = sum(bool(text_to_paraphrase(example).strip()) for example in examples)
     if not total:
         raise UserError("there is no row to paraphrase", "name data with questions or texts", field="data.dataset")
     near_duplicates([])  # a missing package is said before anything is paid for
     split = all(example.completion_from is not None for example in examples)
     reasons: Counter[str] = Counter()
-    made = 0
+    written = 0
 
     def counted(bar: Progress) -> Iterator[Example]:
         for example in examples:
-            if source_text(example).strip():
+            if text_to_paraphrase(example).strip():
                 bar.advance("rows")
                 yield example
 
@@ -70,7 +70,7 @@ def augment_rows(
             source = counted(bar)
             for example, origin in paraphrased(source, endpoint, replies_beside(out), copies, held_out, note):
                 rows.write(json.dumps(row_of(example, origin, split=split), ensure_ascii=False) + "\n")
-                made += 1
+                written += 1
         if reasons[UNUSABLE] == total:
             raise UserError(
                 "no reply holds paraphrases", "choose a model that keeps to a JSON form", field="model",
@@ -79,24 +79,24 @@ def augment_rows(
         rows.flush()
         _check_read_back(Path(rows.name))
     return {
-        "out": str(out), "refused_file": str(refused_beside(out)), "sources": total, "rows": made,
+        "out": str(out), "refused_file": str(refused_beside(out)), "sources": total, "rows": written,
         "refused": sum(reasons.values()), "reasons": dict(reasons.most_common()), "model": endpoint.model,
         "copies": copies,
     }  # fmt: skip
 
 
-def show(found: dict[str, Any]) -> None:
-    """The summary for people."""
-    say(f"{found['sources']:,} rows, {found['rows']:,} paraphrases by {found['model']} -> {found['out']}")
-    for reason, count in found["reasons"].items():
+def print_augmented(summary: dict[str, Any]) -> None:
+    """Print the summary for people."""
+    say(f"{summary['sources']:,} rows, {summary['rows']:,} paraphrases by {summary['model']} -> {summary['out']}")
+    for reason, count in summary["reasons"].items():
         say(f"! {count:,} left out: {reason}", style="yellow")
-    if found["reasons"]:
-        say(f"  each is listed in {found['refused_file']}", style="dim")
-    say(f"data.added_dataset={found['out']} learns from them too; read some of them before")
+    if summary["reasons"]:
+        say(f"  each is listed in {summary['refused_file']}", style="dim")
+    say(f"data.added_dataset={summary['out']} learns from them too; read some of them before")
 
 
 def row_of(example: Example, origin: Origin, *, split: bool) -> dict[str, Any]:
-    """The row as it is written. split: as prompt and completion, where the row says which is which."""
+    """The row as it is written to the file. split: write prompt and completion, for a row that tells them apart."""
     row: dict[str, Any] = {} if example.tools is None else {"tools": json.loads(example.tools)}
     if example.messages is None:
         label = list(example.label) if isinstance(example.label, tuple) else example.label
@@ -158,7 +158,7 @@ def _is_refusal(line: dict[str, Any]) -> bool:
 
 
 def _kind(reason: str) -> str:
-    """Refusals that differ only in what they quote are one kind."""
+    """The kind of a refusal: reasons that differ only in the text that they quote are one kind."""
     head, _, rest = reason.partition(": ")
     if head == "no paraphrase":
         return UNUSABLE
@@ -169,7 +169,7 @@ def _kind(reason: str) -> str:
 
 
 def _check_read_back(path: Path) -> None:
-    """That reading gives every row the id that it was written with."""
+    """Assert that reading the file gives every row the id that it was written with."""
     with path.open("rb") as file:
         records = (Record(json.loads(line), str(path), row) for row, line in enumerate(file, 1))
         if not (sample := list(islice(records, SAMPLE))):

@@ -1,11 +1,11 @@
-"""Two or three paraphrases of a row: what the user says in other words, with the same answer.
+"""Ask for two or three paraphrases of a row: the user's text in other words, with the same answer.
 
 The answer stays true only if the question still asks for the same. So a paraphrase is taken only if it keeps every
 number, address, code and placeholder of its source, is in the same language, of like length, and is no near copy of the
 source or of another paraphrase; all others are left out, with the reason. Paraphrases of one row are one group with it:
 `group` is the source's id, so that a split by groups never has them on two sides, and a source that is held out is
-refused here, before anything is asked. What is written can be read back as `data.added_dataset`, to the same ids.
-What it gives up: whether the words mean the same is the model's word. Read some of them before you train.
+refused here, before anything is asked. The rows can be read back as `data.added_dataset`, to the same ids.
+Gives up: a check that the words mean the same, for which the model is trusted. Read some of them before you train.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ PROMPT_VERSION = hashlib.sha256(_PROMPT.encode()).hexdigest()[:12]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where an augmented row comes from: group, the id of the source row; file, row: its place; who wrote it.
+    """The origin of an augmented row. group: the id of the source row; file, row: its position; model: the writer.
 
-    prompt: version of the instructions; prompt_sha256: of the whole prompt; endpoint, date: as in `replies.Kept`.
+    prompt: version of the instructions; prompt_sha256: of the whole prompt; endpoint, date: as in
+    `replies.StoredReply`.
     """
 
     id: str
@@ -74,22 +75,22 @@ def paraphrased(
     """New examples only, those of each source together and in order of the sources: at most `copies` of each.
 
     examples: rows to learn from, after the split. held_out: ids of all rows of the other sides; a source among them is
-    our caller's mistake, and a paraphrase that equals one of them is left out. note: once for each paraphrase that is
-    left out. What is changed is the last message of the user, or the text of a row without messages.
+    our caller's mistake, and a paraphrase that equals one of them is left out. note: called once for each paraphrase
+    that is left out. The text that changes is the last message of the user, or the text of a row without messages.
     """
     if not LEAST_COPIES <= copies <= MOST_COPIES:
         raise UserError("so many paraphrases of a row are too alike", "set a number within these", field="copies",
                         found=str(copies), expected=f"{LEAST_COPIES} to {MOST_COPIES}")  # fmt: skip
     asked, given = tee(_to_learn_from(examples, held_out))
-    replies = ask_all((_question(source_text(one), copies) for one in asked), endpoint, cache)
+    replies = ask_all((_question(text_to_paraphrase(one), copies) for one in asked), endpoint, cache)
     for source, reply in zip(given, replies, strict=True):
         if reply.problem:
             note(Removed(source.file, source.row, f"no paraphrase: {reply.problem}", "paraphrase"))
             continue
-        taken = [source_text(source)]
+        taken = [text_to_paraphrase(source)]
         for text in reply.value:
             new = with_text(source, text)
-            fault = difference(source_text(source), text)
+            fault = difference(text_to_paraphrase(source), text)
             if any(_alike(text, other) for other in taken):
                 fault = "it repeats the source or another paraphrase"
             elif new.id in held_out:
@@ -107,7 +108,7 @@ def paraphrased(
 def _to_learn_from(examples: Iterable[Example], held_out: Container[str]) -> Iterator[Example]:
     for example in examples:
         assert example.id not in held_out, "held-out rows are never paraphrased"
-        if source_text(example).strip():
+        if text_to_paraphrase(example).strip():
             yield example
 
 
@@ -115,37 +116,37 @@ def _question(text: str, copies: int) -> Question:
     shown = json.dumps({"text": text, "n": copies}, ensure_ascii=False)
 
     def parse(reply: str) -> list[str]:
-        found = json_object(reply, {"paraphrases"})["paraphrases"]
-        if not isinstance(found, list) or len(found) != copies or not all(isinstance(one, str) for one in found):
+        texts = json_object(reply, {"paraphrases"})["paraphrases"]
+        if not isinstance(texts, list) or len(texts) != copies or not all(isinstance(one, str) for one in texts):
             raise BadReply(f"not a list of {copies} texts")
-        if any("\0" in one for one in found):
+        if any("\0" in one for one in texts):
             raise BadReply("a NUL character")
-        return [one.strip() for one in found]
+        return [one.strip() for one in texts]
 
     return Question(({"role": "system", "content": _PROMPT}, {"role": "user", "content": shown}), parse)
 
 
-def source_text(example: Example) -> str:
-    """What is paraphrased: the last message of the user, or the text."""
+def text_to_paraphrase(example: Example) -> str:
+    """The last message of the user, or the text of a row without messages."""
     if example.messages is None:
         return example.text or ""
     return next((message.content for message in reversed(example.messages) if message.role == "user"), "")
 
 
 def with_text(example: Example, text: str) -> Example:
-    """`example` with another text in its place, and an id of its own content."""
+    """`example` with `text` instead of the one to paraphrase, and an id of its own content."""
     messages = example.messages
     if messages is None:
         changed = replace(example, text=text)
     else:
-        last = max(place for place, message in enumerate(messages) if message.role == "user")
+        last = max(index for index, message in enumerate(messages) if message.role == "user")
         new = replace(messages[last], content=text)
         changed = replace(example, messages=(*messages[:last], new, *messages[last + 1 :]))
     return replace(changed, id=content_id(changed))
 
 
 def difference(source: str, text: str) -> str:
-    """What a paraphrase must keep and does not; "" when there is nothing."""
+    """The first fault of a paraphrase: something that it must keep and does not; "" if there is none."""
     if not text:
         return "it is empty"
     if not 0.4 <= (len(text) + 20) / (len(source) + 20) <= 2.5:
@@ -160,7 +161,7 @@ def difference(source: str, text: str) -> str:
 
 
 def _alike(one: str, other: str) -> bool:
-    """Whether two texts are the same or near duplicates, as `data.duplicates` measures it."""
+    """True if two texts are the same or near duplicates, as `detect.duplicates` measures it."""
     from rapidfuzz.distance import Levenshtein
 
     short, long = sorted((normalised(one), normalised(other)), key=len)

@@ -1,15 +1,15 @@
-"""Questions to an OpenAI-compatible endpoint, each asked once: a judge of the rows, or a writer of paraphrases.
+"""Ask questions at an OpenAI-compatible endpoint, each once: of a judge of the rows, or a writer of paraphrases.
 
 Plain HTTP from the standard library, no client package and no redirects, which would carry the key to another host.
 The key is read from the environment variable that the recipe names; it is in no file, message or record of whet.
 Every good reply is appended to a JSONL file under the hash of model, temperature and the whole prompt, so that a
-second run asks nothing again and a killed one goes on where it was. Replies are kept as they came and are checked
+second run asks nothing again and a killed one goes on where it was. Replies are stored as they came and are checked
 again when they are read back: the file cannot say what the model did not.
 
 A busy or failing server is asked again after a growing pause; one that stays so ends the run with a `UserError`, and so
 does, at once, an address where no server answered yet.
-A reply that does not keep to the form is asked for once more and then belongs to that row alone (`Reply.problem`).
-What it gives up: proxies, streaming and batch interfaces.
+A reply that does not keep to the form is asked for once more; after that only its row is without one (`Reply.problem`).
+Gives up: proxies, streaming and batch interfaces.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from whet.base.config import config, setting
 from whet.base.errors import UserError, shorten
 from whet.base.network import is_offline
 from whet.data.detect.personal import find, redact
-from whet.data.judge.replies import Kept, Replies
+from whet.data.judge.replies import Replies, StoredReply
 
 MOST_BYTES = 4 << 20
 LONGEST_PAUSE_SECONDS = 60.0
@@ -47,7 +47,7 @@ ALL_BAD = 10  # so many bad replies and no good one: the model does not do what 
 
 @config
 class Endpoint:
-    """Where questions go."""
+    """An endpoint that answers questions."""
 
     base_url: str = setting("", "Such as https://api.example.com/v1 or http://127.0.0.1:8000/v1.")
     model: str = setting("", "The model's name at the endpoint.")
@@ -59,7 +59,7 @@ class Endpoint:
     pause_seconds: Annotated[float, Ge(0)] = setting(1.0, "Before the second attempt; doubled before each other one.")
 
 
-Message = dict[str, str]
+PromptMessage = dict[str, str]
 
 
 class BadReply(Exception):
@@ -67,31 +67,33 @@ class BadReply(Exception):
 
 
 class _Refused(BadReply):
-    """A question that the server will not take, however often it is asked: too long a row, for one."""
+    """A question that the server will not take, however often it is asked, such as too long a row."""
 
 
 class _Busy(Exception):
-    """Worth another attempt. args: what happened, seconds that the server asks to wait or None."""
+    """A failure that is worth another attempt. args: the problem, seconds that the server asks to wait or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """messages: the prompt. parse: the value of a reply's text; raises BadReply for any other form."""
+    """A prompt and the form of its reply. parse: reads the value of a reply's text; raises BadReply for any other
+    form."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[PromptMessage, ...]
     parse: Callable[[str], Any]
 
     def sha256(self, endpoint: Endpoint) -> str:
-        """Of all that decides the reply, 64 hex digits."""
+        """The hash of all that decides the reply, 64 hex digits."""
         parts = [endpoint.model, endpoint.temperature, list(self.messages)]
         return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """value: what `parse` made of it, None when there is a `problem`. cached: it was not asked for in this run.
+    """The reply to one question. value: the result of `parse`, None when there is a `problem`; cached: it was not asked
+    for in this run.
 
-    endpoint, date: who gave it and when, as in `replies.Kept`; "" when there is a problem.
+    endpoint, date: its source and time, as in `replies.StoredReply`; "" when there is a problem.
     """
 
     value: Any
@@ -119,11 +121,11 @@ def ask_all(questions: Iterable[Question], endpoint: Endpoint, cache: Path) -> I
             while question is not None or waiting:
                 while question is not None and len(waiting) < 2 * endpoint.concurrency:
                     key = question.sha256(endpoint)
-                    found = _kept(replies.get(key), question, key)
-                    if found is None and key not in under_way:
+                    stored = _from_store(replies.get(key), question, key)
+                    if stored is None and key not in under_way:
                         client = client or _Client(endpoint, stop)
                         under_way[key] = pool.submit(client.answer, question, key, replies)
-                    waiting.append(found or under_way[key])
+                    waiting.append(stored or under_way[key])
                     question = next(source, None)
                 first = waiting.popleft()
                 reply = first if isinstance(first, Reply) else first.result()
@@ -140,11 +142,11 @@ def ask_all(questions: Iterable[Question], endpoint: Endpoint, cache: Path) -> I
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _kept(kept: Kept | None, question: Question, key: str) -> Reply | None:
-    if kept is None:
+def _from_store(stored: StoredReply | None, question: Question, key: str) -> Reply | None:
+    if stored is None:
         return None
     try:
-        return Reply(question.parse(kept.text), "", True, key, kept.endpoint, kept.date)
+        return Reply(question.parse(stored.text), "", True, key, stored.endpoint, stored.date)
     except BadReply:
         return None
 
@@ -179,12 +181,12 @@ class _Client:
             except BadReply as error:
                 problem = str(error)
                 continue
-            kept = replies.put(key, self.endpoint.model, self.url.netloc, text)
-            return Reply(value, "", False, key, kept.endpoint, kept.date)
+            stored = replies.put(key, self.endpoint.model, self.url.netloc, text)
+            return Reply(value, "", False, key, stored.endpoint, stored.date)
         return Reply(None, problem, False, key)
 
-    def _patiently(self, messages: list[Message]) -> str:
-        """The text of a reply, whatever the server is busy with for a while."""
+    def _patiently(self, messages: list[PromptMessage]) -> str:
+        """The text of a reply, after further attempts if the server is busy or fails for a while."""
         last = ""
         for attempt in range(self.endpoint.attempts):
             if self.stop.is_set():
@@ -201,7 +203,7 @@ class _Client:
             field="base_url", found=f"{self.endpoint.base_url}: {last}",
         )  # fmt: skip
 
-    def _once(self, messages: list[Message]) -> str:
+    def _once(self, messages: list[PromptMessage]) -> str:
         status, wait, body = self._request(messages)
         if status in (408, 425, 429) or status >= 500:
             raise _Busy(f"status {status}", wait)
@@ -224,7 +226,7 @@ class _Client:
             raise BadReply("the reply was cut off")
         return text
 
-    def _request(self, messages: list[Message]) -> tuple[int, float | None, bytes]:
+    def _request(self, messages: list[PromptMessage]) -> tuple[int, float | None, bytes]:
         """Status, seconds to wait that the server asks for, body; within `timeout_seconds` in all."""
         url, limit = self.url, self.endpoint.timeout_seconds
         deadline = time.monotonic() + limit
@@ -269,7 +271,7 @@ class _Client:
             connection.close()
 
     def _without_key(self, text: str) -> str:
-        """What a server says, fit to be shown."""
+        """The text of a server, shortened and without key and personal data, so that it may be printed."""
         text = text.replace(self.key, "[SECRET]") if self.key else text
         return shorten(redact(text, find(text)), 200)
 
@@ -282,7 +284,7 @@ def _seconds(header: str | None) -> float | None:
 
 
 def _checked(endpoint: Endpoint) -> Any:
-    """The parts of base_url, once everything that forbids to ask is ruled out."""
+    """Check that the endpoint may be asked; returns the parts of base_url. Raises UserError."""
     if is_offline():
         raise UserError("the endpoint would have to be asked, and --offline forbids it", "run without --offline",
                         field="base_url", found=endpoint.base_url)  # fmt: skip

@@ -1,10 +1,10 @@
-"""A judge: a model that gives each row a score from 1 to 5 and says why.
+"""Ask a judge, a model at an endpoint, for a score from 1 to 5 of each row, with a reason.
 
 The row goes to the judge as data, as one JSON string in a message of its own, so that a row which says "give this a 5"
-is a row that says so and not an order. The reply has one form, and anything else, a score of 11 or two scores as well,
-is no score: the row is then unjudged, and never dropped for it.
-What it gives up: a score is an opinion. It depends on the judge, prefers long answers and its own style (Zheng et al.,
-2023, arXiv:2306.05685), and is no proof; `whet eval` is.
+is no order. The reply has one form, and anything else, such as a score of 11 or two scores, is no score: the row is
+then unjudged, and never dropped for it.
+Gives up: objectivity. A score is an opinion; it depends on the judge, prefers long answers and its own style (Zheng et
+al., 2023, arXiv:2306.05685), and is no proof; `whet eval` is.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ RUBRICS: dict[Rubric, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """score: 1 (worst) to 5, None when the judge gave none; reason: why, in the judge's words or ours.
+    """The judge's answer about one row. score: 1 (worst) to 5, None when the judge gave none; reason: in the judge's
+    words or ours.
 
-    endpoint, date: who said it and when, as in `replies.Kept`.
+    endpoint, date: its source and time, as in `replies.StoredReply`.
     """
 
     score: int | None
@@ -58,21 +59,21 @@ class Verdict:
 
 
 @dataclass
-class Scores:
-    """Rows by score so far; unjudged: rows without one."""
+class ScoreCounts:
+    """Counts of rows by score so far; unjudged: rows without one."""
 
     rows: Counter[int] = field(default_factory=Counter)
     unjudged: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json` and the page."""
+        """Plain values for `--json` and the HTML page."""
         return {"rows": {str(score): self.rows[score] for score in range(1, 6)}, "unjudged": self.unjudged}
 
 
 def json_object(text: str, names: set[str]) -> dict[str, Any]:
-    """The one JSON object with exactly these fields that `text` is, but for a code fence and thinking before it.
+    """Read the one JSON object with exactly these fields, which a code fence may enclose and thinking may precede.
 
-    Raises BadReply for anything else, a field that stands twice included.
+    Raises BadReply for anything else, also for a field that stands twice.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def parse_verdict(text: str) -> tuple[int, str]:
 
 
 def row_json(example: Example) -> str:
-    """What a judge is shown of a row."""
+    """The row as JSON text for a judge: its turns, or its text and label."""
     if example.messages:
         turns = [
             {"role": m.role, "content": m.content} | ({"tool_calls": list(m.tool_calls)} if m.tool_calls else {})
@@ -131,9 +132,9 @@ def verdicts(
 
 
 def without_low_scores(
-    judged: Iterable[tuple[Example, Verdict]], least: int, seen: Scores, note: Callable[[Removed], None]
+    judged: Iterable[tuple[Example, Verdict]], least: int, seen: ScoreCounts, note: Callable[[Removed], None]
 ) -> Iterator[Example]:
-    """The examples whose score is `least` or more, and those without a score. note: once for each that is dropped."""
+    """The examples whose score is `least` or more, and those without a score. note: called once for each other one."""
     for example, verdict in judged:
         if verdict.score is None:
             seen.unjudged += 1

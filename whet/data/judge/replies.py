@@ -1,9 +1,9 @@
-"""Replies that were paid for, kept: an append-only JSONL file with one line for each, found by the prompt's hash.
+"""Store replies that were paid for: an append-only JSONL file with one line for each, found by the prompt's hash.
 
-Each line says which model said it, at which endpoint and when, so that what is made of it can say so too. Only places
-in the file are held in memory (about 100 bytes a reply), and a reply is read when it is asked for. A last
-line that a kill cut off is taken away when the file is opened; any other line that is not ours is an error, since
-skipping it would ask, and pay, again without a word. A file in which nothing was kept is removed when it is closed.
+Each line holds the model, the endpoint and the date of the reply, so that rows made from it can tell them too. Only
+offsets in the file are held in memory (about 100 bytes a reply), and a reply is read when it is asked for. A last line
+that a kill cut off is removed when the file is opened; any other line that is not ours is an error, since skipping it
+would ask, and pay, again without notice. An empty file is removed when it is closed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from whet.base.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """A reply as it came. endpoint: the host that gave it; date: when, in UTC (2026-01-31T12:00:00Z); "" if unsaid."""
+class StoredReply:
+    """A reply as it came. endpoint: the host that gave it; date: in UTC (2026-01-31T12:00:00Z); "" if unknown."""
 
     text: str
     endpoint: str = ""
@@ -29,24 +29,25 @@ class Kept:
 
 
 class Replies:
-    """Use as a context manager. `get` and `put` may be called from several threads, by one process at a time."""
+    """The file of replies, to be used as a context manager. `get` and `put` may be called from several threads of one
+    process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._places: dict[bytes, int] = {}
+        self._offsets: dict[bytes, int] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Replies:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         self._file.seek(0)
-        place = 0
+        offset = 0
         for row, line in enumerate(self._file, 1):
             if not line.endswith(b"\n"):
                 break
-            self._places[self._read(line, row)[0]] = place
-            place += len(line)
-        self._file.truncate(place)
+            self._offsets[self._read(line, row)[0]] = offset
+            offset += len(line)
+        self._file.truncate(offset)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -56,9 +57,9 @@ class Replies:
             self.path.unlink(missing_ok=True)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
-    def _read(self, line: bytes, row: int | None) -> tuple[bytes, Kept]:
+    def _read(self, line: bytes, row: int | None) -> tuple[bytes, StoredReply]:
         try:
             value = json.loads(line)
             key = bytes.fromhex(value["key"])
@@ -70,26 +71,26 @@ class Replies:
                 "not a line of kept replies", "move the file away: the replies in it are asked for again",
                 str(self.path), row, expected='{"key": …, "model": …, "reply": …}',
             ) from error  # fmt: skip
-        return key, Kept(*said)
+        return key, StoredReply(*said)
 
-    def get(self, key: str) -> Kept | None:
+    def get(self, key: str) -> StoredReply | None:
         """The reply to the prompt with this hash, None when there is none yet."""
         with self._lock:
-            place = self._places.get(bytes.fromhex(key))
-            if place is None:
+            offset = self._offsets.get(bytes.fromhex(key))
+            if offset is None:
                 return None
-            self._file.seek(place)
+            self._file.seek(offset)
             line = self._file.readline()
         return self._read(line, None)[1]
 
-    def put(self, key: str, model: str, endpoint: str, text: str) -> Kept:
-        """Keep a reply that came just now; it is on its way to the disk when this returns."""
-        kept = Kept(text, endpoint, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
-        value = {"key": key, "model": model, "endpoint": endpoint, "date": kept.date, "reply": text}
+    def put(self, key: str, model: str, endpoint: str, text: str) -> StoredReply:
+        """Store a reply that came just now; it is on its way to the disk when this returns."""
+        reply = StoredReply(text, endpoint, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
+        value = {"key": key, "model": model, "endpoint": endpoint, "date": reply.date, "reply": text}
         line = json.dumps(value).encode() + b"\n"
         with self._lock:
             self._file.seek(0, os.SEEK_END)
-            self._places[bytes.fromhex(key)] = self._file.tell()
+            self._offsets[bytes.fromhex(key)] = self._file.tell()
             self._file.write(line)
             self._file.flush()
-        return kept
+        return reply

@@ -1,9 +1,9 @@
-"""A file of scores: one JSON line for each row that was judged, written by `whet data judge`, read for `data.scores`.
+"""Write and read a file of scores: a JSON line for each judged row, by `whet data judge`, read for `data.scores`.
 
-A line says where the row stands, its id, score and the judge's reason, and who said so: rubric, model, endpoint, date
+A line holds file and row, the row's id, its score and the judge's reason, and the judge: rubric, model, endpoint, date
 and the hash of the whole prompt. Rows are found again by the id of their content, so rows may be reordered, and a row
-that was changed has no score any more. A row that the judge gave no score (`null`) is kept; a row that the file does
-not know is an error, since it was never looked at. Training keeps 9 bytes of each line in memory.
+that was changed has no score any more. A row that the judge gave no score (`null`) stays among the rows to learn from;
+a row that is not in the file is an error, since it was never judged. Training holds 9 bytes of each line in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from whet.base.console import Progress, say
 from whet.base.errors import UserError, shorten
 from whet.data.example import Example
 from whet.data.judge.endpoint import Endpoint
-from whet.data.judge.judge import Rubric, Scores, Verdict, verdicts, without_low_scores
+from whet.data.judge.judge import Rubric, ScoreCounts, Verdict, verdicts, without_low_scores
 from whet.data.judge.output import json_lines, replies_beside
 from whet.data.removed import Removed
 
@@ -38,12 +38,12 @@ def judge_rows(
 ) -> dict[str, Any]:
     """Ask for a score of each example and write them to `out`; returns the summary that `--json` prints.
 
-    least: rows below it are counted. Nothing is written before all replies are there, but for the replies. Raises
-    UserError as `ask_all` does.
+    least: rows below it are counted. Only replies are written before all of them are there. Raises UserError as
+    `ask_all` does.
     """
     if not len(examples):
         raise UserError("there is no row to judge", "name data with rows to learn from", field="data.dataset")
-    seen, dropped, asked = Scores(), 0, 0
+    seen, dropped, asked = ScoreCounts(), 0, 0
     worst: list[tuple[int, int, dict[str, Any]]] = []
 
     def written(file: IO[str]) -> Iterator[tuple[Example, Verdict]]:
@@ -87,25 +87,25 @@ def _line(example: Example, verdict: Verdict, rubric: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(found: dict[str, Any]) -> None:
-    """The summary for people: a histogram, and the worst rows with their places."""
-    rows = found["scores"]["rows"]
+def print_judged(summary: dict[str, Any]) -> None:
+    """Print the summary for people: a histogram, and the worst rows with file and row."""
+    rows = summary["scores"]["rows"]
     most = max(rows.values(), default=0)
-    say(f"{found['rows']:,} rows judged by {found['model']} for {found['rubric']} -> {found['out']}")
+    say(f"{summary['rows']:,} rows judged by {summary['model']} for {summary['rubric']} -> {summary['out']}")
     for score in sorted(rows, reverse=True):
         bar = "█" * round(30 * rows[score] / most) if most else ""
         say(f"  {score}  {bar} {rows[score]:,}", style="dim")
-    if found["scores"]["unjudged"]:
-        say(f"! {found['scores']['unjudged']:,} rows got no score, and stay", style="yellow")
-    for one in found["worst"]:
+    if summary["scores"]["unjudged"]:
+        say(f"! {summary['scores']['unjudged']:,} rows got no score, and stay", style="yellow")
+    for one in summary["worst"]:
         say(f"  {one['file']} row {one['row']}: {one['score']}, {shorten(one['reason'], 100)}")
-    if found["least"] > 1:
-        say(f"below {found['least']}: {found['rows_below']:,} rows")
-    say(f"data.scores={found['out']} data.least_score={max(2, found['least'])} learns without the rows below")
+    if summary["least"] > 1:
+        say(f"below {summary['least']}: {summary['rows_below']:,} rows")
+    say(f"data.scores={summary['out']} data.least_score={max(2, summary['least'])} learns without the rows below")
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoreFile:
     """The scores of a file. ids: uint64 [N], ascending, no two alike; scores: int8 [N], UNJUDGED or 1 to 5."""
 
     path: str
@@ -116,13 +116,13 @@ class Scored:
     scores: np.ndarray
 
     def of(self, ids: np.ndarray) -> np.ndarray:
-        """The score of each row, int8 [R]; -1 where the file does not know it. ids: uint64 [R]."""
-        place = np.minimum(np.searchsorted(self.ids, ids), max(0, len(self.ids) - 1))
-        known = self.ids[place] == ids if len(self.ids) else np.zeros(len(ids), bool)
-        return np.where(known, self.scores[place] if len(self.ids) else -1, -1).astype(np.int8)
+        """The score of each row, int8 [R]; -1 if the file has none. ids: uint64 [R]."""
+        index = np.minimum(np.searchsorted(self.ids, ids), max(0, len(self.ids) - 1))
+        known = self.ids[index] == ids if len(self.ids) else np.zeros(len(ids), bool)
+        return np.where(known, self.scores[index] if len(self.ids) else -1, -1).astype(np.int8)
 
 
-def read_scores(path: str) -> Scored:
+def read_scores(path: str) -> ScoreFile:
     """The scores in the file `path`. Raises UserError for the first line that is none, or a row with two scores."""
     ids, scores, digest = array("Q"), array("b"), hashlib.sha256()
     rubric, model = "", ""
@@ -146,10 +146,12 @@ def read_scores(path: str) -> Scored:
         ) from error  # fmt: skip
     if not ids:
         raise UserError("the file holds no scores", _AGAIN, path, field="data.scores")
-    return _unique(Scored(path, rubric, model, digest.hexdigest(), np.array(ids, np.uint64), np.array(scores, np.int8)))
+    arrays = np.array(ids, np.uint64), np.array(scores, np.int8)
+    return _unique(ScoreFile(path, rubric, model, digest.hexdigest(), *arrays))
 
 
-def _unique(given: Scored) -> Scored:
+def _unique(given: ScoreFile) -> ScoreFile:
+    """The scores in order of ids, each id once. Raises UserError for a row with two scores."""
     order = np.lexsort((given.scores, given.ids))
     ids, scores = given.ids[order], given.scores[order]
     again = ids[1:] == ids[:-1]
@@ -158,7 +160,7 @@ def _unique(given: Scored) -> Scored:
         row = int(max(order[torn[0]], order[torn[0] + 1])) + 1
         raise UserError("one row has two scores", _AGAIN, given.path, row, "score", expected="one score for each id")
     first = np.concatenate([[True], ~again])
-    return Scored(given.path, given.rubric, given.model, given.sha256, ids[first], scores[first])
+    return ScoreFile(given.path, given.rubric, given.model, given.sha256, ids[first], scores[first])
 
 
 def _parsed(line: bytes, path: str, row: int) -> tuple[int, int, tuple[str, str]]:
@@ -179,16 +181,16 @@ def _parsed(line: bytes, path: str, row: int) -> tuple[int, int, tuple[str, str]
 
 
 def below(
-    ids: np.ndarray, scored: Scored, least: int, place_of: Sequence[Example]
+    ids: np.ndarray, scored: ScoreFile, least: int, examples: Sequence[Example]
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """(rows below `least` as indices, the scores of all rows int8 [R], rows without a score that are kept).
+    """(rows below `least` as indices, the scores of all rows int8 [R], number of rows without a score).
 
-    ids: uint64 [R]; place_of: the rows themselves. Raises UserError where a row is not in the file.
+    ids: uint64 [R]; examples: the rows themselves. Raises UserError where a row is not in the file.
     """
     scores = scored.of(ids)
     unknown = np.flatnonzero(scores < 0)
     if len(unknown):
-        example = place_of[int(unknown[0])]
+        example = examples[int(unknown[0])]
         other = len(unknown) == len(ids)
         raise UserError(
             "these are the scores of other rows" if other else "a row to learn from was never judged",
@@ -198,7 +200,7 @@ def below(
     return np.flatnonzero((scores < least) & (scores != UNJUDGED)), scores, int((scores == UNJUDGED).sum())
 
 
-def removed_for(example: Example, score: int, least: int, scored: Scored) -> Removed:
-    """Why the row is left out; the judge's words stay in the file of scores, since they may quote the row."""
+def removed_for(example: Example, score: int, least: int, scored: ScoreFile) -> Removed:
+    """The record of a row that its score leaves out; the judge's words, which may quote the row, are not in it."""
     reason = f"score {score} of 5 is below {least} ({scored.rubric}, by {scored.model})"
     return Removed(example.file, example.row, reason, "judge")

@@ -1,12 +1,12 @@
-"""Parquet, Arrow and Feather files -> records, a batch at a time.
+"""Read Parquet, Arrow and Feather files as records, a batch at a time.
 
-What JSON can say comes out as JSON would say it: text, numbers, booleans, null, lists, objects (structs, and maps from
+Values of a JSON kind come out as JSON has them: text, numbers, booleans, null, lists, objects (structs, and maps from
 text). Dates, times and decimals have no JSON kind and come out as their exact text (2024-01-31, 12:30:00, 1.50).
-Bytes, and what else has no text, are refused by name. A field that is absent in a row is null: these formats know no
-absent field.
+Bytes, and other types without a text, are refused by name. A field that is absent in a row is null: these formats know
+no absent field.
 Batches are validated before they are used, because offsets in a damaged file may point anywhere. Memory holds one
-batch; how large those of an Arrow file are was decided by whoever wrote it. The file is not mapped into memory: a
-mapped file that becomes shorter ends the process.
+batch, whose size in an Arrow file was decided when it was written. The file is not mapped into memory: a mapped file
+that becomes shorter ends the process.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def read_arrow(disk: WatchedFile, file: str) -> Iterator[Record]:
 
 
 def damage() -> tuple[type[Exception], ...]:
-    """What pyarrow raises for files that are not as their format says."""
+    """The exceptions that pyarrow raises for files that break their format."""
     require("pyarrow", "a Parquet or Arrow file")
     from pyarrow import ArrowException
 
@@ -96,7 +96,7 @@ def _records(schema: pa.Schema, batches: Iterator[pa.RecordBatch], file: str) ->
 
 
 def _validate(part: pa.RecordBatch, names: list[str], row: int, file: str) -> None:
-    """Refuse offsets that lead out of the data and text that is not UTF-8, with the row where that can be told."""
+    """Refuse offsets that lead out of the data and text that is not UTF-8, with the row if it can be told."""
     for name, column in zip(names, part.columns, strict=True):
         if _is_valid(column):
             continue

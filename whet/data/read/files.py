@@ -1,7 +1,7 @@
-"""What a path of a recipe stands for: one file, a directory, a saved data set, a glob or a hub data set -> its files.
+"""List the data files that a path of a recipe stands for: a file, a directory, a saved data set, a glob, a hub name.
 
-A directory stands for the data files directly in it, or below it when there are none, as the hub lays them out; the
-part after a # chooses where there are several splits (DIR#split, DIR#config/split). What could be meant in two ways is
+A directory stands for the data files directly in it, or below it when there are none, as the hub arranges them; the
+part after a # chooses among several splits (DIR#split, DIR#config/split). A path that could be meant in two ways is
 refused: rows beside text, one name in two formats, a link that leads nowhere. Hidden files and a README.md are left
 out; files of unknown kinds are left out with a warning.
 """
@@ -34,83 +34,83 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Source:
-    """One data file. name: as it is shown and recorded; place: where its bytes lie."""
+class DataFile:
+    """One data file. name: as it is printed and recorded; path: where its bytes lie."""
 
     name: str
-    place: Path
+    path: Path
 
 
 def data_files(path: str) -> list[Path]:
-    """Where the files lie that one path of a recipe stands for, in the order of reading."""
-    return [source.place for source in sources(path)]
+    """The paths of the files that one path of a recipe stands for, in the order of reading."""
+    return [file.path for file in files_of(path)]
 
 
-def sources(path: str) -> list[Source]:
+def files_of(path: str) -> list[DataFile]:
     """The files of one path, sorted by name whatever the locale or the file system's order; UserError for none."""
     if not path.strip():
         raise UserError("the name of a data file is empty", "name a file, directory or glob", field="data.dataset")
     if path.startswith(PREFIX):
-        found = hub_files(path, SUFFIXES, frozenset(TEXT))
-        _one_kind(path, [place for _, place in found])
-        return [Source(name, place) for name, place in found]
-    place = Path(path).expanduser()
+        files = hub_files(path, SUFFIXES, frozenset(TEXT))
+        _one_kind(path, [location for _, location in files])
+        return [DataFile(name, location) for name, location in files]
+    location = Path(path).expanduser()
     try:
-        if place.is_file():
-            return [_file(path, place)]
-        if place.is_dir():
-            return _directory(place, None, None)
-        if place.exists():
+        if location.is_file():
+            return [_file(path, location)]
+        if location.is_dir():
+            return _directory(location, None, None)
+        if location.exists():
             raise UserError("not a regular file", "save the data to a file first", file=path)
-        if place.is_symlink():
-            raise UserError("a symbolic link that leads nowhere", "correct it", path, found=str(place.readlink()))
+        if location.is_symlink():
+            raise UserError("a symbolic link that leads nowhere", "correct it", path, found=str(location.readlink()))
         folder, mark, choice = path.rpartition("#")
-        if mark and (place := Path(folder).expanduser()).is_dir():
+        if mark and (location := Path(folder).expanduser()).is_dir():
             config, _, split = choice.rpartition("/")
-            return _directory(place, config or None, split or None)
-        place = Path(path).expanduser()
+            return _directory(location, config or None, split or None)
+        location = Path(path).expanduser()
         if glob.has_magic(path):
-            found = glob.glob(str(place), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
-            entries = [entry for entry in map(Path, found) if not entry.name.startswith(".")]
+            names = glob.glob(str(location), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+            entries = [entry for entry in map(Path, names) if not entry.name.startswith(".")]
             return _one_kind(path, _usable(path, sorted(entries, key=str)))
-        raise _missing(path, place)
+        raise _missing(path, location)
     except OSError as error:
         raise unreadable(path, error) from error
 
 
-def split_suffix(place: Path) -> tuple[str, str]:
+def split_suffix(path: Path) -> tuple[str, str]:
     """`a.jsonl.xz` -> (".jsonl", ".xz"); the second is empty for a plain file."""
-    packing = place.suffix.lower()
-    return (Path(place.stem).suffix.lower(), packing) if packing in PACKINGS else (packing, "")
+    packing = path.suffix.lower()
+    return (Path(path.stem).suffix.lower(), packing) if packing in PACKINGS else (packing, "")
 
 
-def _file(path: str, place: Path) -> Source:
-    suffix, packing = split_suffix(place)
+def _file(path: str, location: Path) -> DataFile:
+    suffix, packing = split_suffix(location)
     if suffix + packing in SUFFIXES:
-        return Source(str(place), place)
+        return DataFile(str(location), location)
     if suffix in COLUMNS:
         fix = f"unpack it: {suffix} files are packed inside"
     else:
         fix = "convert it to JSONL: " + OBJECT_PER_LINE
-    found = f"suffix {suffix + packing or '(none)'}"
-    raise UserError("unknown kind of file", fix, file=path, found=found, expected=_EXPECTED)
+    suffix_text = f"suffix {suffix + packing or '(none)'}"
+    raise UserError("unknown kind of file", fix, file=path, found=suffix_text, expected=_EXPECTED)
 
 
-def _directory(place: Path, config: str | None, split: str | None) -> list[Source]:
-    if (place / "dataset_dict.json").is_file():
-        splits = _saved_list(place / "dataset_dict.json", "splits")
-        return _saved(place / choose_saved(splits, config, split, str(place)))
-    if (place / "state.json").is_file() and (place / "dataset_info.json").is_file():
+def _directory(folder: Path, config: str | None, split: str | None) -> list[DataFile]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = _saved_list(folder / "dataset_dict.json", "splits")
+        return _saved(folder / choose_saved(splits, config, split, str(folder)))
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         if config or split:
-            raise UserError("a saved data set without splits", f"write {place}", str(place), found=config or split)
-        return _saved(place)
-    card = read_card(place / "README.md")
-    entries = _usable(str(place), sorted((e for e in place.iterdir() if not e.name.startswith(".")), key=str))
+            raise UserError("a saved data set without splits", f"write {folder}", str(folder), found=config or split)
+        return _saved(folder)
+    card = read_card(folder / "README.md")
+    entries = _usable(str(folder), sorted((e for e in folder.iterdir() if not e.name.startswith(".")), key=str))
     if card.get("configs") or not entries:
-        entries = _usable(str(place), _below(place), found=", ".join(sorted(e.name for e in place.iterdir())[:5]))
-    names = [entry.relative_to(place).as_posix() for entry in entries]
-    chosen = choose(names, card, config, split, str(place))
-    return _one_kind(str(place), [place / name for name in chosen])
+        entries = _usable(str(folder), _below(folder), instead=", ".join(sorted(e.name for e in folder.iterdir())[:5]))
+    names = [entry.relative_to(folder).as_posix() for entry in entries]
+    chosen = choose(names, card, config, split, str(folder))
+    return _one_kind(str(folder), [folder / name for name in chosen])
 
 
 def choose_saved(splits: list[str], config: str | None, split: str | None, where: str) -> str:
@@ -119,38 +119,39 @@ def choose_saved(splits: list[str], config: str | None, split: str | None, where
     return shards[choose(list(shards), {}, config, split, where)[0]]
 
 
-def _saved(place: Path) -> list[Source]:
+def _saved(folder: Path) -> list[DataFile]:
     """The files of one split as `Dataset.save_to_disk` wrote them."""
-    state = place / "state.json"
+    state = folder / "state.json"
     files = [item.get("filename") if isinstance(item, dict) else None for item in _saved_list(state, "_data_files")]
     for name in files:
         if not isinstance(name, str) or "/" in name or "\\" in name or name.startswith("."):
             raise UserError("not the name of a file", "save the data set again", str(state), found=repr(name))
-    return [_file(str(place / name), place / name) for name in files if name]
+    return [_file(str(folder / name), folder / name) for name in files if name]
 
 
-def _saved_list(place: Path, field: str) -> list[Any]:
+def _saved_list(path: Path, field: str) -> list[Any]:
     try:
-        found = json.loads(place.read_text(encoding="utf-8"))[field]
+        values = json.loads(path.read_text(encoding="utf-8"))[field]
     except (ValueError, KeyError, TypeError, OSError) as error:
         fix = "save the data set again with save_to_disk"
-        raise UserError("not what save_to_disk writes", fix, str(place), field=field, found=repr(error)) from error
-    if not isinstance(found, list) or not found:
-        raise UserError("not a list of names", "save the data set again", str(place), field=field, found=repr(found))
-    return found
+        raise UserError("not what save_to_disk writes", fix, str(path), field=field, found=repr(error)) from error
+    if not isinstance(values, list) or not values:
+        raise UserError("not a list of names", "save the data set again", str(path), field=field, found=repr(values))
+    return values
 
 
-def _below(place: Path) -> list[Path]:
+def _below(root: Path) -> list[Path]:
     """All files under a directory but hidden ones; links to directories are not followed."""
-    found: list[Path] = []
-    for folder, folders, names in os.walk(place):
+    files: list[Path] = []
+    for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(found, key=str)
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(files, key=str)
 
 
-def _usable(path: str, entries: list[Path], found: str | None = None) -> list[Path]:
-    """The data files among `entries`. found: says that there must be some, and what was there instead."""
+def _usable(path: str, entries: list[Path], instead: str | None = None) -> list[Path]:
+    """The data files among `entries`. instead: if given, there must be some, and the error names this if there are
+    none."""
     files: list[Path] = []
     left_out: list[str] = []
     for entry in entries:
@@ -163,22 +164,23 @@ def _usable(path: str, entries: list[Path], found: str | None = None) -> list[Pa
             raise UserError("not a regular file, or a link that leads nowhere", "remove or replace it", str(entry))
         else:
             files.append(entry)
-    if not files and (found is not None or glob.has_magic(path)):
-        found = found or ", ".join(entry.name for entry in entries[:5]) or "no files"
-        raise UserError("no data files here", "name a data file", file=path, found=found, expected=_EXPECTED)
+    if not files and (instead is not None or glob.has_magic(path)):
+        instead = instead or ", ".join(entry.name for entry in entries[:5]) or "no files"
+        raise UserError("no data files here", "name a data file", file=path, found=instead, expected=_EXPECTED)
     if files and left_out:
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         _LOG.warning("%s: left out, no kind of data file: %s%s", path, ", ".join(left_out[:3]), more)
     return files
 
 
-def _one_kind(path: str, files: list[Path]) -> list[Source]:
-    """Text beside rows is refused, being nearly always about them; so is one name in two formats: the same rows."""
+def _one_kind(path: str, files: list[Path]) -> list[DataFile]:
+    """The files, all of one kind. Refuses text beside rows, which is nearly always about them, and one name in two
+    formats, which are probably the same rows."""
     texts = [file for file in files if split_suffix(file)[0] in TEXT]
     if texts and len(texts) != len(files):
         rows = next(file for file in files if split_suffix(file)[0] not in TEXT)
-        problem, found = "rows beside plain text: only one kind can be meant", f"{rows.name} and {texts[0].name}"
-        raise UserError(problem, f"name the kind, such as {rows.parent}/*{rows.suffix}", path, found=found)
+        problem, named_both = "rows beside plain text: only one kind can be meant", f"{rows.name} and {texts[0].name}"
+        raise UserError(problem, f"name the kind, such as {rows.parent}/*{rows.suffix}", path, found=named_both)
     named: dict[str, Path] = {}
     for file in files:
         bare = str(file).lower().removesuffix("".join(split_suffix(file)))
@@ -189,12 +191,12 @@ def _one_kind(path: str, files: list[Path]) -> list[Source]:
             if path.startswith(PREFIX):
                 fix = f"take the hub's own copy: {re.split('[@#]', path)[0]}@{CONVERTED}"
             raise UserError(problem, fix, path, found=f"{other.name} and {file.name}")
-    return [Source(str(file), file) for file in files]
+    return [DataFile(str(file), file) for file in files]
 
 
-def _missing(path: str, place: Path) -> UserError:
-    parent = place.parent
+def _missing(path: str, location: Path) -> UserError:
+    parent = location.parent
     if not parent.is_dir():
         return UserError("no such file", f"correct the path: there is no directory {parent}", file=path)
-    near = nearest(place.name, sorted(p.name for p in parent.iterdir()))
+    near = nearest(location.name, sorted(p.name for p in parent.iterdir()))
     return UserError("no such file", f"did you mean {parent / near}?" if near else "correct the path", file=path)

@@ -1,9 +1,9 @@
-"""Data sets of the Hugging Face hub, brought to the local cache as the files that they are.
+"""Fetch data sets of the Hugging Face hub to the local cache, as files.
 
 `hub:owner/name`, `hub:owner/name@revision`, `hub:owner/name#split`, `hub:owner/name#config/split`: after the @ a
-branch, tag or commit, after the # what to take where there is a choice. The files are kept in the hub's own cache under
-their commit, so a second start needs no network, and they are read by the same readers as local files. Only data files
-are fetched: no code of a data set is ever run, and a data set that is nothing but a loading script is refused.
+branch, tag or commit, after the # the configuration and split. The files are stored in the hub's own cache under their
+commit, so a second start needs no network, and they are read by the same readers as local files. Only data files are
+fetched: no code of a data set is ever run, and a data set that is nothing but a loading script is refused.
 
 The library `datasets` is not used to read, because it guesses: its CSV reader makes null of the text "NA" and a number
 of "0012", and its errors name neither file nor row. Gives up: rows are not read while they are still being fetched.
@@ -28,10 +28,10 @@ _FORM = "hub:owner/name, with @revision, #split or #config/split after it"
 
 
 def hub_files(spec: str, suffixes: frozenset[str], texts: frozenset[str]) -> list[tuple[str, Path]]:
-    """(hub:owner/name@commit/path, where it lies) of every file that `spec` stands for, fetched if need be.
+    """(hub:owner/name@commit/path, local path) of every file that `spec` stands for, fetched if need be.
 
     suffixes: of data files; texts: of those that hold plain text, which beside rows is about them and left out. Raises
-    UserError for what the hub does not have, and offline for what the cache does not have.
+    UserError for files that the hub does not have, and offline for those that the cache does not have.
     """
     match = _SPEC.fullmatch(spec)
     if match is None:
@@ -60,26 +60,26 @@ def hub_files(spec: str, suffixes: frozenset[str], texts: frozenset[str]) -> lis
 
 
 def is_data(name: str, suffixes: frozenset[str]) -> bool:
-    """Whether a path inside a data set ends like a file of rows and is not hidden; packings are part of `suffixes`."""
+    """True if a path inside a data set ends like a file of rows and is not hidden; packings are part of `suffixes`."""
     parts = name.split("/")
     return not any(part.startswith((".", "__")) for part in parts) and parts[-1].lower().endswith(tuple(suffixes))
 
 
-def read_card(place: Path) -> dict[str, Any]:
+def read_card(path: Path) -> dict[str, Any]:
     """The head of a README.md as a mapping; empty when it has none that tells where rows are."""
     try:
-        text = place.read_text(encoding="utf-8") if place.is_file() else ""
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError("README.md cannot be read", "save it as UTF-8", str(place), found=str(error)) from error
+        raise UserError("README.md cannot be read", "save it as UTF-8", str(path), found=str(error)) from error
     if not text.startswith("---") or "configs:" not in text:
         return {}
     from huggingface_hub.repocard import metadata_load
     from yaml import YAMLError
 
     try:
-        return metadata_load(place) or {}
+        return metadata_load(path) or {}
     except (YAMLError, ValueError) as error:
-        raise UserError("the head of README.md is not YAML", "correct it", str(place), found=str(error)) from error
+        raise UserError("the head of README.md is not YAML", "correct it", str(path), found=str(error)) from error
 
 
 def _fetched(spec: str, repo: str, revision: str | None, patterns: list[str]) -> tuple[Path, list[str]]:

@@ -1,7 +1,7 @@
-"""JSON and JSONL -> records, with what JSON parsers commonly let through refused.
+"""Read JSON and JSONL as records, and refuse faults that JSON parsers commonly accept.
 
-Duplicate keys, NaN, Infinity and lone surrogates would each change what is trained on without a word. JSONL is
-streamed, one line in memory at a time. A `.json` file is read whole, which is why its size is limited.
+Duplicate keys, NaN, Infinity and lone surrogates would each change the training data without notice. JSONL is streamed,
+one line in memory at a time. A `.json` file is read whole, which is why its size is limited.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_jsonl(stream: BinaryIO, file: str) -> Iterator[Record]:
-    """One object per line. Lines end at \\n only: `str.splitlines` would also cut at a U+2028 inside a string."""
+    """Read one object per line. Lines end at \\n only: `str.splitlines` would also cut at a U+2028 inside a string."""
     offset = 0
     started = False
     for row, line in enumerate(iter(partial(stream.readline, MAX_ROW_BYTES), b""), 1):
@@ -47,7 +47,7 @@ def read_jsonl(stream: BinaryIO, file: str) -> Iterator[Record]:
 
 
 def read_json(stream: BinaryIO, file: str) -> Iterator[Record]:
-    """An array of objects, one object per line, or one object around the array."""
+    """Read an array of objects, one object per line, or one object around the array."""
     raw = read_whole(stream, file)
     text = decode_utf8(raw, 0, file, None).removeprefix(BOM).strip(" \t\r\n")
     if not text:
@@ -66,7 +66,7 @@ def read_json(stream: BinaryIO, file: str) -> Iterator[Record]:
 
 
 def _read_array(text: str, file: str) -> Iterator[Record]:
-    """Item by item, so that an error names its row and only one parsed row is held beside the text."""
+    """Read an array item by item, so that an error names its row and only one parsed row is held beside the text."""
     at = _skip_space(text, _skip_space(text, 0) + 1)
     row = 0
     while at < len(text) and (row > 0 or text[at] != "]"):
@@ -117,7 +117,7 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _parse(text: str, start: int, file: str, row: int | None) -> tuple[object, int]:
-    """The JSON value at `start` and where it ends."""
+    """(the JSON value at `start`, the offset behind it)."""
     try:
         value, end = _DECODER.raw_decode(text, start)
         source = text[start:end]
@@ -128,8 +128,7 @@ def _parse(text: str, start: int, file: str, row: int | None) -> tuple[object, i
         error.file, error.row = file, row
         raise
     except RecursionError as error:
-        found = text[start : start + 40]
-        raise UserError("nested too deeply", "flatten the row", file, row, found=found) from error
+        raise UserError("nested too deeply", "flatten the row", file, row, found=text[start : start + 40]) from error
     except json.JSONDecodeError as error:
         raise _syntax_error(text, start, error, file, row) from error
     except ValueError as error:

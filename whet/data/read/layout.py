@@ -1,10 +1,10 @@
-"""Which files of a directory or a hub data set are its rows, by configuration and split.
+"""Choose the files of a directory or a hub data set that hold its rows, by configuration and split.
 
 The rules are those of the hub: a README.md whose head lists `configs`, else files named data/SPLIT-00000-of-00001.*,
-else directories or files whose names hold a word for a split, else everything is `train`. Two things differ, because
-rows would be left out without a word: where several splits are there, one must be chosen, and files that belong to no
-split while others do are refused unless a split is chosen. Names come from a listing and patterns are only compared
-with it, so a README cannot point outside.
+else directories or files whose names hold a word for a split, else everything is `train`. Two rules differ, because
+rows would be left out without notice: among several splits one must be chosen, and files that belong to no split while
+others do are refused unless a split is chosen. Names come from a listing and patterns are only compared with it, so a
+README cannot point outside.
 Source: the hub's pages "File names and splits" and "Data files configuration".
 """
 
@@ -48,7 +48,7 @@ def choose(names: Sequence[str], card: dict[str, Any], config: str | None, split
 
 
 def converted(names: Sequence[str], config: str | None, split: str | None, where: str) -> list[str]:
-    """The same for the hub's own Parquet copies, which lie in CONFIG/SPLIT/0000.parquet."""
+    """Choose among the hub's own Parquet copies, which lie in CONFIG/SPLIT/0000.parquet; as `choose`."""
     configs = sorted({name.partition("/")[0] for name in names if name.count("/") >= 2})
     chosen = _one("configuration", configs, config, where, "#{}/SPLIT")
     below = [name for name in names if name.startswith(f"{chosen}/")]
@@ -65,12 +65,12 @@ def splits_of(names: Sequence[str]) -> Splits:
         if match := _SHARD.fullmatch(name):
             shards.setdefault(match[1], []).append(name)
     if shards:
-        return {split: sorted(found) for split, found in shards.items()}
+        return {split: sorted(fitting) for split, fitting in shards.items()}
     for part in (lambda name: name.split("/")[:-1], lambda name: name.split("/")[-1:]):
         splits: Splits = {}
         for name in names:
-            found = [split for split, words in _WORDS.items() if any(_has_word(p, words) for p in part(name))]
-            for split in found:
+            fitting = [split for split, words in _WORDS.items() if any(_has_word(p, words) for p in part(name))]
+            for split in fitting:
                 splits.setdefault(split, []).append(name)
         if splits:
             return {split: sorted(splits[split]) for split in _WORDS if split in splits}
@@ -106,12 +106,12 @@ def _listed(entry: dict[str, Any], names: Sequence[str], card: str) -> Splits:
     for split, wanted in patterns.items():
         for pattern in [wanted] if isinstance(wanted, str) else wanted:
             test = _matcher(f"{folder}/{pattern}" if folder else str(pattern))
-            found = sorted(name for name in names if test.fullmatch(name))
-            if not found:
+            matches = sorted(name for name in names if test.fullmatch(name))
+            if not matches:
                 fix = "correct the pattern, or add the files"
                 raise UserError("no file fits a pattern", fix, card, field=f"configs.data_files.{split}", found=pattern)
-            splits.setdefault(str(split), []).extend(found)
-    return {split: list(dict.fromkeys(found)) for split, found in splits.items()}
+            splits.setdefault(str(split), []).extend(matches)
+    return {split: list(dict.fromkeys(matches)) for split, matches in splits.items()}
 
 
 def _split(splits: Splits, rest: list[str], wanted: str | None, where: str) -> list[str]:
@@ -125,7 +125,7 @@ def _split(splits: Splits, rest: list[str], wanted: str | None, where: str) -> l
 
 
 def _one(what: str, choices: list[str], wanted: str | None, where: str, form: str) -> str:
-    """The wanted one, or the only one."""
+    """The wanted choice, or the only one. Raises UserError."""
     if wanted in choices:
         return str(wanted)
     if wanted is None and len(choices) == 1:
@@ -136,24 +136,24 @@ def _one(what: str, choices: list[str], wanted: str | None, where: str, form: st
 
 
 def _matcher(pattern: str) -> re.Pattern[str]:
-    """A glob over paths: * and ? stay inside one name, ** crosses directories."""
-    found, at = "", 0
+    """A pattern for a glob over paths: * and ? stay inside one name, ** crosses directories."""
+    expression, at = "", 0
     pattern = str(PurePosixPath(pattern))
     while at < len(pattern):
         if pattern.startswith("**/", at):
-            found, at = found + "(?:.*/)?", at + 3
+            expression, at = expression + "(?:.*/)?", at + 3
         elif pattern.startswith("**", at):
-            found, at = found + ".*", at + 2
+            expression, at = expression + ".*", at + 2
         elif pattern[at] == "*":
-            found, at = found + "[^/]*", at + 1
+            expression, at = expression + "[^/]*", at + 1
         elif pattern[at] == "?":
-            found, at = found + "[^/]", at + 1
+            expression, at = expression + "[^/]", at + 1
         elif pattern[at] == "[" and (end := pattern.find("]", at + 2)) > 0:
             inside = pattern[at + 1 : end].replace("\\", "\\\\")
-            found, at = found + (f"[^{inside[1:]}]" if inside[0] in "!^" else f"[{inside}]"), end + 1
+            expression, at = expression + (f"[^{inside[1:]}]" if inside[0] in "!^" else f"[{inside}]"), end + 1
         else:
-            found, at = found + re.escape(pattern[at]), at + 1
+            expression, at = expression + re.escape(pattern[at]), at + 1
     try:
-        return re.compile(found)
+        return re.compile(expression)
     except re.error:  # such as the range [z-a], which fits nothing
         return re.compile(re.escape(pattern))

@@ -1,9 +1,9 @@
-"""Data files -> records that know their place.
+"""Read data files as records that know their file and row.
 
 Everything that can be wrong with bytes is refused on the way, with file and row: encoding, compression, syntax, and
-what parsers commonly let through, because each of those would otherwise change what is trained on without a word.
-What the fields mean is `format.standardise`'s business. Every format is one function from a stream to records:
-`jsonl`, `table`, `arrow`, `text`; `files` finds the files, `unpack` opens them.
+faults that parsers commonly accept, because each of those would otherwise change the training data without notice. The
+meaning of the fields is left to `format.standardise`. Every format is one function from a stream to records: `jsonl`,
+`table`, `arrow`, `text`; `files` finds the files, `unpack` opens them.
 
 Rows are streamed: one row or one batch is in memory, whatever the size of the file. A `.json` file alone is read whole.
 """
@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeAlias
 
 from whet.base.errors import UserError
 from whet.data.read import arrow, jsonl, table, text
-from whet.data.read.files import COLUMNS, Source, data_files, sources, split_suffix
+from whet.data.read.files import COLUMNS, DataFile, data_files, files_of, split_suffix
 from whet.data.read.record import COPY_AGAIN, TURN_FIELDS, Record, kind_of
 from whet.data.read.unpack import (
     ARROW_FILE,
@@ -48,24 +48,24 @@ Fingerprint: TypeAlias = dict[str, str | int]
 
 
 def read_files(paths: Sequence[str], fingerprints: list[Fingerprint] | None = None) -> Iterator[Record]:
-    """The records of all `paths` in order; a path is a file, a directory, a glob or hub:owner/name (see `files`).
+    """Read the records of all `paths` in order; a path is a file, a directory, a glob or hub:owner/name (see `files`).
 
     Paths are resolved at once, so a misspelt one is reported before the first file is read. fingerprints: gets one
     entry (path, bytes, sha256) for each file as its last row is handed out, taken from the bytes that were read.
     """
-    found = _sources(paths)
+    files = _sources(paths)
     seen: set[Path] = set()
-    for source in found:
-        if (real := source.place.resolve()) in seen:
-            raise UserError("named twice, so its rows would be trained on twice", "name it once", file=source.name)
+    for file in files:
+        if (real := file.path.resolve()) in seen:
+            raise UserError("named twice, so its rows would be trained on twice", "name it once", file=file.name)
         seen.add(real)
-    return chain.from_iterable(_read_file(source, fingerprints) for source in found)
+    return chain.from_iterable(_read_file(file, fingerprints) for file in files)
 
 
 def fingerprint(paths: Sequence[str], known: Iterable[Fingerprint] = ()) -> list[Fingerprint]:
     """path, bytes and sha256 of every file of `paths`, in their order; those in `known` are not read again."""
     at_hand = {entry["path"]: entry for entry in known}
-    return [at_hand.get(source.name) or _fingerprint(source) for source in _sources(paths)]
+    return [at_hand.get(file.name) or _fingerprint(file) for file in _sources(paths)]
 
 
 def check_unchanged(recorded: Sequence[Mapping[str, object]], now: Sequence[Mapping[str, object]]) -> None:
@@ -107,26 +107,26 @@ def sha256(path: str) -> str:
         raise unreadable(path, error) from error
 
 
-def _sources(paths: Sequence[str]) -> list[Source]:
-    found = [source for path in paths for source in sources(path)]
-    if not found:
+def _sources(paths: Sequence[str]) -> list[DataFile]:
+    files = [file for path in paths for file in files_of(path)]
+    if not files:
         raise UserError("no data files were given", "name at least one file, directory or glob")
-    return found
+    return files
 
 
-def _fingerprint(source: Source) -> Fingerprint:
+def _fingerprint(file: DataFile) -> Fingerprint:
     try:
-        with WatchedFile(source.place, source.name, hashed=True) as disk:
+        with WatchedFile(file.path, file.name, hashed=True) as disk:
             return disk.fingerprint()
     except OSError as error:
-        raise unreadable(source.name, error) from error
+        raise unreadable(file.name, error) from error
 
 
-def _read_file(source: Source, fingerprints: list[Fingerprint] | None) -> Iterator[Record]:
-    """The rows of one file; that it stayed as it was is known, and complained of, at its end or at any other error."""
-    suffix, packing = split_suffix(source.place)
+def _read_file(file: DataFile, fingerprints: list[Fingerprint] | None) -> Iterator[Record]:
+    """The rows of one file; a change of the file meanwhile is reported at its end, or at any other error."""
+    suffix, packing = split_suffix(file.path)
     try:
-        with WatchedFile(source.place, source.name, hashed=fingerprints is not None) as disk:
+        with WatchedFile(file.path, file.name, hashed=fingerprints is not None) as disk:
             try:
                 yield from _rows(disk, suffix, packing)
             except UserError as error:
@@ -138,7 +138,7 @@ def _read_file(source: Source, fingerprints: list[Fingerprint] | None) -> Iterat
             if fingerprints is not None:
                 fingerprints.append(disk.fingerprint())
     except OSError as error:
-        raise unreadable(source.name, error) from error
+        raise unreadable(file.name, error) from error
 
 
 def _rows(disk: WatchedFile, suffix: str, packing: str) -> Iterator[Record]:

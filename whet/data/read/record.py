@@ -1,4 +1,4 @@
-"""One row as it stands in a file, and the limits that every reader keeps.
+"""Records, rows as they stand in a file, and the limits that every reader keeps.
 
 It stands apart from the readers because all of them make records and none of them needs another.
 """
@@ -31,7 +31,7 @@ class Record:
 
 
 def kind_of(value: object) -> str:
-    """What a parsed JSON value is, in JSON's words."""
+    """The kind of a parsed JSON value, in JSON's words."""
     match value:
         case list():
             return f"list of {len(value)}"

@@ -1,4 +1,4 @@
-"""CSV and TSV -> records, by RFC 4180: every cell stays the text that it is.
+"""Read CSV and TSV as records, by RFC 4180: every cell stays the text that it is.
 
 Nothing is guessed: "null", "NA", "0012", "1e5" and "TRUE" are strings, an empty cell is "". The delimiter follows from
 the suffix, the first line is the header. A quote opens a cell only at its start and may span lines; a quote inside a
@@ -29,7 +29,7 @@ _DOUBLE = "write a quote inside a quoted cell twice, or convert the file to JSON
 
 
 def read_table(delimiter: str, stream: BinaryIO, file: str) -> Iterator[Record]:
-    """Rows as {name in the header: text}; `row` counts from 1 below the header."""
+    """Read rows as {name in the header: text}; `row` counts from 1 below the header."""
     rows = _Cells(delimiter, stream, file).rows()
     line, names = next(rows, (0, []))
     if not line:
@@ -55,9 +55,9 @@ def _check_header(names: list[str], delimiter: str, file: str, line: int) -> Non
         problem = f"the header in line {line} has {_SEPARATORS[other]} instead of {_SEPARATORS[delimiter]}"
         raise UserError(problem, fix, file, found=names[0], expected=f"names with {_SEPARATORS[delimiter]} between")
     seen: set[str] = set()
-    for place, name in enumerate(names, 1):
+    for column, name in enumerate(names, 1):
         if not name.strip():
-            problem = f"column {place} of the header in line {line} has no name"
+            problem = f"column {column} of the header in line {line} has no name"
             raise UserError(problem, "give every column a name", file, found=shorten(names))
         if name != name.strip():
             raise UserError(f"space around a name in the header in line {line}", "remove it", file, found=repr(name))
@@ -133,7 +133,7 @@ class _Cells:
             at += len(self.delimiter)
 
     def _to_closing_quote(self, text: str, at: int, cell: int) -> tuple[str, str, int]:
-        """(the cell that begins at `at`, the line where it ends, the place behind its closing quote)."""
+        """(the cell that begins at `at`, the line where it ends, the offset behind its closing quote)."""
         start, parts, size = self.line, [], 0
         while (closing := _TO_CLOSING_QUOTE.match(text, at)) is None:
             parts.append(text[at:])

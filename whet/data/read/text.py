@@ -1,9 +1,9 @@
-"""Bytes -> text, and a text file -> its one row.
+"""Decode bytes as text, and read a text file as its one row.
 
 A `.txt` or `.md` file is one document: blank lines inside a document mean something, and only the author knows what, so
-whet does not split on them. Whoever wants several documents writes several files or JSONL rows with a `text` field.
-Text that is plainly something else (JSON rows, a web page saved under a text's name) is refused, because it would
-otherwise be learned as it stands.
+whet does not split on them. Several documents are several files, or JSONL rows with a `text` field. Text that is
+plainly something else (JSON rows, a web page saved under a text's name) is refused, because it would otherwise be
+learned as it stands.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BOM = "\ufeff"
 
 
 def decode_utf8(raw: bytes, offset: int, file: str, row: int | None) -> str:
-    """`raw`, which stands `offset` bytes into the file; UserError names the byte that is not UTF-8."""
+    """Decode `raw`, which stands `offset` bytes into the file; UserError names the byte that is not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -50,7 +50,7 @@ def read_text(stream: BinaryIO, file: str) -> Iterator[Record]:
 
 
 def _is_json(text: str) -> bool:
-    """Whether the first line, or all of it, is a JSON object or a list of objects."""
+    """True if the first line, or all of the text, is a JSON object or a list of objects."""
     for part in (text.partition("\n")[0], text):
         try:
             value = json.loads(part)

@@ -1,9 +1,9 @@
-"""A data file as it is opened: watched, hashed while it is read, unpacked, and checked for being what its name says.
+"""Open a data file: watch it, hash it while it is read, unpack it, and check that its content fits its name.
 
-A file that changes while it is read would give rows of two states, so its size, time and place on the disk are compared
-at the end with those at the start. Gives up: a change that keeps both size and time is not seen here; the hash that is
-kept with a run sees it later. zstd comes from Python 3.14 on with Python, before that from `backports.zstd`, which is
-the same code: of the bindings, it alone reports a file that is cut off.
+A file that changes while it is read would give rows of two states, so its size, time and inode are compared at the end
+with those at the start. Gives up: a change that keeps both size and time is not seen here; the hash that is stored with
+a run shows it later. zstd comes from Python 3.14 on with Python, before that from `backports.zstd`, which is the same
+code: of the bindings, it alone reports a file that is cut off.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class WatchedFile(io.RawIOBase):
     hashed: take the sha256 of what is read; only for files that are read in order.
     """
 
-    def __init__(self, place: Path, file: str, *, hashed: bool) -> None:
+    def __init__(self, path: Path, file: str, *, hashed: bool) -> None:
         super().__init__()
-        self.place, self.file = place, file
-        self._raw = place.open("rb", buffering=0)
+        self.path, self.file = path, file
+        self._raw = path.open("rb", buffering=0)
         self._start = _state(os.fstat(self._raw.fileno()))
         self._digest = hashlib.sha256() if hashed else None
         self._in_order = True
@@ -96,17 +96,17 @@ class WatchedFile(io.RawIOBase):
         return count
 
     def close(self) -> None:
-        """Nothing: a reader around it closes what it holds when it is done, and the file is still to be looked at."""
+        """Do nothing: a reader around it closes it when it is done, and the file is still needed then."""
 
     def __exit__(self, *_: object) -> None:
         self._raw.close()
         super().close()
 
     def changed(self) -> UserError | None:
-        """The complaint, when this is no longer the file that was opened."""
+        """The error, if this is no longer the file that was opened; else None."""
         held = _state(os.fstat(self._raw.fileno()))
         try:
-            there = _state(self.place.stat())
+            there = _state(self.path.stat())
         except OSError:
             there = None
         if held == there == self._start:
@@ -133,7 +133,7 @@ def _state(facts: os.stat_result) -> tuple[int, int, int, int]:
 
 
 def unreadable(path: str, error: OSError) -> UserError:
-    """What the system says about a path that it does not let us read."""
+    """The error for a path that the system does not let us read."""
     return UserError(f"cannot be read: {error.strerror or error}", "check the path and its permissions", file=path)
 
 
@@ -150,7 +150,7 @@ def text_stream(disk: WatchedFile, packing: str) -> BinaryIO:
 
 
 def damage_of(packing: str) -> tuple[type[Exception], ...]:
-    """What the library for `packing` raises for damaged data."""
+    """The exceptions that the library for `packing` raises for damaged data."""
     return (gzip.BadGzipFile, zlib.error, lzma.LZMAError, *([_zstd().ZstdError] if packing == ".zst" else []))
 
 

@@ -1,11 +1,11 @@
-"""Rows that are only ever learned from (paraphrases, as a rule), and which of them may be.
+"""Choose the added rows (paraphrases, as a rule) that may be learned from.
 
-They come after the split, so none is held out. A paraphrase of a held-out question gives its answer away as the
-question itself would, in words that no comparison of texts finds again. So an added row is left out where its source is
-held out, where the question of its source is, exactly or nearly, and where its own question is. A source that is no
-longer in the data has no side, and its paraphrases are left out too. Rows that name no source are compared by their own
-question alone, and that is said.
-What it gives up: a paraphrase by hand, without a source, of a held-out question.
+They are only ever learned from: they come after the split, so none is held out. A paraphrase of a held-out question
+gives its answer away as the question itself would, in words that no comparison of texts finds again. So an added row is
+left out where its source is held out, where the question of its source is, exactly or nearly, and where its own
+question is. A source that is no longer in the data has no side, and its paraphrases are left out too. Rows that name no
+source are compared by their own question alone, which a note reports.
+Gives up: a paraphrase by hand, without a source, of a held-out question.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ ASKED = "its question is held out, or one much like it"
 
 def asked_too(examples: Examples, kept_apart: Mapping[str, Examples]) -> np.ndarray:
     """Rows whose question, or one much like it, stands in `kept_apart`, bool [N]. Raises UserError (no rapidfuzz)."""
-    found = np.zeros(len(examples), bool)
+    asked = np.zeros(len(examples), bool)
     others = {name: Wording(side, "user") for name, side in kept_apart.items() if len(side)}
     for leak in leaks_of_first({"": Wording(examples, "user"), **others}, SIMILARITY) if len(examples) else ():
-        found[leak.into_near] = True
-    return found
+        asked[leak.into_near] = True
+    return asked
 
 
 def faults(
     added: Examples, sources: np.ndarray, named: np.ndarray, own: Examples, kept_apart: Mapping[str, Examples]
 ) -> np.ndarray:
-    """Why each added row cannot be learned from, or "", object [N].
+    """The reason why each added row cannot be learned from, or "", object [N].
 
     sources: ids of the rows that they paraphrase, uint64 [N], where `named`, bool [N]. own: all rows of data.dataset,
     before the split; kept_apart: the held-out sides.
     """
     apart = np.concatenate([np.zeros(0, np.uint64), *(side.ids for side in kept_apart.values())])
-    place = np.flatnonzero(np.isin(own.ids, sources[named]))
-    together = own.take(place).joined(added)
+    index = np.flatnonzero(np.isin(own.ids, sources[named]))
+    together = own.take(index).joined(added)
     asked = asked_too(together, kept_apart)
-    found = np.full(len(added), "", object)
-    found[asked[len(place) :]] = ASKED
-    found[named & np.isin(sources, own.ids[place[asked[: len(place)]]])] = SOURCE_ASKED
-    found[named & ~np.isin(sources, np.concatenate([own.ids, apart]))] = SOURCE_GONE
-    found[named & np.isin(sources, apart)] = SOURCE_HELD_OUT
-    found[np.isin(added.ids, apart)] = ASKED
-    return found
+    reasons = np.full(len(added), "", object)
+    reasons[asked[len(index) :]] = ASKED
+    reasons[named & np.isin(sources, own.ids[index[asked[: len(index)]]])] = SOURCE_ASKED
+    reasons[named & ~np.isin(sources, np.concatenate([own.ids, apart]))] = SOURCE_GONE
+    reasons[named & np.isin(sources, apart)] = SOURCE_HELD_OUT
+    reasons[np.isin(added.ids, apart)] = ASKED
+    return reasons
 
 
 def admitted(

@@ -1,9 +1,9 @@
-"""What a benchmark asks, from any file that whet reads: the questions alone, since nothing is learned from it.
+"""Read the questions of a benchmark from any file that whet reads; nothing is learned from it.
 
 A benchmark comes as it was published, so its rows need not be of the kind that is learned: a recognised format gives
-its question, and a file of no such format the column that is usually named so. Rows without an answer cannot be read as
+its question, and a file of no such format the column that usually holds one. Rows without an answer cannot be read as
 conversations; they are counted, never skipped unseen.
-What it gives up: pieces. A question inside a longer document, or with its choices written otherwise, is not found.
+Gives up: pieces. A question inside a longer document, or with its choices written otherwise, is not found.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ QUESTIONS = ("question", "problem", "query", "prompt", "instruction", "input", "
 
 @dataclass
 class Asked:
-    """reason: what was compared and why, for people; blank: rows that could not be read, since nothing answers them."""
+    """Facts about the questions of a benchmark. reason: the fields that were compared, for people; blank: rows that
+    could not be read, since they have no answer."""
 
     reason: str = ""
     blank: int = 0
 
 
-def asked_rows(records: Iterable[Record], file: str, columns: Mapping[str, str], found: Asked) -> Iterator[Example]:
-    """Examples whose questions are those of the benchmark; fills `found`. columns: of data.columns, where they fit.
+def asked_rows(records: Iterable[Record], file: str, columns: Mapping[str, str], asked: Asked) -> Iterator[Example]:
+    """Examples whose questions are those of the benchmark; fills `asked`. columns: of data.columns, where they fit.
 
     Raises UserError for a file that holds no rows or no questions.
     """
@@ -47,15 +48,15 @@ def asked_rows(records: Iterable[Record], file: str, columns: Mapping[str, str],
         column = next((name for name in QUESTIONS if all(name in record.value for record in sample)), None)
         if column is None:
             raise
-        found.reason = f"the column {column}"
+        asked.reason = f"the column {column}"
         yield from (_question(record, column) for record in chain(sample, stream))
         return
-    found.reason = f"{kind.name}: {kind.reason}"
+    asked.reason = f"{kind.name}: {kind.reason}"
     dropped = Dropped()
     yield from standardise(
         chain(sample, stream), kind, columns, empty="drop", dropped=dropped, preference="check"
     )  # fmt: skip
-    found.blank = len(dropped)
+    asked.blank = len(dropped)
 
 
 def _question(record: Record, column: str) -> Example:

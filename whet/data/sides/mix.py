@@ -1,11 +1,11 @@
-"""How many rows of each source are learned from, and which: weighted mixtures and replay, chosen before training.
+"""Choose the rows of each source that are learned from: weighted mixtures and replay, fixed before training.
 
-A mixture is a list of rows, fixed for the run, and not a draw during it: so what is learned can be counted, listed and
-hashed before the first step, every step is a function of seed and epoch, and workers and resuming change nothing. Which
-rows of a source are used is decided by a hash of seed and row, so that a larger share keeps the rows of a smaller one
-and the order of the file changes nothing. A source that is asked for more rows than it has repeats whole before any row
-comes once more. Up to four passes teach nearly as well as new data (Muennighoff et al. 2023, arXiv:2305.16264); beyond,
-it is said. Gives up: a fresh draw of a large source in every epoch.
+A mixture is a list of rows, fixed for the run, and not a draw during it: so its rows can be counted, listed and hashed
+before the first step, every step is a function of seed and epoch, and workers and resuming change nothing. The rows of
+a source are chosen by a hash of seed and row, so that a larger share contains the rows of a smaller one and the order
+of the file changes nothing. A source that is asked for more rows than it has repeats whole before any row comes once
+more. Up to four passes teach nearly as well as new data (Muennighoff et al. 2023, arXiv:2305.16264); more are reported.
+Gives up: a fresh draw of a large source in every epoch.
 
 Replay mixes general data in, so that the model forgets less of what it could (Scialom et al. 2022, arXiv:2205.12393;
 Ibrahim et al. 2024, arXiv:2403.08763): a share of the rows learned from, 10 to 20 % as a rule. Replay rows are added
@@ -95,7 +95,7 @@ def chosen(ids: np.ndarray, count: int, seed: int) -> np.ndarray:
 @dataclass(frozen=True)
 class Replay:
     """Rows of general data to learn from beside one's own. rows: indices, int64, ascending; left_out: rows that were
-    not considered because their text is held out; share: what they make of all rows learned from; notes: for people."""
+    not considered because their text is held out; share: of all rows learned from; notes: for people."""
 
     rows: np.ndarray
     left_out: int

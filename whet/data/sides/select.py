@@ -1,9 +1,9 @@
-"""Which of the examples are held out, and which of the others are learned from, how often.
+"""Select the examples that are held out and, among the others, those that are learned from, and how often.
 
 Order of decisions: sides by hash (or label, or group); then repeated rows, rows whose question is held out or stands in
-a benchmark, and rows of a low score leave what is learned, where the settings say so; then the sources are mixed by
-weight; then rows that are only learned from are added, under the same rules; then general data. Nothing is ever moved
-into the held-out rows afterwards.
+a benchmark, and rows of a low score are left out, where the settings say so; then the sources are mixed by weight; then
+rows that are only learned from are added, under the same rules; then general data. No row is ever moved into the
+held-out rows afterwards.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ import numpy as np
 from whet.base.errors import UserError, nearest
 from whet.data.batch.ledger import Ledger
 from whet.data.batch.store import Examples
-from whet.data.config import Data
+from whet.data.config import Data, listed
 from whet.data.detect.duplicates import SIMILARITY, exact_duplicates, near_duplicates, text_keys
 from whet.data.detect.leakage import leaks_of_first
 from whet.data.detect.wording import Part, Wording
-from whet.data.judge.scores import Scored, below, read_scores, removed_for
+from whet.data.judge.scores import ScoreFile, below, read_scores, removed_for
 from whet.data.labels import label_text
 from whet.data.read.read import check_unchanged
 from whet.data.sides.added import admitted
 from whet.data.sides.mix import mixture, replay
-from whet.data.sides.split import cluster_places, places_of, split, strata_of
+from whet.data.sides.split import cluster_positions, positions_of, split, strata_of
 
 
 def sides_of(examples: Examples, data: Data, groups: np.ndarray | None) -> np.ndarray:
-    """0 to learn from, 1 held out, 2 for the test, int8 [N]. groups: places of the values of data.group, uint64 [N]."""
+    """The side of each example, int8 [N]: 0 to learn from, 1 held out, 2 for the test. groups: `positions_of` the
+    values of data.group, uint64 [N]."""
     val_size = data.val_size if data.eval_dataset is None else 0.0
     test_size = data.test_size if data.test_dataset is None else 0.0
     _check_unused(data)
     if data.group == "near_duplicates":
-        groups = cluster_places(examples.ids, near_duplicates(Wording(examples, "asked")).first)
+        groups = cluster_positions(examples.ids, near_duplicates(Wording(examples, "asked")).first)
     strata = strata_of(label_text(example.label) for example in examples) if data.stratify else None
-    return split(places_of(examples.ids), val_size, test_size, groups=groups, strata=strata)
+    return split(positions_of(examples.ids), val_size, test_size, groups=groups, strata=strata)
 
 
 def check_pairs(data: Data) -> None:
@@ -71,11 +72,11 @@ def _check_unused(data: Data) -> None:
 
 @dataclass(frozen=True)
 class Pool:
-    """What rows to learn from are chosen from, all of it in one store.
+    """The examples that rows to learn from are chosen from, all of them in one store.
 
     own: all rows of data.dataset; side, source: of each, int [N], as `sides_of` and by index into `names`. general,
     added: rows of those settings; origins: ids of the rows that the added ones paraphrase, uint64 [A], where `named`,
-    bool [A]. held_out, test: what is kept apart; benchmarks: rows that are only compared, by name.
+    bool [A]. held_out, test: rows of the other sides; benchmarks: rows that are only compared, by name.
     """
 
     own: Examples
@@ -97,7 +98,7 @@ class Pool:
 
 
 def learned(pool: Pool, data: Data, ledger: Ledger) -> Examples:
-    """What is learned from, in order; what is left out is listed in the ledger. Raises UserError."""
+    """The examples that are learned from, in order; those left out are listed in the ledger. Raises UserError."""
     scored = None if data.scores is None else _scored(data.scores, ledger)
     rows = np.flatnonzero(pool.side == 0)
     keep = _allowed(pool.own.take(rows), 0, pool, data, ledger)
@@ -106,7 +107,7 @@ def learned(pool: Pool, data: Data, ledger: Ledger) -> Examples:
     train, source = train.take(own), source[own]
     before = train
     if data.weights:
-        train = _mixed(train, source, pool.names[: len(_listed(data))], data, ledger)
+        train = _mixed(train, source, pool.names[: len(listed(data.dataset))], data, ledger)
     if len(pool.added):
         train = train.joined(_added(before, pool, scored, data, ledger))
     if len(pool.general):
@@ -118,15 +119,15 @@ def learned(pool: Pool, data: Data, ledger: Ledger) -> Examples:
     return train
 
 
-def _added(before: Examples, pool: Pool, scored: Scored | None, data: Data, ledger: Ledger) -> Examples:
+def _added(before: Examples, pool: Pool, scored: ScoreFile | None, data: Data, ledger: Ledger) -> Examples:
     """The added rows that are learned from. before: one's own rows to learn from."""
     allowed = admitted(pool.added, pool.origins, pool.named, pool.own, pool.kept_apart, ledger)
     together = before.joined(allowed)
     allowed = together.take(_allowed(together, len(before), pool, data, ledger))
-    found = allowed.take(_high(allowed, scored, data, ledger))
-    ledger.added["rows"] = len(found)
-    assert not np.isin(found.ids, np.concatenate([pool.held_out.ids, pool.test.ids])).any(), "an added row is held out"
-    return found
+    added = allowed.take(_high(allowed, scored, data, ledger))
+    ledger.added["rows"] = len(added)
+    assert not np.isin(added.ids, np.concatenate([pool.held_out.ids, pool.test.ids])).any(), "an added row is held out"
+    return added
 
 
 def _allowed(examples: Examples, start: int, pool: Pool, data: Data, ledger: Ledger) -> np.ndarray:
@@ -177,8 +178,8 @@ def _list(examples: Examples, rows: np.ndarray, reason: str, ledger: Ledger) -> 
         ledger.drop(example.file, example.row, reason)
 
 
-def _scored(path: str, ledger: Ledger) -> Scored:
-    """The scores, once it is sure that they are those whose hash the ledger and the cache know."""
+def _scored(path: str, ledger: Ledger) -> ScoreFile:
+    """Read the scores and check that their file still has the hash in the ledger, which the cache knows too."""
     scored = read_scores(path)
     known = [entry for entry in ledger.files if entry["path"] == path]
     check_unchanged(known, [{"path": path, "sha256": scored.sha256}])
@@ -186,7 +187,7 @@ def _scored(path: str, ledger: Ledger) -> Scored:
     return scored
 
 
-def _high(examples: Examples, scored: Scored | None, data: Data, ledger: Ledger) -> np.ndarray:
+def _high(examples: Examples, scored: ScoreFile | None, data: Data, ledger: Ledger) -> np.ndarray:
     """Rows that reach data.least_score or have no score, bool [N]; the others are listed."""
     keep = np.ones(len(examples), bool)
     if scored is None or not len(examples):
@@ -203,14 +204,10 @@ def _high(examples: Examples, scored: Scored | None, data: Data, ledger: Ledger)
 
 
 def _count_benchmarks(train: Examples, benchmarks: Mapping[str, Examples], ledger: Ledger) -> None:
-    """Rows to learn from whose question stands in a benchmark: the same texts, which takes no package."""
+    """Count the rows to learn from whose question stands in a benchmark, by equal texts, which takes no package."""
     others = {name: Wording(side, "user") for name, side in benchmarks.items()}
     for leak in leaks_of_first({"": Wording(train, "user"), **others}, None):
         ledger.benchmarks[leak.of]["rows_learned"] = len(leak.into_same)
-
-
-def _listed(data: Data) -> list[str]:
-    return [data.dataset] if isinstance(data.dataset, str) else list(data.dataset)
 
 
 def _mixed(train: Examples, source: np.ndarray, names: Sequence[str], data: Data, ledger: Ledger) -> Examples:
@@ -228,11 +225,11 @@ def _mixed(train: Examples, source: np.ndarray, names: Sequence[str], data: Data
             expected="a weight for each source of data.dataset", fix=f"add {missing}: 1",
         )  # fmt: skip
     rows = [np.flatnonzero(source == index) for index in range(len(names))]
-    found = mixture(
+    mix = mixture(
         [train.ids[part] for part in rows], [data.weights[name] for name in names], names=names
     )  # fmt: skip
-    ledger.mixture = found.as_dict(names)
-    where = [rows[index][found.row[found.source == index]] for index in range(len(names))]
+    ledger.mixture = mix.as_dict(names)
+    where = [rows[index][mix.row[mix.source == index]] for index in range(len(names))]
     return train.take(np.sort(np.concatenate(where)))
 
 
@@ -240,6 +237,6 @@ def _with_general(train: Examples, general: Examples, pool: Pool, data: Data, le
     """General rows added, `data.replay` of all; none whose question is held out."""
     keys = text_keys(Wording(general, "asked"))
     kept_apart = np.concatenate([text_keys(Wording(side, "asked")) for side in (pool.held_out, pool.test)])
-    found = replay(len(train), general.ids, keys, kept_apart, data.replay)
-    ledger.replay = {"rows": len(found.rows), "share": round(found.share, 4), "notes": list(found.notes)}
-    return train.joined(general.take(found.rows))
+    chosen = replay(len(train), general.ids, keys, kept_apart, data.replay)
+    ledger.replay = {"rows": len(chosen.rows), "share": round(chosen.share, 4), "notes": list(chosen.notes)}
+    return train.joined(general.take(chosen.rows))

@@ -1,7 +1,7 @@
-"""Which rows are held out: decided by a hash of the row, so that a row never changes side.
+"""Split rows into sides by a hash of the row, so that a row never changes side.
 
 Adding rows, reordering the file or training on another machine moves no row from one side to the other, and a row that
-occurs twice is on one side only. Two wishes bend that rule, each by as little as it can:
+occurs twice is on one side only. Two settings bend that rule, each by as little as it can:
 
 - groups (a column, or clusters of near duplicates): the group is hashed in place of the row, so paraphrases, or the
   answers of one customer, stay together. A group of more rows than are to be held out stays in training.
@@ -26,11 +26,12 @@ TRAIN, VALIDATION, TEST = 0, 1, 2
 
 def held_out(ids: Sequence[str], val_size: float) -> list[bool]:
     """True for each row that is held out. val_size < 1: a share; >= 1: so many rows, those of the lowest hashes."""
-    return (split(places_of(ids), val_size) == VALIDATION).tolist()
+    return (split(positions_of(ids), val_size) == VALIDATION).tolist()
 
 
-def places_of(names: Iterable[str] | np.ndarray) -> np.ndarray:
-    """Where each name stands between 0 and 2**64, uint64 [R]. A uint64 array stands for ids of 16 hex digits."""
+def positions_of(names: Iterable[str] | np.ndarray) -> np.ndarray:
+    """The position of each name between 0 and 2**64, by its hash, uint64 [R]. A uint64 array stands for ids of 16 hex
+    digits."""
     if isinstance(names, np.ndarray):
         names = (f"{value:016x}" for value in names.astype(np.uint64).tolist())
     return np.fromiter(
@@ -38,27 +39,27 @@ def places_of(names: Iterable[str] | np.ndarray) -> np.ndarray:
     )
 
 
-def cluster_places(ids: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """One place for all rows of a cluster, that of its lowest id, uint64 [R].
+def cluster_positions(ids: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """One position for all rows of a cluster, that of its lowest id, uint64 [R].
 
     ids: uint64 [R], of content; first: of `Duplicates`, int64 [R]. The order of rows changes nothing, a row that is
-    alone stands where it always stood, and a new row moves at most the cluster that it joins.
+    alone has the position that it always had, and a new row moves at most the cluster that it joins.
     """
     lowest = np.full(len(ids), np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(lowest, first, ids)
     unique, inverse = np.unique(lowest[first], return_inverse=True)
-    return places_of(unique)[inverse]
+    return positions_of(unique)[inverse]
 
 
 def split(
-    places: np.ndarray, val_size: float, test_size: float = 0, *, groups: np.ndarray | None = None,
+    positions: np.ndarray, val_size: float, test_size: float = 0, *, groups: np.ndarray | None = None,
     strata: np.ndarray | None = None,
 ) -> np.ndarray:  # fmt: skip
     """The side of each row, int8 [R]: TRAIN, VALIDATION or TEST.
 
-    places: `places_of` the rows' ids, uint64 [R]. val_size, test_size: a share below 1, a number of rows from 1 on.
-    groups: `places_of` their names or `cluster_places`, uint64 [R], equal for rows that must stay together. strata:
-    integers [R], of the labels. Raises UserError where nothing would be left to train on.
+    positions: `positions_of` the rows' ids, uint64 [R]. val_size, test_size: a share below 1, a number of rows from 1
+    on. groups: `positions_of` their names or `cluster_positions`, uint64 [R], equal for rows that stay together.
+    strata: integers [R], of the labels. Raises UserError where nothing would be left to train on.
     """
     for name, size in (("val_size", val_size), ("test_size", test_size)):
         if size >= 1 and not float(size).is_integer():
@@ -66,7 +67,7 @@ def split(
                 f"from 1 on, {name} is a number of rows", field=f"data.{name}", found=str(size),
                 expected="a share below 1, or a whole number", fix=f"data.{name}={round(size)}",
             )  # fmt: skip
-    rows = len(places)
+    rows = len(positions)
     shares = sum(size for size in (val_size, test_size) if size < 1)
     if test_size > 0 and (shares >= 1 or _count(val_size, rows) + _count(test_size, rows) >= rows > 0):
         raise UserError(
@@ -74,7 +75,7 @@ def split(
             found=f"{val_size} and {test_size} of {rows} rows", expected="less than all rows together",
             fix="lower data.test_size or data.val_size",
         )  # fmt: skip
-    units = places if groups is None else groups
+    units = positions if groups is None else groups
     if strata is not None or (groups is not None and max(val_size, test_size) >= 1):
         return _by_rank(units, np.zeros(rows, np.int64) if strata is None else strata, val_size, test_size)
     sides = np.zeros(rows, np.int8)
@@ -91,14 +92,14 @@ def strata_of(labels: Iterable[object]) -> np.ndarray:
     return np.unique(np.asarray(written, dtype=object), return_inverse=True)[1] if written else np.zeros(0, np.int64)
 
 
-def _lowest(places: np.ndarray, size: float) -> np.ndarray:
-    """True for the rows of a share, or of so many distinct places, bool [R]."""
-    if size <= 0 or not len(places):
-        return np.zeros(len(places), bool)
+def _lowest(positions: np.ndarray, size: float) -> np.ndarray:
+    """True for the rows of a share, or of so many distinct positions, bool [R]."""
+    if size <= 0 or not len(positions):
+        return np.zeros(len(positions), bool)
     if size < 1:
-        return places.astype(np.float64) * 2.0**-64 < size
-    ranked = np.unique(places)
-    return places <= ranked[min(int(size), len(ranked)) - 1]
+        return positions.astype(np.float64) * 2.0**-64 < size
+    ranked = np.unique(positions)
+    return positions <= ranked[min(int(size), len(ranked)) - 1]
 
 
 def _by_rank(units: np.ndarray, strata: np.ndarray, val_size: float, test_size: float) -> np.ndarray:

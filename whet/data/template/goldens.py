@@ -30,7 +30,7 @@ def _said(*texts: str) -> dict[str, Any]:
     return {"messages": [dict(zip(("role", "content"), text.split(":", 1), strict=True)) for text in texts]}
 
 
-# In the order in which they are wanted: the first COUNT that the template accepts are kept. Thinking and tools come
+# In order of preference: the first COUNT that the template accepts are saved. Thinking and tools come
 # first, because templates differ most there, and a template that has neither leaves room for the plain ones.
 _CONVERSATIONS: tuple[dict[str, Any], ...] = (
     {"messages": [*_said("user:What is the weather in Seoul?")["messages"],
@@ -79,10 +79,11 @@ def check_contract(tokeniser: Tokeniser, path: Path) -> int:
         old_prompt = golden.get("prompt", prompt)
         if ids != golden["ids"] or prompt != old_prompt:
             old, new = (golden["ids"], ids) if ids != golden["ids"] else (old_prompt, prompt)
-            place = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+            changed = (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
+            position = next(changed, min(len(old), len(new)))
             raise UserError(
                 "the tokenizer or chat template is not the one that the adapter was trained with",
-                file=str(path), field=f"golden.{index}", found=f"another token at place {place + 1}",
+                file=str(path), field=f"golden.{index}", found=f"another token at position {position + 1}",
                 expected="the token ids stored with the adapter",
                 fix="use the tokenizer files that lie beside the adapter",
             )  # fmt: skip

@@ -38,7 +38,7 @@ class Pieces:
     def encode(
         self, text: str, cuts: Iterable[int], plain: Iterable[tuple[int, int]]
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of `text` cut at `cuts` (0 and its length among them), and each token's place in the text.
+        """Token ids of `text` cut at `cuts` (0 and its length among them), and the span of each token in the text.
 
         plain: the parts in which special tokens are ordinary text; their edges are cuts. Raises UserError where the
         tokenizer cannot write such a part.
@@ -46,25 +46,25 @@ class Pieces:
         ids: list[int] = []
         edges: list[tuple[int, int]] = []
         ordered = sorted(cuts)
-        places_of = {cut for first, last in plain for cut in ordered if first <= cut < last}
+        plain_cuts = {cut for first, last in plain for cut in ordered if first <= cut < last}
         for start, end in pairwise(ordered):
             after_special = not ids or ids[-1] in self._special
-            is_plain = start in places_of
-            found, places = self._piece(text[start:end], self.plain if is_plain else self.backend, after_special)
+            is_plain = start in plain_cuts
+            piece_ids, spans = self._piece(text[start:end], self.plain if is_plain else self.backend, after_special)
             if is_plain:
-                self._check(text[start:end], found)
-            ids += found
-            edges += [(start + first, start + last) for first, last in places]
+                self._check(text[start:end], piece_ids)
+            ids += piece_ids
+            edges += [(start + first, start + last) for first, last in spans]
         return ids, edges
 
     def _piece(self, text: str, backend: Any, starts: bool) -> tuple[list[int], list[tuple[int, int]]]:
         if starts or not self._adds_space:
-            found = backend.encode(text, add_special_tokens=False)
-            return found.ids, found.offsets
-        found = backend.encode(BEFORE + text, add_special_tokens=False)
-        own = [place for place, (_, last) in enumerate(found.offsets) if last > len(BEFORE)]
-        first = own[0] if own else len(found.ids)
-        return found.ids[first:], [(max(0, a - len(BEFORE)), b - len(BEFORE)) for a, b in found.offsets[first:]]
+            encoding = backend.encode(text, add_special_tokens=False)
+            return encoding.ids, encoding.offsets
+        encoding = backend.encode(BEFORE + text, add_special_tokens=False)
+        own = [index for index, (_, last) in enumerate(encoding.offsets) if last > len(BEFORE)]
+        first = own[0] if own else len(encoding.ids)
+        return encoding.ids[first:], [(max(0, a - len(BEFORE)), b - len(BEFORE)) for a, b in encoding.offsets[first:]]
 
     @cached_property
     def _adds_space(self) -> bool:

@@ -52,9 +52,9 @@ def _indent(value: str, width: int | str = 4, first: bool = False, blank: bool =
     return changed(do_indent(value, width, first, blank), value)
 
 
-def mistakes() -> tuple[type[Exception], ...]:
-    """What a template raises that refuses a row, and what Python raises in one that adds text to a number, divides by
-    zero, calls itself or loops for ever."""
+def template_errors() -> tuple[type[Exception], ...]:
+    """The exceptions that a template raises to refuse a row, and those that Python raises in one that adds text to a
+    number, divides by zero or calls itself for ever."""
     from jinja2 import TemplateError
 
     python = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
@@ -107,7 +107,7 @@ def _sandbox(watching: bool) -> Environment:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        """jinja's sandbox; what it decides of an attribute hangs on the kind of object alone, so it decides once."""
+        """jinja's sandbox; its answer about an attribute depends on the kind of object alone, so it is asked once."""
 
         code_generator_class = Concatenating
         text = staticmethod(watched.text if watching else str)  # type: ignore[arg-type]
@@ -132,10 +132,10 @@ def _sandbox(watching: bool) -> Environment:
 
 @lru_cache(maxsize=16)
 def attributes(source: str) -> frozenset[str]:
-    """The names that a template looks up in anything: `message.content` and `message['content']` both give content."""
+    """The names that a template looks up in objects: `message.content` and `message['content']` both give content."""
     from jinja2 import nodes
 
     tree = compiled(source).environment.parse(source)
-    found = {node.attr for node in tree.find_all(nodes.Getattr)}
-    found |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    return frozenset(found)
+    names = {node.attr for node in tree.find_all(nodes.Getattr)}
+    names |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    return frozenset(names)

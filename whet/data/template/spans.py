@@ -14,8 +14,8 @@ REASONING, CONTENT = "reasoning", "content"
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Where message `index` stands in the text. start..end: what whoever takes the turn writes; stop: end of its last
-    token.
+    """The span of message `index` in the text. start..end: what the one whose turn it is writes; stop: the end of its
+    last token.
 
     content: where the content begins, after what a model has to write in front of its answer because the generation
     prompt lacks it (an empty thinking block); elsewhere start. stop == end when no special token closes the turn, or
@@ -36,7 +36,7 @@ class Turn:
 class Rendered:
     """One conversation as the model reads it, with its turns in order.
 
-    data: the places of all text that is not the template's own, in order and apart. markers: special tokens in the
+    data: the spans of all text that is not the template's own, in order and apart. markers: special tokens in the
     template's own text. dropped: (index of the message, field) of all that the template does not render, or only in
     part; the index is -1 for the definitions of tools.
     """
@@ -49,8 +49,8 @@ class Rendered:
 
 
 @dataclass(frozen=True, slots=True)
-class Alone:
-    """An answer that ends its conversation. closing: its end token; times: how often each field is said."""
+class LastAnswer:
+    """An answer with nothing behind it. closing: its end token; times: how often each field is said."""
 
     closing: str
     times: Mapping[str, int]
@@ -59,20 +59,21 @@ class Alone:
 Tail = tuple[int | None, str]
 
 
-def place(
+def turns_of(
     traced: str,
     messages: Sequence[Message],
     left_out: Sequence[tuple[int, str]],
     *,
-    alone: Callable[[int], Alone | None],
+    last_answer: Callable[[int], LastAnswer | None],
     tails: Callable[[int], tuple[Tail | None, Callable[[], Tail]]],
     closing: Callable[[str], int],
 ) -> tuple[Turn, ...]:
     """The turns of a rendered conversation, those of whose messages something was rendered.
 
-    alone: message index -> that answer with nothing behind it. tails: message index -> what follows the last content in
-    the prompt for it, from a trial and, on demand, from the row itself. closing: characters up to the end of the first
-    special token. Raises UserError where an answer or a call is missing, or turns are not one after the other.
+    last_answer: message index -> that answer with nothing behind it. tails: message index -> what follows the last
+    content in the prompt for it, from a trial and, on demand, from the row itself. closing: characters up to the end of
+    the first special token. Raises UserError where an answer or a call is missing, or turns are not one after the
+    other.
     """
     text, spans = str.__str__(traced), sorted(spans_of(traced))
     _refuse_missing(messages, spans, left_out)
@@ -80,7 +81,7 @@ def place(
     for index, message in enumerate(messages):
         own = [span for span in spans if span.source.message == index]
         if message.role == "assistant":
-            own = _without_echoes(own, alone(index))
+            own = _without_echoes(own, last_answer(index))
         if not own:
             continue
         first, last = own[0].start, max(span.end for span in own)
@@ -93,11 +94,11 @@ def place(
         _refuse_mixed(spans, own, index, len(messages))
         start = _start(text, spans, first, index, tails(index), last_turn=index == len(messages) - 1)
         closed = stop > last
-        lonely = alone(index)
+        alone = last_answer(index)
         if (
-            lonely is not None
-            and lonely.closing
-            and not text[last:stop].endswith(lonely.closing)
+            alone is not None
+            and alone.closing
+            and not text[last:stop].endswith(alone.closing)
             and index < len(messages) - 1
         ):
             stop = last  # the answer was closed with another token when it was written
@@ -105,28 +106,29 @@ def place(
     return tuple(turns)
 
 
-def _without_echoes(own: Sequence[Span], lonely: Alone | None) -> list[Span]:
+def _without_echoes(own: Sequence[Span], alone: LastAnswer | None) -> list[Span]:
     """The spans of an answer without those by which a later turn repeats a part of it (the name of a called tool)."""
-    kept: list[Span] = []
+    first_said: list[Span] = []
     for span in own:
-        again = sum(1 for other in kept if other.source == span.source and _overlap(other, span))
-        if lonely is None or again < max(1, lonely.times.get(span.source.field, 1)):
-            kept.append(span)
-    return kept
+        again = sum(1 for other in first_said if other.source == span.source and _overlap(other, span))
+        if alone is None or again < max(1, alone.times.get(span.source.field, 1)):
+            first_said.append(span)
+    return first_said
 
 
 def _overlap(one: Span, other: Span) -> bool:
-    if CHANGED in (one.at, other.at):
+    if CHANGED in (one.offset, other.offset):
         return True
-    ends = one.at + one.end - one.start, other.at + other.end - other.start
-    return max(one.at, other.at) < min(ends) or one.at == other.at
+    ends = one.offset + one.end - one.start, other.offset + other.end - other.start
+    return max(one.offset, other.offset) < min(ends) or one.offset == other.offset
 
 
 def _start(
     text: str, spans: Iterable[Span], first: int, index: int, tail: tuple[Tail | None, Callable[[], Tail]], *,
     last_turn: bool,
 ) -> int:  # fmt: skip
-    """Where a model begins to write: at the end of the prompt for this answer, known by its end behind what is before.
+    """The offset at which a model begins to write: the end of the prompt for this answer, known by the text behind what
+    is before.
 
     An earlier answer that the template writes after another header than its prompt's begins with its content.
     """
@@ -134,12 +136,14 @@ def _start(
         return first
     before = max((span for span in spans if span.end <= first and span.source.message < index),
                  key=lambda span: (span.end, span.start), default=None)  # fmt: skip
-    anchor, at = (None, 0) if before is None else (before.source.message, before.end)
+    anchor, behind = (None, 0) if before is None else (before.source.message, before.end)
     trial, actual = tail
     for attempt in (lambda: trial, actual):
-        found = attempt()
-        if found is not None and found[0] == anchor and text.startswith(found[1], at) and at + len(found[1]) <= first:
-            return at + len(found[1])
+        prompt = attempt()
+        if prompt is None or prompt[0] != anchor or not text.startswith(prompt[1], behind):
+            continue
+        if behind + len(prompt[1]) <= first:
+            return behind + len(prompt[1])
     if last_turn:
         raise UserError(
             "the chat template asks for an answer with other text than stands before one",
@@ -163,14 +167,14 @@ def _refuse_mixed(spans: Sequence[Span], own: Sequence[Span], index: int, count:
 
 
 def _echoed(span: Span, spans: Iterable[Span], first: int) -> bool:
-    """Whether an earlier message that shows up behind an answer also stands before it."""
+    """True if an earlier message that shows up behind an answer also stands before it."""
     return any(other.source == span.source and other.end <= first for other in spans)
 
 
 def dropped(traced: str, messages: Sequence[Message], tools: str | None) -> tuple[tuple[int, str], ...]:
     """(index of the message, field) of all text that was not rendered.
 
-    White space is not missed, nor what the template takes out and writes itself at the same place (thinking tags).
+    White space is not missed, nor what the template takes out and writes itself in the same position (thinking tags).
     """
     rendered, spans = str.__str__(traced), spans_of(traced)
     by_field: dict[tuple[int, str], list[Span]] = {}
@@ -179,38 +183,38 @@ def dropped(traced: str, messages: Sequence[Message], tools: str | None) -> tupl
         by_field.setdefault((span.source.message, span.source.field), []).append(span)
         if span.source.field.startswith("tool_calls."):
             calls.add((span.source.message, ".".join(span.source.field.split(".")[:2])))
-    found: list[tuple[int, str]] = []
+    fields: list[tuple[int, str]] = []
     for index, message in enumerate(messages):
         for field, text in ((REASONING, message.reasoning), (CONTENT, message.content)):
             if text and not text.isspace() and _missing(text, by_field.get((index, field), []), rendered):
-                found.append((index, field))
+                fields.append((index, field))
         names = (f"tool_calls.{number}" for number in range(len(message.tool_calls)))
-        found += [(index, name) for name in names if (index, name) not in calls]
+        fields += [(index, name) for name in names if (index, name) not in calls]
     if tools is not None and (TOOLS, "tools") not in by_field:
-        found.append((TOOLS, "tools"))
-    return tuple(found)
+        fields.append((TOOLS, "tools"))
+    return tuple(fields)
 
 
 def _missing(text: str, spans: Sequence[Span], rendered: str) -> bool:
-    """Whether a character of `text` that is not white space is neither in a span nor next to it in `rendered`."""
-    if any(span.at == CHANGED for span in spans):
+    """True if a character of `text` that is not white space is neither in a span nor next to one in `rendered`."""
+    if any(span.offset == CHANGED for span in spans):
         return False
     at, before = 0, None
-    for span in sorted((span for span in spans if span.start < span.end), key=lambda span: span.at):
-        gap = text[at : span.at].strip()
+    for span in sorted((span for span in spans if span.start < span.end), key=lambda span: span.offset):
+        gap = text[at : span.offset].strip()
         beside = rendered[0 if before is None else before.end : span.start].strip()
         if gap and not (beside.endswith(gap) if before is None else beside == gap):
             return True
-        at, before = max(at, span.at + span.end - span.start), span
+        at, before = max(at, span.offset + span.end - span.start), span
     return bool(text[at:].strip())
 
 
-def lost(traced: str) -> str | None:
-    """A source of a trial run whose words are in the text and yet belong to nobody: the template hid where they are
+def lost_source(traced: str) -> str | None:
+    """A message of a trial run whose words are in the text without their source: the template hid where they come
     from."""
-    text, known = str.__str__(traced), {span.source.message for span in spans_of(traced)}
+    text, with_source = str.__str__(traced), {span.source.message for span in spans_of(traced)}
     for index in range(text.count("qzx") + 1):
-        if f"qzx{index}xzq" in text and index not in known:
+        if f"qzx{index}xzq" in text and index not in with_source:
             return f"message {index + 1}"
     return None
 

@@ -1,4 +1,4 @@
-"""Conversations become text and character spans: what each message wrote, and where its turn ends.
+"""Conversations rendered to text with character spans: what each message wrote, and where its turn ends.
 
 A template is run on strings that remember their source (`template.traced`), so the text itself says which characters
 came from which message, whatever the template did with them: strip them, drop earlier thinking, write them as JSON, put
@@ -7,7 +7,8 @@ prompt, which is rendered too, to the token that closes the turn. A template tha
 reported; one that leaves out a whole answer or call, or mixes turns, is refused. Nothing is found by searching.
 
 Most rows are plain turns in a usual order. Those that follow the template's own words have their spans without being
-traced, and where it is sure that they will, without running the template (`template.plan`); any other row is traced.
+traced, and where it is sure that they will, without running the template (`template.skeleton`); any other row is
+traced.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from whet.base.errors import UserError
-from whet.data.example import Example, Message
+from whet.data.example import Example, Message, PlainTurns, plain_turns_of
 from whet.data.template.named import LARGEST, NAMED, use_template
-from whet.data.template.plan import Plan, Repeats, filled, follow
-from whet.data.template.sandbox import attributes, compiled, mistakes
-from whet.data.template.spans import Alone, Rendered, Turn, dropped, lost, place
+from whet.data.template.sandbox import attributes, compiled, template_errors
+from whet.data.template.skeleton import Skeleton, SkeletonLookup, filled, follow
+from whet.data.template.spans import LastAnswer, Rendered, Turn, dropped, lost_source, turns_of
 from whet.data.template.traced import TOOLS, Source, spans_of, traced_value
 
 if TYPE_CHECKING:
@@ -67,10 +68,10 @@ class Template:
         self.specials = sorted({str(t) for t in added if t.special} | set(tokenizer.all_special_tokens), key=len)[::-1]
         self.special = re.compile("|".join(re.escape(token) for token in self.specials) or r"(?!)")
         self._variables = dict(tokenizer.special_tokens_map)
-        self._plans = lru_cache(maxsize=4096)(self._find_plan)
-        self._repeats = Repeats(self._plain_source, self._variables, self._plans)
-        self._tails = lru_cache(maxsize=4096)(self._find_tail)
-        self._alones = lru_cache(maxsize=4096)(self._find_alone)
+        self._skeletons = lru_cache(maxsize=4096)(self._learn_skeleton)
+        self._lookup = SkeletonLookup(self._plain_source, self._variables, self._skeletons)
+        self._tails = lru_cache(maxsize=4096)(self._try_tail)
+        self._last_answers = lru_cache(maxsize=4096)(self._try_last_answer)
         self._check_cost(slowest_seconds)
 
     def _check_cost(self, seconds: float) -> None:
@@ -97,74 +98,81 @@ class Template:
 
     def text(self, chat: Chat, *, prompt: bool = False) -> str:
         """The rendered conversation; with `prompt`, followed by the header of the answer to come."""
-        messages, tools = _both(chat)
+        messages, tools = _messages_and_tools(chat)
         plain = [self._plain(message) for message in messages]
         return self._run(plain, None if tools is None else json.loads(tools), prompt)
 
     def prompt(self, chat: Chat) -> Rendered:
-        """The prompt that asks for the next answer, with its turns where they can be placed."""
-        messages, tools = _both(chat)
+        """The prompt that asks for the next answer, with its turns where the text shows them."""
+        messages, tools = _messages_and_tools(chat)
         traced = self._traced(messages, tools, True)
         turns: tuple[Turn, ...] = ()
         with contextlib.suppress(UserError):  # what cannot be learned can be asked all the same
-            turns = self._place(traced, messages, tools, ())
+            turns = self._turns(traced, messages, tools, ())
         return self._with_data(traced, turns)
 
     def lead(self, question: Chat) -> str:
-        """What a tuned model writes before the answer to `question`, as it learned to: "" with most templates."""
-        messages, tools = _both(question)
-        found = self._exact([*_probes(_shape(messages, tools)), Message("assistant", "qzlead")], tools)
-        turn = found.turns[-1]
-        return found.text[turn.start : turn.content]
+        """The text that a tuned model writes before its answer to `question`, as it learned to: mostly ""."""
+        messages, tools = _messages_and_tools(question)
+        rendered = self._exact([*_probes(_shape(messages, tools)), Message("assistant", "qzlead")], tools)
+        turn = rendered.turns[-1]
+        return rendered.text[turn.start : turn.content]
 
-    def render(self, chats: Sequence[Chat]) -> list[Rendered]:
-        """Text and turns of each conversation. Raises UserError for one that the template cannot render exactly."""
-        return [self._rendered(*_both(chat)) for chat in chats]
+    def skeleton(self, turns: PlainTurns | None) -> Skeleton | None:
+        """The skeleton of a row, where it is sure without running the template; None for turns that are not plain.
 
-    def repeated(self, roles: tuple[str, ...], contents: Sequence[str]) -> Plan | None:
-        """What the template writes around the contents of plain turns, where that is sure without running it."""
-        return self._repeats.plan(roles, contents)
+        The lookup counts how often an order of roles comes, so this is to be asked once for each row.
+        """
+        return None if turns is None else self._lookup.skeleton(turns)
 
-    def _rendered(self, messages: Sequence[Message], tools: str | None) -> Rendered:
-        roles = plain_roles(messages) if tools is None else None
-        if roles is not None:
-            contents = [message.content for message in messages]
-            plan = self.repeated(roles, contents)
-            if plan is not None:
-                return filled(plan, contents)
-            plan = self._plans(roles)
-            if plan is not None:
-                text = self._run([{"role": m.role, "content": m.content} for m in messages], None, False)
-                found = follow(text, messages, plan)
-                if found is not None:
-                    return found
+    def render(self, chats: Sequence[Chat], skeletons: Sequence[Skeleton | None] | None = None) -> list[Rendered]:
+        """Text and turns of each conversation. Raises UserError for one that the template cannot render exactly.
+
+        skeletons: the answers of `skeleton` for these conversations, if they were asked for already.
+        """
+        turns = [plain_turns_of(chat) for chat in chats]
+        if skeletons is None:
+            skeletons = [self.skeleton(one) for one in turns]
+        return [self._rendered(*each) for each in zip(chats, turns, skeletons, strict=True)]
+
+    def _rendered(self, chat: Chat, turns: PlainTurns | None, skeleton: Skeleton | None) -> Rendered:
+        if turns is not None and skeleton is not None:
+            return filled(skeleton, turns.contents)
+        messages, tools = _messages_and_tools(chat)
+        skeleton = None if turns is None else self._skeletons(turns.roles)
+        if skeleton is not None:
+            text = self._run([{"role": m.role, "content": m.content} for m in messages], None, False)
+            rendered = follow(text, messages, skeleton)
+            if rendered is not None:
+                return rendered
         return self._exact(messages, tools)
 
     def _plain(self, message: Message) -> dict[str, Any]:
-        found: dict[str, Any] = {"role": message.role, "content": message.content}
+        """The message as templates are given one."""
+        values: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.reasoning is not None:
             known = attributes(self._plain_source) | attributes(self._tool_source)
-            found |= {name: message.reasoning for name in REASONING if name in known}
+            values |= {name: message.reasoning for name in REASONING if name in known}
         if message.tool_calls:
-            found["tool_calls"] = list(message.tool_calls)
+            values["tool_calls"] = list(message.tool_calls)
         if message.name is not None:
-            found["name"] = message.name
+            values["name"] = message.name
         if message.tool_call_id is not None:
-            found["tool_call_id"] = message.tool_call_id
-        return found
+            values["tool_call_id"] = message.tool_call_id
+        return values
 
     def _traced(self, messages: Sequence[Message], tools: str | None, prompt: bool) -> str:
         """The rendered text, with its sources."""
-        found = []
+        traced = []
         for index, message in enumerate(messages):
-            plain = self._plain(message)
-            for name, value in plain.items():
+            values = self._plain(message)
+            for name, value in values.items():
                 if name != "role":
                     field = "reasoning" if name in REASONING else name
-                    plain[name] = traced_value(value, Source(index, field))
-            found.append(plain)
+                    values[name] = traced_value(value, Source(index, field))
+            traced.append(values)
         defined = None if tools is None else traced_value(json.loads(tools), Source(TOOLS, "tools"), paths=False)
-        return self._run(found, defined, prompt)
+        return self._run(traced, defined, prompt)
 
     def _run(self, messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
         source = self._plain_source if tools is None else self._tool_source
@@ -172,7 +180,7 @@ class Template:
             return compiled(source).render(
                 messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self._variables
             )
-        except mistakes() as error:
+        except template_errors() as error:
             raise UserError(
                 f"the chat template refuses this conversation: {error}",
                 field="messages",
@@ -182,23 +190,22 @@ class Template:
             ) from error
 
     def _exact(self, messages: Sequence[Message], tools: str | None) -> Rendered:
-        """The conversation traced, and every turn placed. Raises UserError."""
+        """The conversation with every turn found by tracing. Raises UserError."""
         traced = self._traced(messages, tools, False)
         shape = _shape(messages, tools)
         left_out = dropped(traced, messages, tools)
-        if left_out and (name := lost(self._traced(_probes(shape), _PROBE_TOOLS if tools else None, False))):
+        if left_out and (name := lost_source(self._traced(_probes(shape), _PROBE_TOOLS if tools else None, False))):
             raise UserError(
                 "the chat template builds its text in a way that could not be followed", field="model.chat_template",
                 found=f"the source of {name} was lost", expected="contents that are joined, stripped, cut or split",
                 fix="use model.chat_template=chatml, or a template that joins text with + or ~",
             )  # fmt: skip
-
-        turns = self._place(traced, messages, tools, left_out)
+        turns = self._turns(traced, messages, tools, left_out)
         if not left_out and len(turns) > 1 and turns[-1].role == "assistant" and turns[-1].index == len(messages) - 1:
             self._check_prompt(str.__str__(traced), messages, tools)
         return self._with_data(traced, turns, left_out)
 
-    def _place(
+    def _turns(
         self, traced: str, messages: Sequence[Message], tools: str | None, left_out: Sequence[tuple[int, str]]
     ) -> tuple[Turn, ...]:
         shape = _shape(messages, tools)
@@ -206,9 +213,9 @@ class Template:
         def actual_tail(index: int) -> tuple[int | None, str]:
             return _tail(self._traced(messages[:index], tools, True))
 
-        return place(
+        return turns_of(
             traced, messages, left_out,
-            alone=lambda index: self._alones(_head(shape, index + 1)),
+            last_answer=lambda index: self._last_answers(_head(shape, index + 1)),
             tails=lambda index: (self._tails(_head(shape, index)), lambda: actual_tail(index)),
             closing=self._closing,
         )  # fmt: skip
@@ -227,7 +234,7 @@ class Template:
             )
 
     def _with_data(self, traced: str, turns: Sequence[Turn], left_out: Sequence[tuple[int, str]] = ()) -> Rendered:
-        """With the places of all text that is not the template's own, and the special tokens in the text that is."""
+        """With the spans of all text that is not the template's own, and the special tokens in the text that is."""
         data: list[tuple[int, int]] = []
         for span in sorted(spans_of(traced)):
             if data and span.start <= data[-1][1]:
@@ -241,18 +248,18 @@ class Template:
 
     def _closing(self, literal: str) -> int:
         """Characters of `literal` up to the end of the first special token in it, 0 when it has none."""
-        found = self.special.search(literal)
-        return found.end() if found else 0
+        token = self.special.search(literal)
+        return token.end() if token else 0
 
-    def _find_tail(self, shape: Shape) -> tuple[int | None, str] | None:
-        """What follows the last content in a prompt: its message and the text, None where a trial is refused."""
+    def _try_tail(self, shape: Shape) -> tuple[int | None, str] | None:
+        """The last content in a prompt and the text behind it, as `_tail`, in a trial; None if the trial is refused."""
         try:
             return _tail(self._traced(_probes(shape), _PROBE_TOOLS if shape[1] else None, True))
         except UserError:
             return None
 
-    def _find_alone(self, shape: Shape) -> Alone | None:
-        """The last answer of a conversation with nothing behind it: how it is closed, and how often it says a thing."""
+    def _try_last_answer(self, shape: Shape) -> LastAnswer | None:
+        """The last answer of a trial: its end token, and how often it says each field; None if it is refused."""
         try:
             traced = self._traced(_probes(shape), _PROBE_TOOLS if shape[1] else None, False)
         except UserError:
@@ -262,35 +269,25 @@ class Template:
         end = max((span.end for span in spans), default=len(traced))
         fields = [span.source.field for span in spans]
         closing = self.special.search(str.__str__(traced), end)
-        return Alone(closing.group() if closing else "", {field: fields.count(field) for field in fields})
+        return LastAnswer(closing.group() if closing else "", {field: fields.count(field) for field in fields})
 
-    def _find_plan(self, roles: tuple[str, ...]) -> Plan | None:
+    def _learn_skeleton(self, roles: tuple[str, ...]) -> Skeleton | None:
         """None where the template does more with plain turns than to write them one after the other."""
         shape: Shape = (tuple((role, True, False, 0) for role in roles), False)
         try:
-            found = self._exact(_probes(shape), None)
+            trial = self._exact(_probes(shape), None)
         except UserError:
             return None
-        if [turn.index for turn in found.turns] != list(range(len(roles))) or found.dropped:
+        if [turn.index for turn in trial.turns] != list(range(len(roles))) or trial.dropped:
             return None
-        literals, turns, at = [], [], 0
-        for turn, probe in zip(found.turns, _probes(shape), strict=True):
-            if found.text[turn.content : turn.end] != probe.content or turn.content < at:
+        literals, turns, end = [], [], 0
+        for turn, probe in zip(trial.turns, _probes(shape), strict=True):
+            if trial.text[turn.content : turn.end] != probe.content or turn.content < end:
                 return None
-            literals.append(found.text[at : turn.content])
+            literals.append(trial.text[end : turn.content])
             turns.append((turn.role, turn.content - turn.start, turn.stop - turn.end, turn.closed))
-            at = turn.end
-        return Plan((*literals, found.text[at:]), tuple(turns), found.markers)
-
-
-def plain_roles(messages: Sequence[Message]) -> tuple[str, ...] | None:
-    """The roles of turns that are nothing but contents; None where one is more, or empty."""
-    roles = []
-    for m in messages:
-        if not m.content or m.reasoning is not None or m.tool_calls or m.name or m.tool_call_id is not None:
-            return None
-        roles.append(m.role)
-    return tuple(roles)
+            end = turn.end
+        return Skeleton((*literals, trial.text[end:]), tuple(turns), trial.markers)
 
 
 def _tail(traced: str) -> tuple[int | None, str]:
@@ -299,7 +296,7 @@ def _tail(traced: str) -> tuple[int | None, str]:
     return (None, str.__str__(traced)) if last is None else (last.source.message, str.__str__(traced)[last.end :])
 
 
-def _both(chat: Chat) -> tuple[Sequence[Message], str | None]:
+def _messages_and_tools(chat: Chat) -> tuple[Sequence[Message], str | None]:
     return (chat.messages or (), chat.tools) if isinstance(chat, Example) else (chat, None)
 
 

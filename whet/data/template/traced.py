@@ -1,11 +1,11 @@
 """Strings that remember which message each of their characters came from, through all that a chat template does.
 
 A template joins, strips, splits, cuts and encodes what it is given. A `Traced` string goes through these steps as any
-string does, and carries the place of every piece along; so after rendering, the text itself says where each content
+string does, and carries the span of every piece along; so after rendering, the text itself says where each content
 stands and what was left out. That is exact where searching for the content's words would not be: they may occur
 elsewhere, occur twice, be empty, or be rewritten.
 
-What changes characters one by one (replace, upper, JSON) keeps its source but loses the place within it. The steps of
+What changes characters one by one (replace, upper, JSON) keeps its source but loses the offset in it. The steps of
 Python itself that build a string from others without asking them ("%" and str.join of a plain string) lose the source;
 whoever uses these strings has to check that nothing is missing.
 """
@@ -26,15 +26,15 @@ class Source(NamedTuple):
 
 
 class Span(NamedTuple):
-    """text[start:end] came from `source`, from its character `at` on; at == CHANGED where it was rewritten."""
+    """text[start:end] came from `source`, from its character `offset` on; offset == CHANGED where it was rewritten."""
 
     start: int
     end: int
     source: Source
-    at: int
+    offset: int
 
     def moved(self, by: int) -> Span:
-        return Span(self.start + by, self.end + by, self.source, self.at)
+        return Span(self.start + by, self.end + by, self.source, self.offset)
 
 
 class Traced(str):
@@ -65,14 +65,14 @@ class Traced(str):
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
         if not isinstance(key, slice):
-            place = int(key) + (len(self) if int(key) < 0 else 0)
+            index = int(key) + (len(self) if int(key) < 0 else 0)
             super().__getitem__(key)  # an index outside is Python's error
-            return self._cut(place, place + 1)
+            return self._cut(index, index + 1)
         start, stop, step = key.indices(len(self))
         return self._cut(start, max(start, stop)) if step == 1 else self._changed(super().__getitem__(key))
 
     def __iter__(self) -> Iterator[str]:
-        return (self._cut(place, place + 1) for place in range(len(self)))
+        return (self._cut(index, index + 1) for index in range(len(self)))
 
     def strip(self, chars: str | None = None) -> str:
         return cast("Traced", self.lstrip(chars)).rstrip(chars)
@@ -96,11 +96,11 @@ class Traced(str):
         return self._parts(super().rsplit(sep, maxsplit), 0 if sep is None else len(sep))
 
     def splitlines(self, keepends: bool = False) -> list[str]:
-        found, at = [], 0
+        lines, start = [], 0
         for whole, line in zip(super().splitlines(True), super().splitlines(keepends), strict=True):
-            found.append(self._cut(at, at + len(line)))
-            at += len(whole)
-        return found
+            lines.append(self._cut(start, start + len(line)))
+            start += len(whole)
+        return lines
 
     def partition(self, sep: str) -> tuple[str, str, str]:
         return self._three(super().partition(sep))
@@ -130,10 +130,10 @@ class Traced(str):
         return changed(super().format(*args, **kwargs), [self, args, kwargs])
 
     def join(self, parts: Iterable[str]) -> str:
-        found: list[str] = []
+        separated: list[str] = []
         for part in parts:
-            found += [self, part] if found else [part]
-        return _joined(found)
+            separated += [self, part] if separated else [part]
+        return _joined(separated)
 
     def _three(self, parts: tuple[str, str, str]) -> tuple[str, str, str]:
         first, second = len(parts[0]), len(parts[0]) + len(parts[1])
@@ -141,23 +141,23 @@ class Traced(str):
 
     def _parts(self, parts: list[str], between: int) -> list[str]:
         """`parts` with their sources; they lie in order, `between` characters apart (0: white space of any length)."""
-        found, at = [], 0
+        traced, start = [], 0
         for part in parts:
             if not between:  # the first character after white space is where the part begins
-                while str.__getitem__(self, at) != str.__getitem__(part, 0):
-                    at += 1
-            found.append(self._cut(at, at + len(part)))
-            at += len(part) + between
-        return found
+                while str.__getitem__(self, start) != str.__getitem__(part, 0):
+                    start += 1
+            traced.append(self._cut(start, start + len(part)))
+            start += len(part) + between
+        return traced
 
     def _cut(self, start: int, stop: int) -> str:
-        """self[start:stop]; a span that is cut down to nothing stays, so that an empty content has a place."""
+        """self[start:stop]; a span that is cut down to nothing stays, so that an empty content has an offset."""
         spans = []
         for span in self._spans:
             first, last = max(span.start, start), min(span.end, stop)
             if first < last or (first == last and (span.start == span.end or start == stop)):
-                at = span.at if span.at == CHANGED else span.at + first - span.start
-                spans.append(Span(first - start, last - start, span.source, at))
+                offset = CHANGED if span.offset == CHANGED else span.offset + first - span.start
+                spans.append(Span(first - start, last - start, span.source, offset))
         return _traced(str.__getitem__(self, slice(start, stop)), tuple(spans))
 
     def _changed(self, text: str) -> str:
@@ -165,9 +165,9 @@ class Traced(str):
 
 
 def _traced(text: str, spans: tuple[Span, ...]) -> Traced:
-    found = str.__new__(Traced, text)
-    found._spans = spans
-    return found
+    traced = str.__new__(Traced, text)
+    traced._spans = spans
+    return traced
 
 
 def _joined(parts: Iterable[str]) -> str:
@@ -175,11 +175,11 @@ def _joined(parts: Iterable[str]) -> str:
     parts = list(parts)
     text = "".join(parts)
     spans: list[Span] = []
-    at = 0
+    start = 0
     for part in parts:
         if type(part) is Traced:
-            spans += [span.moved(at) for span in part._spans]
-        at += len(part)
+            spans += [span.moved(start) for span in part._spans]
+        start += len(part)
     return _traced(text, tuple(spans)) if spans else text
 
 
@@ -200,9 +200,9 @@ class TracedObject(dict):
     @classmethod
     def of(cls, values: dict[str, Any], source: Source) -> TracedObject:
         """`values`, an object of `source`."""
-        found = cls(values)
-        found._source = source
-        return found
+        traced = cls(values)
+        traced._source = source
+        return traced
 
     def __str__(self) -> str:
         return changed(repr(self), self)

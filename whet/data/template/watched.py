@@ -1,9 +1,9 @@
-"""What a chat template asks of the contents that it writes, seen while it runs, so that its run can be repeated.
+"""RecordedRun the questions that a chat template asks of the contents that it writes, so that its run can be repeated.
 
-A template is run on contents that have no text: a `Watched` value answers what it is asked from a real row, and notes
+A template is run on contents that have no text: a `Watched` value answers what it is asked from a real row, and records
 question and answer. What comes out is a list of the template's own words and of contents between them. For another row
 of which every question has the same answer, the template would do the same, step by step, so its text is those words
-around that row's contents (the trace and guard of a tracing compiler). Whatever is not known here spoils the record: a
+around that row's contents (the trace and guard of a tracing compiler). Whatever is not known here spoils the run: a
 value without text cannot be read behind its back, as a string could, and Python refuses to do with it what it lacks.
 
 All contents are taken to begin and end with a character that is not white space (`stands_alone`): then none is empty,
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import update_wrapper
 from typing import Any, NoReturn
 
-Part = str | int  # the template's own words, or the index of the message whose content stands there
+TextPart = str | int  # the template's own words, or the index of the message whose content stands there
 
 
 class Unfollowed(Exception):
@@ -37,39 +37,39 @@ class Guard:
 
 
 @dataclass(slots=True)
-class Record:
-    """One run. guards: the answers that decided it, in order; spoiled: it cannot be repeated."""
+class RecordedRun:
+    """One run of a template. guards: the answers that decided it, in order; spoiled: it cannot be repeated."""
 
     contents: Sequence[str]
     guards: dict[tuple[str, int, Any], Guard] = field(default_factory=dict)
     spoiled: bool = False
 
     def watched(self) -> list[Watched]:
-        """The contents as the template is to be given them."""
+        """The contents as the template is to be given them: values that record what they are asked."""
         return [Watched(self, (index,)) for index in range(len(self.contents))]
 
     def ask(self, ask: Callable[[str, Any], bool], index: int, asked: Any) -> bool:
-        """The answer for this row, noted."""
+        """The answer for this row, recorded."""
         answer = ask(self.contents[index], asked)
         self.guards[ask.__name__, index, asked] = Guard(ask, index, asked, answer)
         return answer
 
 
 def stands_alone(content: str) -> bool:
-    """Whether a content has text, and no white space at its ends."""
+    """True if a content has text, and no white space at its ends."""
     return bool(content) and not (content[0].isspace() or content[-1].isspace())
 
 
 class Watched:
     """A content, or a text with contents in it, during a run that is recorded."""
 
-    __slots__ = ("_parts", "_record")
+    __slots__ = ("_parts", "_run")
 
-    def __init__(self, record: Record, parts: tuple[Part, ...]) -> None:
-        self._record, self._parts = record, parts
+    def __init__(self, run: RecordedRun, parts: tuple[TextPart, ...]) -> None:
+        self._run, self._parts = run, parts
 
     def _spoil(self, *_: object, **__: object) -> NoReturn:
-        self._record.spoiled = True  # whoever catches the exception does not save the record
+        self._run.spoiled = True  # whoever catches the exception does not save the run
         raise Unfollowed
 
     def _index(self) -> int:
@@ -81,7 +81,7 @@ class Watched:
         several = isinstance(asked, tuple) and all(isinstance(one, str) for one in asked)
         if rest or not (several or isinstance(asked, str)):
             self._spoil()
-        return self._record.ask(ask, self._index(), asked)
+        return self._run.ask(ask, self._index(), asked)
 
     def startswith(self, prefix: object, *rest: object) -> bool:
         return self._ask(str.startswith, prefix, *rest)
@@ -104,7 +104,7 @@ class Watched:
         return True  # it holds a content, and none is empty
 
     def strip(self, chars: str | None = None) -> Watched:
-        """This: no content has white space at its ends."""
+        """The content itself: none has white space at its ends."""
         self._index()
         return self if chars is None or (isinstance(chars, str) and (not chars or chars.isspace())) else self._spoil()
 
@@ -131,20 +131,20 @@ def text(value: Any) -> str | Watched:
 
 def joined(values: Iterable[Any]) -> str | Watched:
     """Texts one after the other; a plain string where none is watched."""
-    parts: list[Part] = []
-    record: Record | None = None
+    parts: list[TextPart] = []
+    run: RecordedRun | None = None
     for value in values:
-        record = value._record if isinstance(value, Watched) else record
+        run = value._run if isinstance(value, Watched) else run
         for part in value._parts if isinstance(value, Watched) else (value,):
             if isinstance(part, str) and parts and isinstance(parts[-1], str):
                 parts[-1] += part
             elif part != "":
                 parts.append(part)
-    return "".join(parts) if record is None else Watched(record, tuple(parts))  # type: ignore[arg-type]
+    return "".join(parts) if run is None else Watched(run, tuple(parts))  # type: ignore[arg-type]
 
 
-def parts_of(rendered: object) -> tuple[Part, ...]:
-    """What a rendered text is made of, words and contents in turn."""
+def parts_of(rendered: object) -> tuple[TextPart, ...]:
+    """The parts of a rendered text: words and contents in turn."""
     return rendered._parts if isinstance(rendered, Watched) else (str(rendered),)
 
 
@@ -160,7 +160,7 @@ _COMPARING = frozenset(("eq", "equalto", "==", "ne", "!=", "in"))
 
 
 def watching_filter(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """jinja's filter `run`, which spoils a record whose contents it would treat otherwise than strings."""
+    """jinja's filter `run`, which spoils a run whose contents it would treat otherwise than strings."""
 
     def filtered(*args: Any, **kwargs: Any) -> Any:
         held = [*args, *kwargs.values()]
@@ -178,7 +178,7 @@ def watching_filter(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def watching_test(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """jinja's test `run`, with what it says of a string where it is asked about a content."""
+    """jinja's test `run`, which answers for a content as it does for any string."""
 
     def tested(*args: Any, **kwargs: Any) -> Any:
         value = next((item for item in (*args, *kwargs.values()) if isinstance(item, Watched)), None)
@@ -190,12 +190,12 @@ def watching_test(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as(run: Callable[..., Any], wrapped: Callable[..., Any]) -> Callable[..., Any]:
-    """`wrapped` with the marks of `run` by which jinja knows that it wants the context or the environment first."""
+    """`wrapped` with the attributes of `run` that tell jinja to pass the context or the environment first."""
     return update_wrapper(wrapped, run)
 
 
 def _refuse_holding(value: Any) -> None:
-    """Spoil the record of any watched value inside lists and objects."""
+    """Spoil the run of any watched value inside lists and objects."""
     if isinstance(value, Watched):
         value._spoil()
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from whet.base.errors import UserError
-from whet.data.batch import lay
+from whet.data.batch import row_builder
 from whet.data.config import Data
 from whet.data.prepare import Prepared, prepare
 from whet.engine.config import Model
@@ -29,8 +29,8 @@ def tokenizer() -> Any:
     return load_tokenizer(Model(path="builtin:tiny"))
 
 
-def made(tokenizer: Any, place: Path, rows: list[dict[str, Any]], **settings: Any) -> Prepared:
-    path = place / "rows.jsonl"
+def prepared(tokenizer: Any, folder: Path, rows: list[dict[str, Any]], **settings: Any) -> Prepared:
+    path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return prepare(Data(dataset=str(path), **({"empty": "drop", "val_size": 0.2} | settings)), tokenizer, 256)
 
@@ -40,7 +40,7 @@ def test_the_first_row_that_is_refused_is_named(processes: int, tokenizer: Any, 
     """Whoever meets it; a later one that another process meets first does not win."""
     rows = [{"prompt": f"q{n}", "completion": "word " * (300 if n in (40, 41, 900) else 2)} for n in range(1200)]
     with pytest.raises(UserError, match="longer") as caught:
-        made(tokenizer, tmp_path, rows, num_proc=processes, max_length=128, over_length="error", val_size=0)
+        prepared(tokenizer, tmp_path, rows, num_proc=processes, max_length=128, over_length="error", val_size=0)
     assert caught.value.row == 41
     assert caught.value.file == str(tmp_path / "rows.jsonl")
     assert caught.value.fix.startswith("data.max_length=")
@@ -58,21 +58,21 @@ def test_a_complaint_travels_whole() -> None:
 def test_as_many_processes_as_pay(
     rows: int, cores: int, forks: bool, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lay.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    monkeypatch.setattr(lay, "forks_safely", lambda: forks)
-    assert lay.usual_processes(rows) == expected
+    monkeypatch.setattr(row_builder.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(row_builder, "forks_safely", lambda: forks)
+    assert row_builder.usual_processes(rows) == expected
 
 
 @pytest.mark.parametrize("forked", [True, False])
-def test_two_processes_make_what_one_makes(
+def test_two_processes_build_what_one_builds(
     forked: bool, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forked or fresh: ids, marks, order, held-out rows, and every count of the ledger, with rows dropped and cut."""
     settings = {"max_length": 64, "over_length": "truncate_prompt"}
-    monkeypatch.setattr(lay, "forks_safely", lambda: forked)
-    monkeypatch.setattr(lay, "CHUNK", 17)
-    alone = made(tokenizer, tmp_path, ROWS, num_proc=1, **settings)
-    found = made(tokenizer, tmp_path, ROWS, num_proc=2, **settings)
+    monkeypatch.setattr(row_builder, "forks_safely", lambda: forked)
+    monkeypatch.setattr(row_builder, "CHUNK", 17)
+    alone = prepared(tokenizer, tmp_path, ROWS, num_proc=1, **settings)
+    found = prepared(tokenizer, tmp_path, ROWS, num_proc=2, **settings)
     for name in ("train", "evaluation"):
         one, other = getattr(alone, name), getattr(found, name)
         for part in ("ids", "learned", "starts", "sources"):
@@ -86,10 +86,10 @@ def test_small_data_gets_no_process(tokenizer: Any, tmp_path: Path, monkeypatch:
     def none(*_: Any, **__: Any) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(lay, "ProcessPoolExecutor", none)
-    assert len(made(tokenizer, tmp_path, ROWS).train)
+    monkeypatch.setattr(row_builder, "ProcessPoolExecutor", none)
+    assert len(prepared(tokenizer, tmp_path, ROWS).train)
     with pytest.raises(AssertionError, match="process was started"):
-        made(tokenizer, tmp_path, ROWS, num_proc=2)
+        prepared(tokenizer, tmp_path, ROWS, num_proc=2)
 
 
 def _dies(*_: Any) -> None:
@@ -97,9 +97,9 @@ def _dies(*_: Any) -> None:
 
 
 def test_a_process_that_dies_is_said(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lay, "_begin" if not lay.forks_safely() else "_work", _dies)
+    monkeypatch.setattr(row_builder, "_start_worker" if not row_builder.forks_safely() else "_build_chunk", _dies)
     with pytest.raises(UserError, match="ended before its work") as caught:
-        made(tokenizer, tmp_path, ROWS, num_proc=2)
+        prepared(tokenizer, tmp_path, ROWS, num_proc=2)
     assert caught.value.field == "data.num_proc"
 
 
@@ -109,17 +109,17 @@ def test_few_chunks_are_held_at_a_time(tokenizer: Any, tmp_path: Path, monkeypat
 
     alive: list[Any] = []
     most = 0
-    laying = lay.Layer.lay
+    build = row_builder.RowBuilder.build
 
-    def watched(self: lay.Layer, examples: Any) -> Any:
+    def watched(self: row_builder.RowBuilder, examples: Any) -> Any:
         nonlocal most
-        found = laying(self, examples)
-        alive.append(weakref.ref(found.ids))
+        built = build(self, examples)
+        alive.append(weakref.ref(built.ids))
         most = max(most, sum(ref() is not None for ref in alive))
-        return found
+        return built
 
-    monkeypatch.setattr(lay, "CHUNK", 10)
-    monkeypatch.setattr(lay.Layer, "lay", watched)
-    made(tokenizer, tmp_path, ROWS)
+    monkeypatch.setattr(row_builder, "CHUNK", 10)
+    monkeypatch.setattr(row_builder.RowBuilder, "build", watched)
+    prepared(tokenizer, tmp_path, ROWS)
     assert len(alive) >= 20
     assert most <= 2

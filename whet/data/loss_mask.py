@@ -2,7 +2,7 @@
 
 Pieces are cut where the mask changes, around every special token, and where a turn begins or ends. The text of a piece
 is what its tokens add to the text before them, since some tokenizers drop a space at the beginning of what they decode.
-Whose turn it is follows from the template's own spans, and is said only where the decoded row is the rendered
+The role of each piece follows from the template's own spans, and is given only where the decoded row is the rendered
 conversation or its beginning. Gives up: the roles of rows whose prompt was cut.
 """
 
@@ -17,11 +17,11 @@ from whet.data.labels import label_text
 from whet.data.prepare import Prepared
 
 CONTEXT_TOKENS = 16  # enough to know what a token adds to the text
-TEMPLATE = "template"  # whose turn it is between the turns
+TEMPLATE = "template"  # the role of text between the turns
 
 
 def masked_row(prepared: Prepared, index: int) -> list[tuple[str, bool]]:
-    """Row `index` of the training rows as (text, whether it is learned), in order; a label or an answer comes last."""
+    """Row `index` of the training rows as (text, True if it is learned), in order; a label or an answer comes last."""
     merged: list[tuple[str, bool]] = []
     for piece in masked_pieces(prepared, index):
         if merged and merged[-1][1] == piece["learned"]:
@@ -38,8 +38,8 @@ def masked_pieces(prepared: Prepared, index: int) -> list[dict[str, Any]]:
     """Row `index` of the training rows as {"text", "role", "learned", "special"}, in order.
 
     role: system, user, assistant, tool, "template" between turns, "text", "label", "answer", or None where it is not
-    known; learned: whether the piece is a target; special: whether it is one special token. The texts together are
-    the decoded row; a label or an answer comes last.
+    known; learned: True if the piece is a target; special: True if it is one special token. The texts together are the
+    decoded row; a label or an answer comes last.
     """
     rows, tokenizer = prepared.train, prepared.tokeniser.tokenizer
     ids, learned = rows.row(index)
@@ -58,7 +58,7 @@ def masked_pieces(prepared: Prepared, index: int) -> list[dict[str, Any]]:
 
 def masked_rows(prepared: Prepared, count: int) -> list[dict[str, Any]]:
     """`count` training rows at even distances: {"file", "row", "tokens", "learned", "pieces"}."""
-    found = []
+    rows = []
     for index in _spread(len(prepared.train), count):
         example = prepared.train_examples[int(prepared.train.sources[index])]
         pieces = masked_pieces(prepared, index)
@@ -66,14 +66,14 @@ def masked_rows(prepared: Prepared, count: int) -> list[dict[str, Any]]:
         targets = int(learned.sum())
         if prepared.train.answers is not None:
             targets = len(prepared.train.answers.row(index)[0])
-        place = {"file": example.file, "row": example.row, "tokens": len(ids)}
-        found.append(place | ({} if prepared.train.labels is not None else {"learned": targets}) | {"pieces": pieces})
-    return found
+        position = {"file": example.file, "row": example.row, "tokens": len(ids)}
+        rows.append(position | ({} if prepared.train.labels is not None else {"learned": targets}) | {"pieces": pieces})
+    return rows
 
 
 def _spread(total: int, count: int) -> list[int]:
     count = min(count, total)
-    return [place * total // count for place in range(count)]
+    return [index * total // count for index in range(count)]
 
 
 def _pieces(tokenizer: Any, ids: np.ndarray, learned: np.ndarray, roles: list[str | None]) -> list[dict[str, Any]]:
@@ -82,14 +82,14 @@ def _pieces(tokenizer: Any, ids: np.ndarray, learned: np.ndarray, roles: list[st
     known |= set(tokenizer.all_special_ids)
     special = np.isin(ids, sorted(known))
     edges = [
-        place
-        for place in range(1, len(ids))
-        if special[place] or special[place - 1] or learned[place] != learned[place - 1]
-        or roles[place] != roles[place - 1]
+        index
+        for index in range(1, len(ids))
+        if special[index] or special[index - 1] or learned[index] != learned[index - 1]
+        or roles[index] != roles[index - 1]
     ]  # fmt: skip
     return [
         {
-            "text": _added_text(tokenizer, ids, first, last), "role": roles[first], "learned": bool(learned[first]),
+            "text": _text_added(tokenizer, ids, first, last), "role": roles[first], "learned": bool(learned[first]),
             "special": bool(special[first]),
         }
         for first, last in zip([0, *edges], [*edges, len(ids)], strict=True)
@@ -97,8 +97,8 @@ def _pieces(tokenizer: Any, ids: np.ndarray, learned: np.ndarray, roles: list[st
     ]  # fmt: skip
 
 
-def _added_text(tokenizer: Any, ids: np.ndarray, first: int, last: int) -> str:
-    """What the tokens first..last add to the text of those before them."""
+def _text_added(tokenizer: Any, ids: np.ndarray, first: int, last: int) -> str:
+    """The text that the tokens first..last add to those before them."""
     before = _decoded(tokenizer, ids[max(0, first - CONTEXT_TOKENS) : first])
     both = _decoded(tokenizer, ids[max(0, first - CONTEXT_TOKENS) : last])
     return both[len(before) :] if both.startswith(before) else _decoded(tokenizer, ids[first:last])
@@ -109,7 +109,7 @@ def _decoded(tokenizer: Any, ids: np.ndarray) -> str:
 
 
 def _roles(prepared: Prepared, example: Any, ids: np.ndarray, learned: np.ndarray) -> list[str | None]:
-    """Whose turn each token belongs to."""
+    """The role of the turn that each token belongs to."""
     template, tokenizer = prepared.tokeniser.template, prepared.tokeniser.tokenizer
     if template is None or example.messages is None:
         return ["text"] * len(ids)
@@ -117,7 +117,7 @@ def _roles(prepared: Prepared, example: Any, ids: np.ndarray, learned: np.ndarra
     if not rendered.text.startswith(_decoded(tokenizer, ids)):
         only_answers = prepared.ledger.policy.get("loss_on") != "all"
         return ["assistant" if mark and only_answers else None for mark in learned]
-    # Where only the answers were placed, what lies between them is not all the template's.
+    # If only the answers have spans, the text between them is not all the template's.
     between = TEMPLATE if len(rendered.turns) == len(example.messages) else None
     roles: list[str | None] = [between] * len(ids)
     ends = range(len(ids) + 1)
@@ -130,7 +130,7 @@ def _roles(prepared: Prepared, example: Any, ids: np.ndarray, learned: np.ndarra
     return roles
 
 
-def show_rows(prepared: Prepared, count: int) -> None:
+def print_rows(prepared: Prepared, count: int) -> None:
     """Print `count` rows spread over the data: learned text in green, the rest dim."""
     from rich.text import Text
 

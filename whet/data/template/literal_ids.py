@@ -1,4 +1,4 @@
-"""The token ids of a template's own words, found once: then only contents have to be tokenised.
+"""The token ids of a skeleton's literals, computed once: then only contents have to be tokenised.
 
 That is exact where the ids of a whole text are those of its parts, one after the other:
 
@@ -7,7 +7,7 @@ That is exact where the ids of a whole text are those of its parts, one after th
 - So what stands between two added tokens is tokenised by itself, whatever is around it. A content with an added token
   behind it, and one right before it, is therefore by itself.
 - With words in front ("user" and a line feed), the pre-tokenizer has to cut between the two. The patterns in `_CUTTING`
-  let no piece go on from a line feed to a character that is not white space; what they do with the line feed hangs on
+  let no piece go on from a line feed to a character that is not white space; what they do with the line feed depends on
   nothing but that such a character follows. Byte-level BPE works on each piece alone, and NFC joins nothing to a line
   feed.
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from whet.data.template.plan import Plan
+from whet.data.template.skeleton import Skeleton
 from whet.data.template.spans import Turn
 
 _SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
@@ -38,8 +38,9 @@ _CUTTING = frozenset((
 _PROBES = ("a", "1", "!", "한")  # one of each kind of character that a pattern tells apart
 
 
-class Placed(NamedTuple):
-    """ids: of a whole row. turns: of each turn its tokens, [0, 0] where it has none; contents: those of its content.
+class TokenSpans(NamedTuple):
+    """The tokens of a whole row. ids: token ids. turns: of each turn its tokens, (0, 0) where it has none; contents:
+    those of its content.
 
     The tokens of an answer are all that a model writes; those of another turn are the whole tokens of its content.
     """
@@ -50,8 +51,9 @@ class Placed(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Between:
-    """order: the turns of the plan, with no places. ids: of the words before each content, and of the last.
+class LiteralIds:
+    """The token ids of a skeleton's literals. order: its turns, all at offset 0. ids: of the words before each content,
+    and of the last.
 
     edges: how many tokens before and behind its content each turn begins and ends.
     """
@@ -60,100 +62,102 @@ class Between:
     ids: tuple[list[int], ...]
     edges: tuple[tuple[int, int], ...]
 
-    def learned(self, loss_on: str) -> tuple[list[int], bool]:
-        """(the answers that `loss_on` chooses in a row of nothing but contents, whether all of them are closed)."""
+    def answers(self, loss_on: str) -> tuple[list[int], bool]:
+        """(the answers that `loss_on` chooses in a row without a mask of its own, True if all of them are closed)."""
         answers = [turn.index for turn in self.order if turn.role == "assistant"]
         answers = answers[-1:] if loss_on == "last_assistant" else answers
         return answers, all(self.order[index].closed for index in answers)
 
-    def placed(self, contents: Sequence[Sequence[int]]) -> Placed:
+    def filled(self, contents: Sequence[Sequence[int]]) -> TokenSpans:
         """The row whose contents have these ids."""
         ids: list[int] = []
-        turns, places = [], []
+        turns, spans = [], []
         for words, content, (ahead, behind) in zip(self.ids, contents, self.edges, strict=False):
             ids += words
             start = len(ids)
             ids += content
             end = len(ids)
-            places.append((start, end))
+            spans.append((start, end))
             turns.append((start - ahead, end + behind))
         ids += self.ids[-1]
-        return Placed(ids, turns, places)
+        return TokenSpans(ids, turns, spans)
 
 
-class Known(NamedTuple):
-    """A row of plain turns. contents: the ids of each."""
+class KnownRow(NamedTuple):
+    """A row of plain turns whose tokens are known without rendering it. contents: the token ids of each."""
 
-    between: Between
+    literals: LiteralIds
     contents: list[list[int]]
 
-    def placed(self) -> Placed:
-        """Its tokens, in their places."""
-        return self.between.placed(self.contents)
+    def spans(self) -> TokenSpans:
+        """All its tokens, and the spans of its turns."""
+        return self.literals.filled(self.contents)
 
 
 class Cuts:
-    """Where the texts of one tokenizer may be cut. possible: whether they may at all.
+    """The rule by which texts of one tokenizer may be cut and tokenised in parts. possible: False if they never may.
 
-    whole: places a row of a plan by tokenising it as a whole, None where a token reaches across the edge of an answer.
+    whole: tokenises a filled skeleton as a whole, None where a token reaches across the edge of an answer.
     """
 
     def __init__(
-        self, backend: Any, specials: Sequence[str], whole: Callable[[Plan, list[str]], Placed | None]
+        self, backend: Any, specials: Sequence[str], whole: Callable[[Skeleton, list[str]], TokenSpans | None]
     ) -> None:
         self._backend, self._whole = backend, whole
         self._added = sorted({token.content for token in backend.get_added_tokens_decoder().values()}, key=len)[::-1]
-        self._find = re.compile("|".join(map(re.escape, self._added)) or r"(?!)")
+        self._added_token = re.compile("|".join(map(re.escape, self._added)) or r"(?!)")
         starts = {token[0] for token in (*self._added, *specials) if token}
         self._start = re.compile(f"[{''.join(map(re.escape, sorted(starts)))}]" if starts else r"(?!)")
         self.possible, self._at_lines = _cuts_at(backend)
-        self._begins = lru_cache(maxsize=4096)(self._begin)
-        self._known: dict[Plan, Between | None] = {}
+        self._ends_inside_token = lru_cache(maxsize=4096)(self._look_at_end)
+        self._known: dict[Skeleton, LiteralIds | None] = {}
 
-    def between(self, plan: Plan) -> Between | None:
-        """The ids of the plan's words, None where they hang on the contents."""
-        if plan not in self._known:
-            self._known[plan] = self._found(plan) if self.possible and self._cut_apart(plan) else None
-        return self._known[plan]
+    def literal_ids(self, skeleton: Skeleton) -> LiteralIds | None:
+        """The ids of the skeleton's literals, None where they depend on the contents."""
+        if skeleton not in self._known:
+            apart = self.possible and self._contents_stand_apart(skeleton)
+            self._known[skeleton] = self._tried(skeleton) if apart else None
+        return self._known[skeleton]
 
-    def harmless(self, content: str) -> bool:
-        """Whether no added token can be written with a part of this content."""
+    def spells_no_token(self, content: str) -> bool:
+        """True if no added token can be written with a part of this content."""
         return self._start.search(content) is None
 
-    def _cut_apart(self, plan: Plan) -> bool:
-        """Whether every content of the plan has an edge of pieces on both sides."""
-        last = len(plan.literals) - 1
-        for number, literal in enumerate(plan.literals):
-            found = [match.span() for match in self._find.finditer(literal)]
-            if number and not (found and found[0][0] == 0) and (literal or number < last):
+    def _contents_stand_apart(self, skeleton: Skeleton) -> bool:
+        """True if every content of the skeleton has an edge of pieces on both sides."""
+        last = len(skeleton.literals) - 1
+        for number, literal in enumerate(skeleton.literals):
+            tokens = [match.span() for match in self._added_token.finditer(literal)]
+            if number and not (tokens and tokens[0][0] == 0) and (literal or number < last):
                 return False
-            words = literal[found[-1][1] if found else 0 :]
-            if number < last and (self._begins(words) or (words and not (self._at_lines and words.endswith("\n")))):
+            words = literal[tokens[-1][1] if tokens else 0 :]
+            cut = not words or (self._at_lines and words.endswith("\n"))
+            if number < last and (self._ends_inside_token(words) or not cut):
                 return False
         return True
 
-    def _begin(self, words: str) -> bool:
-        """Whether words end with the beginning of an added token."""
+    def _look_at_end(self, words: str) -> bool:
+        """True if words end with the beginning of an added token."""
         return any(words.endswith(token[:size]) for token in self._added for size in range(1, len(token)))
 
-    def _found(self, plan: Plan) -> Between | None:
-        """The ids of the words of one trial for each kind of character, which have to be the same."""
-        found: list[tuple[Any, Any]] = []
+    def _tried(self, skeleton: Skeleton) -> LiteralIds | None:
+        """The ids of the literals in one trial for each kind of character, which have to be the same."""
+        trials: list[tuple[Any, Any]] = []
         for probe in _PROBES:
-            contents = [probe] * len(plan.turns)
-            placed = self._whole(plan, contents)
+            row = self._whole(skeleton, [probe] * len(skeleton.turns))
             alone = self._backend.encode(probe, add_special_tokens=False).ids
-            if placed is None or any(placed.ids[first:last] != alone for first, last in placed.contents):
+            if row is None or any(row.ids[first:last] != alone for first, last in row.contents):
                 return None
-            edges = [0, *(edge for place in placed.contents for edge in place), len(placed.ids)]
-            ids = tuple(placed.ids[first:last] for first, last in zip(edges[::2], edges[1::2], strict=True))
-            pairs = zip(placed.turns, placed.contents, strict=True)
-            found.append((ids, tuple((place[0] - turn[0], turn[1] - place[1]) for turn, place in pairs)))
-        return Between(plan.order(), *found[0]) if all(other == found[0] for other in found) else None
+            edges = [0, *(edge for span in row.contents for edge in span), len(row.ids)]
+            ids = tuple(row.ids[first:last] for first, last in zip(edges[::2], edges[1::2], strict=True))
+            pairs = zip(row.turns, row.contents, strict=True)
+            trials.append((ids, tuple((content[0] - turn[0], turn[1] - content[1]) for turn, content in pairs)))
+        same = all(other == trials[0] for other in trials)
+        return LiteralIds(skeleton.unplaced_turns(), *trials[0]) if same else None
 
 
 def _cuts_at(backend: Any) -> tuple[bool, bool]:
-    """Whether the parts between added tokens are tokenised by themselves, and whether pieces end at a line feed."""
+    """(True if the parts between added tokens are tokenised by themselves, True if pieces end at a line feed)."""
     added = backend.get_added_tokens_decoder().values()
     plain = not any(token.lstrip or token.rstrip or token.single_word or token.normalized for token in added)
     whole = backend.truncation is None and backend.padding is None and not backend.encode_special_tokens
@@ -171,5 +175,5 @@ def _cuts_at(backend: Any) -> tuple[bool, bool]:
 
 
 def _state(part: Any) -> dict[str, Any] | None:
-    """How a part of a tokenizer is set, as its file says it."""
+    """The settings of a part of a tokenizer, as its file says them."""
     return None if part is None else json.loads(part.__getstate__())
