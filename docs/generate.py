@@ -13,6 +13,7 @@ from typing import Any
 
 from whet import aliases
 from whet.methods.all import METHODS, capability_rows
+from whet.planning.rules import RULES
 from whet.recipe import SECTIONS, json_schema
 
 PAGE = Path(__file__).with_name("recipe.md")
@@ -35,6 +36,13 @@ missing line leaves the decision to whet; the run directory says what was decide
 (`origins.json`). `model: X`, `method: X` and `data: X` are short for `model.path`, `method.name` and `data.dataset`.
 """
 METHODS_HEAD = "\n## Methods\n\nWhat each can do, and which one to take: [methods.md](methods.md).\n"
+RULES_HEAD = """
+## What excludes each other
+
+Refused in this order, which is that of `whet/planning/rules.py`, and before any model is loaded; the last three need
+the model's head or the layout that was chosen.
+
+"""
 ALIASES_HEAD = """
 ## Names of other tools
 
@@ -61,6 +69,7 @@ def page() -> str:
             parts.append(field_table(schema["$defs"][cls.__name__]["properties"]))
     alone = {name: part for name, part in schema["properties"].items() if name not in SECTIONS}
     parts += ["\n## Outside the sections\n\n", field_table(alone), METHODS_HEAD, ALIASES_HEAD]
+    parts[-1:-1] = [RULES_HEAD, table(("field", "refused, because", "one fix"), list(dict.fromkeys(exclusions())))]
     parts += [table(("setting", "also accepted"), sorted(other_names())), "\nTranslated together with their value:\n\n"]
     return "".join([*parts, table(("written", "read as"), list(translated()))])
 
@@ -110,6 +119,14 @@ def other_names() -> Iterator[tuple[str, str]]:
         others = [f"`{other}`" for ours, other in pairs if ours == name and other not in (ours, ours.partition(".")[2])]
         if others:
             yield f"`{name}`", ", ".join(others)
+
+
+def exclusions() -> Iterator[tuple[str, str, str]]:
+    """Each rule about settings that exclude each other; what a text names is shown by its path."""
+    for rule in RULES:
+        problem, fix = (re.sub(r"{([a-z_.]+)[^}]*}", r"`\1`", text) if isinstance(text, str) else "as it says"
+                        for text in (rule.problem, rule.fix))  # fmt: skip
+        yield f"`{rule.field}`", problem, fix
 
 
 def translated() -> Iterator[tuple[str, str]]:

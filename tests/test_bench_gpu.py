@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from whet import cli, speed
+from whet import cli
 from whet.recipe import parse
+from whet.speed import check_used
 
 BENCH = Path(__file__).parents[1] / "bench"
 SPEEDS = {"whet": 60_000, "unsloth": 5_000, "peft": 5_200}
@@ -175,7 +176,7 @@ def test_every_command_is_one_that_whet_or_the_peers_script_takes(gpu: Any, peer
             if system.kind == "whet":
                 words = cli._parser().parse_args(task[3:])
                 parsed = parse(None, words.overrides)
-                speed.check_used(parsed.recipe.method, parsed.origins)
+                check_used(parsed.recipe.method, parsed.origins)
                 assert (words.rows, words.length) == (system.rows or case.rows, case.length)
             else:
                 options = peers.arguments(task[2:])

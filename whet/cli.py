@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("name", help="lora, qlora, full or classify")
     _data_verbs(verbs)
     _verb(verbs, "plan", "parameters and memory before anything is loaded", do.plan,
-          "whet plan tickets.yaml\n  whet plan config.json method.r=8", target="a recipe, or a model's config.json",
-          overrides=True)  # fmt: skip
+          "whet plan tickets.yaml\n  whet plan config.json base.storage=nf4",
+          target="a recipe, or a model's config.json", overrides=True)  # fmt: skip
     _verb(verbs, "train", "train a recipe; the same command continues it", do.train,
           "whet train tickets.yaml train.learning_rate=1e-4", target="a recipe (.yaml)", overrides=True)  # fmt: skip
     evaluation = _verb(verbs, "eval", "base against tuned on the held-out rows", do.evaluate, "whet eval runs/tickets",

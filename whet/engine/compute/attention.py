@@ -84,7 +84,9 @@ def attend(
     if query.device.type == "cpu" and given == torch.bfloat16:  # its backward pass takes twice as long in bf16
         query, key, value = query.float(), key.float(), value.float()
     pieces = [
-        _one(q, k, v, attention_mask, scaling, dropout, sliding_window, softcap)
+        _one(q, k, v, attention_mask, scaling, dropout, sliding_window)
+        if softcap is None
+        else _softcapped(q, k, v, scaling, softcap, sliding_window, attention_mask)
         for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     ]
     output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
@@ -100,7 +102,10 @@ def _rows(
     if query.device.type == "cpu":
         query, key, value = query.float(), key.float(), value.float()
     q, k, v = (t.transpose(1, 2).unflatten(1, (-1, length)).flatten(0, 1).transpose(1, 2) for t in (query, key, value))
-    output = _one(q, k, v, None, scaling, 0.0, sliding_window, softcap)
+    if softcap is None:
+        output = _one(q, k, v, None, scaling, 0.0, sliding_window)
+    else:
+        output = _softcapped(q, k, v, scaling, softcap, sliding_window, None)
     return output.transpose(1, 2).reshape(1, query.shape[2], query.shape[1], -1).to(given)
 
 
@@ -127,12 +132,8 @@ def _one(
     scaling: float | None,
     dropout: float,
     sliding_window: int | None,
-    softcap: float | None,
 ) -> torch.Tensor:
     """Causal attention of one document, or of padded rows: [B, H, T, D] in and out."""
-    if softcap is not None:
-        key, value = _repeated(query, key, value)
-        return _softcapped(query, key, value, scaling, softcap, sliding_window, mask)
     length = query.shape[2]
     if mask is None and sliding_window is not None and length > sliding_window:
         mask = _band(length, sliding_window, query.device)
@@ -207,6 +208,7 @@ def _softcapped(
     attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """softmax(cap tanh(q k / cap)) v as in Gemma 2; no fused kernel of torch has it."""
+    key, value = _repeated(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.tanh((query @ key.transpose(2, 3)) * scale / softcap) * softcap
     length = query.shape[2]
