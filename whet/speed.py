@@ -89,12 +89,12 @@ def measure_speed(model: Any, base: Any, method: Any, train: Any, load: Load) ->
     total = load.warm + load.steps
     recipe = Recipe(model=model, base=base, method=method, train=train)
     config = load_config(model)
-    hardware, placement = placed = resolve_base(recipe, config)
+    hardware, placement = resolve_base(recipe, config)
     compiled = placement.device.type == "cuda" if train.compile is None else train.compile
     rate = train.learning_rate or RATE
     recipe = replace(recipe, train=replace(train, compile=compiled, learning_rate=rate, max_steps=total))
     batches = _batches(load, min(30000, config.get_text_config().vocab_size))
-    plan = plan_run(recipe, placed, CAUSAL, Work(batches, total))
+    plan = plan_run(recipe, hardware, placement, task=CAUSAL, work=Work(batches, total))
     return {
         "system": "whet", "model": Path(model.path).name, "device": hardware.name, "torch": torch.__version__,
         "storage": placement.storage, "compute": placement.arithmetic, **asdict(load), **_measure(plan, total, load),

@@ -17,13 +17,6 @@ KERNELS: set[str] = set()  # files whose functions may be longer, by name
 DRAWERS = {"utils", "util", "helpers", "common", "misc", "tools"}
 MAX_PARAMETERS = 7  # self aside
 PRESCRIBED = {"attend", "attend_cached"}  # functions whose parameters transformers says
-# What stood there when the rules came. A name leaves its list with the fault, and none is added.
-KNOWN_CROWDED = {"whet/data/batch/batches.py": {"__init__"}, "whet/training/arrange.py": {"arrange"}}
-KNOWN_BUNDLED = {
-    "whet/data/format/preference.py": {"_side", "_whole"}, "whet/data/template/spans.py": {"_start"},
-    "whet/methods/layers/group.py": {"_group"}, "whet/training/arrange.py": {"_with_optimiser"},
-}  # fmt: skip
-KNOWN_RANKS = {"whet/methods/initial.py", "whet/training/setup.py"}
 RANK = re.compile(r"\blora_alpha\b|\bmethod\.r\b|\bLora\((?:[^()]*,\s*)?r\s*=")
 ENVIRONMENT_WRITERS = {"cli.py"}
 ONE_OWNER = {  # a library and the only places that may import it
@@ -156,7 +149,7 @@ def names_a_rank(source: str) -> bool:
 def test_a_rank_is_named_in_one_file() -> None:
     """Where the method lives; beside it stand the names that other tools have for it."""
     users = {str(p.relative_to(ROOT)) for p in SOURCES if names_a_rank(p.read_text(encoding="utf-8"))}
-    assert users - {"whet/aliases.py"} == {"whet/methods/lora.py", *KNOWN_RANKS}
+    assert users - {"whet/aliases.py"} == {"whet/methods/lora.py"}
 
 
 @pytest.mark.parametrize(
@@ -221,14 +214,13 @@ def unlike(annotation: ast.expr) -> bool:
 def test_functions_take_few_parameters_and_each_by_its_name(path: Path) -> None:
     name, source = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
     if not name.endswith("_triton.py"):
-        assert set(crowded(source)) == KNOWN_CROWDED.get(name, set())
-    assert set(bundled(source)) == KNOWN_BUNDLED.get(name, set())
+        assert set(crowded(source)) == set()
+    assert set(bundled(source)) == set()
 
 
 def test_what_the_lists_name_is_still_there() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
     assert [name for name in PRESCRIBED if f"def {name}(" not in text] == []
-    assert [name for name in {*KNOWN_CROWDED, *KNOWN_BUNDLED, *KNOWN_RANKS} if not (ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize(

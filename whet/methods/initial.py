@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from whet.base.errors import UserError
 from whet.engine.weights.linear import FrozenLinear, dense_weight
 
 if TYPE_CHECKING:
@@ -182,16 +181,12 @@ def _oriented(weight: torch.Tensor, covariance: torch.Tensor, r: int, scale: flo
     return a @ inverse / math.sqrt(scale), b / math.sqrt(scale)
 
 
-def check_ranks(model: nn.Module) -> None:
-    """Raise UserError where a rank is larger than its layer: a decomposition has no more directions than that."""
+def too_wide(model: nn.Module) -> tuple[str, int, int] | None:
+    """(the first layer that is smaller than its rank, that rank, the largest rank that every layer has), or None."""
     for name, layer in layers_of(model):
         if layer.r[NAME] > min(layer.in_features, layer.out_features):
-            most = min(min(one.in_features, one.out_features) for _, one in layers_of(model))
-            raise UserError(
-                "the rank is larger than a layer, and this start takes that many directions of its weight",
-                field="method.r", found=f"{layer.r[NAME]} for {name}", expected=f"at most {most}",
-                fix=f"method.r={most}, or method.init_lora_weights=kaiming",
-            )  # fmt: skip
+            return name, layer.r[NAME], min(min(one.in_features, one.out_features) for _, one in layers_of(model))
+    return None
 
 
 def rewrite(model: nn.Module, directory: Path) -> bool:

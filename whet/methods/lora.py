@@ -159,7 +159,7 @@ class Lora(PeftMethod):
 
         model = super().attach(network, task)
         if self._takes_out or self.init_lora_weights in ("loftq", "eva"):
-            initial.check_ranks(model)
+            _check_ranks(model)
         if next(network.parameters()).device.type != "meta":
             if self.init_lora_weights == "loftq":
                 initial.from_loss_of_quantising(model, _dense_twin(network, task))
@@ -277,6 +277,20 @@ class Lora(PeftMethod):
                 "the embedding has no such row", field="method.trainable_token_indices",
                 found=str(max(self.trainable_token_indices)), expected=f"0 to {rows - 1}", fix="check the ids",
             )  # fmt: skip
+
+
+def _check_ranks(model: nn.Module) -> None:
+    """Raise UserError where a rank is larger than its layer: a decomposition has no more directions than that."""
+    from whet.methods import initial
+
+    too_wide = initial.too_wide(model)
+    if too_wide is not None:
+        name, rank, most = too_wide
+        raise UserError(
+            "the rank is larger than a layer, and this start takes that many directions of its weight",
+            field="method.r", found=f"{rank} for {name}", expected=f"at most {most}",
+            fix=f"method.r={most}, or method.init_lora_weights=kaiming",
+        )  # fmt: skip
 
 
 def _double(path: Path) -> None:

@@ -76,13 +76,12 @@ def plan_recipe(recipe: Recipe) -> Plan:
     config = load_config(recipe.model)
     task = assumed_task(recipe, config)
     hardware, placement = resolve_base(recipe, config)
-    return plan_run(recipe, (hardware, placement), task, assumed_work(recipe, config, task))
+    return plan_run(recipe, hardware, placement, task=task, work=assumed_work(recipe, config, task))
 
 
-def plan_run(recipe: Recipe, base: tuple[Hardware, Placement], task: Task, work: Work) -> Plan:
-    """The plan of a recipe over the batches of `work`; base: as `resolve_base` gives it. Raises UserError for what
-    excludes each other, in the recipe or in the model's structure."""
-    hardware, placement = base
+def plan_run(recipe: Recipe, hardware: Hardware, placement: Placement, *, task: Task, work: Work) -> Plan:
+    """The plan of a recipe over the batches of `work`. Raises UserError for what excludes each other, in the recipe or
+    in the model's structure."""
     asked = Asked.of(recipe, task=task.name, config=load_config(recipe.model)).on(hardware, placement)
     check(asked)
     network = empty_model(recipe.model, "fp32", task)

@@ -67,7 +67,8 @@ def _padded(ready: Ready, moved: float) -> Ready:
         )  # fmt: skip
     say("the model's attention cannot keep documents apart in one row: training padded instead", style="yellow")
     recipe = resolve(ready.recipe, {"data.padding_free": False})
-    plan = plan_of(recipe, ready.prepared, (ready.plan.facts.hardware, ready.plan.facts.placement))
+    facts = ready.plan.facts
+    plan = plan_of(recipe, ready.prepared, facts.hardware, facts.placement)
     kept = {name: getattr(ready.plan.layout, name) for name in ("offload_optimizer", "short_weights")}  # done already
     plan = replace(plan, layout=replace(plan.layout, **kept))
     run = ready.run.rewritten(recipe, {"data.padding_free": (False, "the model did not pass the isolation check")})

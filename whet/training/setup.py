@@ -63,9 +63,8 @@ def get_ready(parsed: Parsed) -> Ready:
     """Check everything, decide what is open, and make the run directory. Raises UserError; loads no model."""
     recipe = parsed.recipe
     config = load_config(recipe.model)
-    base = resolve_base(recipe, config)
-    _, placement = base
-    asked = Asked.of(recipe, config=config, task=recipe.model.task).on(*base)
+    hardware, placement = resolve_base(recipe, config)
+    asked = Asked.of(recipe, config=config, task=recipe.model.task).on(hardware, placement)
     check(asked)
     tokenizer = chat_tokenizer(recipe.model)
     prepared = prepare(data_for_method(recipe), tokenizer, longest_input(config), recipe.model.task, text_task(config))
@@ -73,21 +72,24 @@ def get_ready(parsed: Parsed) -> Ready:
     check(replace(asked, task=prepared.task.name, held_out_rows=len(prepared.evaluation)))
     decided = decide_settings(recipe, prepared, placement)
     resolved = resolve(recipe, {path: value for path, (value, _) in decided.items()})
-    plan = plan_of(resolved, prepared, base)
+    plan = plan_of(resolved, prepared, hardware, placement)
     facts = {
-        "environment.json": environment(*base), "data.json": prepared.ledger.as_dict(), "plan.json": plan.as_dict(),
-    }  # fmt: skip
+        "environment.json": environment(hardware, placement),
+        "data.json": prepared.ledger.as_dict(),
+        "plan.json": plan.as_dict(),
+    }
     run = runs.start(resolved, parsed.origins, decided, facts)
     _check_same_rows(run, prepared.ledger)
     return Ready(run, prepared, plan)
 
 
-def plan_of(recipe: Recipe, prepared: Prepared, base: tuple[Hardware, Placement]) -> Plan:
+def plan_of(recipe: Recipe, prepared: Prepared, hardware: Hardware, placement: Placement) -> Plan:
     """The plan of a recipe without open settings over its rows."""
     train = recipe.train
     cut = Cut(train.per_device_train_batch_size, train.gradient_accumulation_steps)
     batches = make_batches(prepared.train, recipe.data, seed=train.seed, cut=cut, bins=prepared.bins)
-    return plan_run(recipe, base, prepared.task, Work(batches, train.max_steps or 1))
+    work = Work(batches, train.max_steps or 1)
+    return plan_run(recipe, hardware, placement, task=prepared.task, work=work)
 
 
 def _check_same_rows(run: Run, ledger: Ledger) -> None:

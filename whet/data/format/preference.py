@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from whet.base.errors import UserError
 from whet.data.example import Message
 from whet.data.format.fields import require, string, wrong
-from whet.data.format.single import Conversation, answered, are_turns, check_prompt, prompt_of, tools_of
+from whet.data.format.single import Conversation, Prompt, answered, are_turns, check_prompt, prompt_of, tools_of
 from whet.data.format.turns import conversation, dialect_of, read_turn, read_turns, system
 from whet.data.read.read import kind_of
 
@@ -35,13 +35,13 @@ class Judged(NamedTuple):
 
 def pair(value: dict) -> list[Judged]:
     """Both answers of a row with `chosen` and `rejected`, the chosen one first. Raises UserError."""
-    asked = prompt_of(value)
+    prompt = prompt_of(value)
     tools = tools_of(value)
     sides = []
     for name in ("chosen", "rejected"):
-        messages, start = _side(require(value, name), name, asked, value)
+        messages, start = _side(require(value, name), name, prompt, value)
         sides.append(Judged(Conversation(messages, tools, start), name == "chosen", name))
-    if asked is None:
+    if prompt is None:
         first, second = (side.chat.messages for side in sides)
         if first[:-1] != second[:-1]:
             raise UserError(
@@ -61,40 +61,37 @@ def feedback(value: dict, label: str) -> list[Judged]:
     return [Judged(chat._replace(completion_from=start), good, label)]
 
 
-def _side(given: object, name: str, asked: tuple[list[Message], str] | None, value: dict) -> tuple[list[Message], int]:
+def _side(given: object, name: str, prompt: Prompt | None, value: dict) -> tuple[list[Message], int]:
     """A whole conversation with the answer `given`, and the index of its first message that is not the prompt."""
     if isinstance(given, list) and are_turns(given):
         turns = read_turns(given, name, dialect_of(given))
         if turns[0].role in ("system", "user"):
-            return _whole(turns, name, asked, value)
+            return _whole(turns, name, prompt, value)
     elif isinstance(given, dict):
         turns = [read_turn(given, name, dialect_of([given]))]
-    elif asked is None:
+    elif prompt is None:
         turns = _paragraphs(string(given, name), name)
         return conversation(turns, name), len(turns) - 1
     else:
         turns = [read_turn({"role": "assistant", "content": given}, name, dialect_of([]))]
-    if asked is None:
+    if prompt is None:
         problem, fix = "an answer without its question", "add the question as `prompt`, or write both sides as messages"
         raise UserError(problem, fix, field=name, found=kind_of(given), expected="a prompt, or a whole conversation")
-    prompt, key = asked
-    check_prompt(prompt, key)
-    return conversation(prompt + turns, name, len(prompt)), len(prompt)
+    check_prompt(prompt.messages, prompt.field)
+    return conversation(prompt.messages + turns, name, len(prompt.messages)), len(prompt.messages)
 
 
-def _whole(
-    turns: list[Message], name: str, asked: tuple[list[Message], str] | None, value: dict
-) -> tuple[list[Message], int]:
+def _whole(turns: list[Message], name: str, prompt: Prompt | None, value: dict) -> tuple[list[Message], int]:
     """A side that holds the question too; a prompt beside it has to say the same."""
     before = system(value)
     messages = conversation(before + turns, name, len(before))
     last = max(index for index, message in enumerate(messages) if message.role in ("user", "tool", "system"))
-    if asked is not None:
-        question = next((m.content for m in reversed(asked[0]) if m.role == "user"), None)
+    if prompt is not None:
+        question = next((m.content for m in reversed(prompt.messages) if m.role == "user"), None)
         spoken = [m.content for m in messages if m.role == "user"]
         if question is not None and question.strip() not in (text.strip() for text in spoken):
-            fix = f"remove `{asked[1]}`, or write only the answer under `{name}`"
-            problem = f"the conversation does not hold the question under `{asked[1]}`"
+            fix = f"remove `{prompt.field}`, or write only the answer under `{name}`"
+            problem = f"the conversation does not hold the question under `{prompt.field}`"
             raise UserError(problem, fix, field=name, found=spoken[0], expected=question)
     return messages, last + 1
 

@@ -104,23 +104,32 @@ def classification(value: dict) -> LabelledText:
     return LabelledText(text, None if pair is None else string(pair, "text_pair"), read_label(value["label"]))
 
 
-def prompt_of(value: dict) -> tuple[list[Message], str] | None:
-    """(the prompt of a row whose answers stand in other fields, the field that it is in); None if there is none."""
+class Prompt(NamedTuple):
+    """What is said before an answer, and the field that it is in."""
+
+    messages: list[Message]
+    field: str
+
+
+def prompt_of(value: dict) -> Prompt | None:
+    """The prompt of a row whose answers stand in other fields; None if there is none."""
     key = next((key for key in TURN_FIELDS if key in value), None)
     if key is not None:
-        return system(value) + read_turns(require(value, key), key), key
+        return Prompt(system(value) + read_turns(require(value, key), key), key)
     if "instruction" in value:
-        return alpaca_question(value), "instruction"
+        return Prompt(alpaca_question(value), "instruction")
     for key in ("prompt", "question"):
         if key in value:
             given = value[key]
             messages = read_turns(given, key) if are_turns(given) else [Message("user", string(given, key))]
-            return system(value) + messages, key
+            return Prompt(system(value) + messages, key)
     return None
 
 
-def check_prompt(messages: list[Message], key: str) -> None:
+def check_prompt(messages: list[Message], field: str) -> None:
     """Refuse a prompt that does not end where an answer may begin. Raises UserError."""
     if not messages or messages[-1].role not in ("user", "tool"):
         role = messages[-1].role if messages else "nothing"
-        raise UserError("the prompt does not end with a question", "end it with the user's turn", field=key, found=role)
+        raise UserError(
+            "the prompt does not end with a question", "end it with the user's turn", field=field, found=role
+        )

@@ -92,7 +92,8 @@ def turns_of(
             turns.append(Turn(index, message.role, first, first, last, stop))
             continue
         _refuse_mixed(spans, own, index, len(messages))
-        start = _start(text, spans, first, index, tails(index), last_turn=index == len(messages) - 1)
+        trial, actual = tails(index)
+        start = _start(text, spans, first, index, trial, actual, last_turn=index == len(messages) - 1)
         closed = stop > last
         alone = last_answer(index)
         if (
@@ -124,7 +125,7 @@ def _overlap(one: Span, other: Span) -> bool:
 
 
 def _start(
-    text: str, spans: Iterable[Span], first: int, index: int, tail: tuple[Tail | None, Callable[[], Tail]], *,
+    text: str, spans: Iterable[Span], first: int, index: int, trial: Tail | None, actual: Callable[[], Tail], *,
     last_turn: bool,
 ) -> int:  # fmt: skip
     """The offset at which a model begins to write: the end of the prompt for this answer, known by the text behind what
@@ -137,7 +138,6 @@ def _start(
     before = max((span for span in spans if span.end <= first and span.source.message < index),
                  key=lambda span: (span.end, span.start), default=None)  # fmt: skip
     anchor, behind = (None, 0) if before is None else (before.source.message, before.end)
-    trial, actual = tail
     for attempt in (lambda: trial, actual):
         prompt = attempt()
         if prompt is None or prompt[0] != anchor or not text.startswith(prompt[1], behind):
