@@ -11,7 +11,7 @@ import nets
 import pytest
 import tiny
 import torch
-from test_shrink import apart
+from test_launch import apart
 
 from whet.data.batch.batches import Cut, Order
 from whet.data.batch.text_batches import TextBatches
