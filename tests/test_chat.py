@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from whet import api
+from whet.data.example import Message
 from whet.data.template.template import use_template
 from whet.data.template.tokenise import Tokeniser
 from whet.engine.answer.notices import Notices
@@ -68,3 +69,16 @@ def test_a_chat_loads_its_model_once_for_all_messages(model_dir: Path, monkeypat
     assert len(loads) == 1
     with pytest.raises(RuntimeError, match="closed"):
         api.chat(chat, "three")
+
+
+def test_the_folder_of_an_adapter_is_opened_with_the_template_of_its_run(recipe: Any) -> None:
+    from whet.training.run import train
+
+    run = train(recipe(model__chat_template="alpaca", train__max_steps=2))
+    asked = [Message("user", "the quick brown fox")]
+    with open_chat(str(run.path), max_new_tokens=5) as chat:
+        said = chat.reply(asked)
+    with open_chat(str(run.adapter), max_new_tokens=5) as chat:
+        assert chat.adapters is not None
+        assert chat.adapters.in_use == "adapter"
+        assert chat.reply(asked) == said
