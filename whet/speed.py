@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from whet.base.console import Progress
+from whet.base.console import Progress, say
 from whet.base.errors import UserError
 from whet.base.seed import seed_everything
 from whet.data.batch.batches import Cut, Order
@@ -188,11 +188,13 @@ def _arranged(plan: Any) -> tuple[Any, float, float]:
     """(the model laid out, seconds to load it, the moment after that)."""
     import torch
 
-    from whet.engine.load.load import load_model
+    from whet.engine.load.load import load_model, rebuilding_notice
     from whet.training.apply import Loaded, apply
     from whet.training.objective.choose import objective_for
 
     recipe, placement = plan.recipe, plan.facts.placement
+    if notice := rebuilding_notice(recipe.model, placement):
+        say(notice, style="yellow")
     start = time.perf_counter()
     with torch.device(placement.device):  # random weights of a config are drawn where they stay
         network = load_model(recipe.model, placement)

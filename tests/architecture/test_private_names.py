@@ -44,12 +44,17 @@ def own_names(tree: ast.Module) -> set[str]:
     return found
 
 
+OF_WHET = {name for path in SOURCES for name in own_names(ast.parse(path.read_text(encoding="utf-8")))}
+
+
 def foreign(source: str) -> Iterator[str]:
     """Private names of others that the source uses: as attributes, as strings, in imports; and swapped classes."""
     tree = ast.parse(source)
     own = own_names(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
+            if ast.unparse(node.value) in ("self", "super()") and node.attr in OF_WHET:  # of a base class
+                continue
             put = isinstance(node.ctx, ast.Store | ast.Del) and ast.unparse(node.value) != "self"
             if (put and node.attr in ("__class__", "forward")) or (is_private(node.attr) and node.attr not in own):
                 yield node.attr

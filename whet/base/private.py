@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ class Seam:
 SEAMS = (
     Seam("torch", "_scaled_mm", "FP8 products; scaled_mm is younger and was not measured", TORCH),
     Seam("torch", "_foreach_zero_", "all sums of gradients to 0 in one kernel of a captured step", TORCH),
+    Seam("torch.Tensor", "_version", "whether weights were written since a copy was made of them", TORCH),
+    Seam("torch", "_foreach_copy_", "the copies of all A in the arithmetic's type, in a few kernels", TORCH),
     Seam("torch.ops.aten", "_flash_attention_forward", "attention of many documents in one call, also in a compiled "
          "layer; varlen_attn is a younger operator around it", TORCH),
     Seam("torch.nn.Module", "_compiled_call_impl", "what `compile` left on a module: to see it and to undo it", TORCH),
@@ -123,6 +125,18 @@ def zero_all(tensors: list[torch.Tensor]) -> None:
     import torch
 
     torch._foreach_zero_(tensors)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often the tensor was written in place; -1 for one of inference mode, which does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each source into its target, which may have another type, in a few kernels."""
+    import torch
+
+    torch._foreach_copy_(targets, sources)
 
 
 def flash_attention(

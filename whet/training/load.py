@@ -10,7 +10,7 @@ from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.seed import seed_everything
 from whet.engine.compute.isolation import check_causality, check_isolation
-from whet.engine.load.load import load_model
+from whet.engine.load.load import load_model, rebuilding_notice
 from whet.engine.memory.host_adam import shorten_weights
 from whet.engine.weights.linear import count_parameters
 from whet.recipe import resolve
@@ -30,6 +30,8 @@ def load(ready: Ready) -> tuple[Loaded, Ready]:
     home = placement
     if layout.short_weights and not recipe.model.from_config:  # random weights are drawn where they always are
         home = replace(placement, device=torch.device("cpu"))
+    if notice := rebuilding_notice(recipe.model, home):
+        say(notice, style="yellow")
     network = load_model(recipe.model, home, ready.plan.task)
     model = recipe.method.attach(network, ready.plan.task)
     masters = shorten_weights(network, placement.device, placement.compute) if layout.short_weights else {}

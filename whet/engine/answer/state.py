@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from whet.base.private import version_of
 from whet.engine.answer.notices import Notices
 
 PLAIN = frozenset((bool, int, float, str, type(None)))
@@ -124,7 +125,7 @@ def state_of(modules: Iterable[nn.Module]) -> list[Any]:
         state.append(id(module))
         state += [_plain(value) for name, value in vars(module).items() if name not in OF_EVERY_MODULE]
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            state += (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
+            state += (tensor.data_ptr(), version_of(tensor))
     return state
 
 

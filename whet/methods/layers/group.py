@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.nn.functional import dropout, linear
 
+from whet.base.private import copy_all
 from whet.engine.weights.joined import joined_weight
 from whet.engine.weights.product import backward_product, forward_product
 from whet.engine.weights.stored import FrozenWeight
@@ -34,8 +35,8 @@ class GroupProduct(torch.autograd.Function):
     """y = x W^T + bias + scale (low A^T) B^T.
 
     x [T, K]; low: what A reads, x after dropout, or None for x itself; a [G r, K] and b [sum of N, r]: float32, the
-    leaves, read only by their copies: `copy_a` has the scale in it, `copy_b` [sum of N, G r] is block-diagonal; sizes:
-    N of each layer; storage: the class of W, whose tensors are `weight`; fp8: multiply W on FP8 tensor cores.
+    leaves, read only by their copies: `copy_b` [sum of N, G r] is block-diagonal and has the scale in it; sizes: N of
+    each layer; storage: the class of W, whose tensors are `weight`; fp8: multiply W on FP8 tensor cores.
     """
 
     @staticmethod
@@ -61,9 +62,16 @@ class GroupProduct(torch.autograd.Function):
             grad_x = backward_product(ctx.storage.of(weight), grad, update, fp8=ctx.fp8)
             if ctx.dropped:
                 grad_low = grad_reduced @ copy_a
-        grad_a = (grad_reduced.t() @ low).float() * ctx.scale
-        grad_b = _diagonal_blocks(grad.t() @ reduced, ctx.sizes)
+        grad_a = _product_in_fp32(grad_reduced.t(), low)
+        grad_b = _diagonal_blocks(grad.t() @ reduced, ctx.sizes) * ctx.scale
         return (grad_x, grad_low, grad_a, grad_b, *([None] * (7 + len(weight))))
+
+
+def _product_in_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left [M, K] @ right [K, N] in float32, written so by the product itself where the device can."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
 
 
 def _diagonal_blocks(wide: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
@@ -167,15 +175,15 @@ class LoraGroup(nn.Module):
             return copy.a, copy.b
         self.copy = None
         shape = self.shape
-        a = (self.a.detach() * shape.scale).to(shape.compute)
-        return a, torch.block_diag(*self.b.detach().to(shape.compute).split(shape.sizes))
+        b = (self.b.detach() * shape.scale).to(shape.compute)
+        return self.a.detach().to(shape.compute), torch.block_diag(*b.split(shape.sizes))
 
     def extra_repr(self) -> str:
         return f"{', '.join(self.members)}, r={self.shape.r}, scale={self.shape.scale:g}, fp8={self.fp8}"
 
 
 class Copies:
-    """The copies of all groups of one shape: a [L, G r, K], times the scale, and b [L, sum of N, G r]."""
+    """The copies of all groups of one shape: a [L, G r, K], and b [L, sum of N, G r], times the scale."""
 
     def __init__(self, shape: Shape, groups: Sequence[LoraGroup]) -> None:
         wide, device = len(shape.sizes) * shape.r, groups[0].a.device
@@ -195,13 +203,13 @@ class Copies:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring them up to the parameters, in 3 + G launches."""
+        """Bring them up to the parameters, in about 2 + G launches."""
         shape, start = self.shape, 0
-        torch.mul(torch.stack([group.a for group in self.groups]), shape.scale, out=self.a)
+        copy_all(self.a.unbind(), [group.a for group in self.groups])
         rows = torch.stack([group.b for group in self.groups])
         for index, size in enumerate(shape.sizes):
             block = slice(start, start + size)
-            self.b[:, block, index * shape.r : (index + 1) * shape.r].copy_(rows[:, block])
+            torch.mul(rows[:, block], shape.scale, out=self.b[:, block, index * shape.r : (index + 1) * shape.r])
             start += size
 
 
