@@ -136,7 +136,8 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
     """Copy each source into its target, which may have another type, in a few kernels."""
     import torch
 
-    torch._foreach_copy_(targets, sources)
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 def flash_attention(

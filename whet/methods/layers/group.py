@@ -202,10 +202,9 @@ class Copies:
         return False
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Bring them up to the parameters, in about 2 + G launches."""
+    def refresh_b(self) -> None:
+        """Bring those of B up to the parameters, in 1 + G launches."""
         shape, start = self.shape, 0
-        copy_all(self.a.unbind(), [group.a for group in self.groups])
         rows = torch.stack([group.b for group in self.groups])
         for index, size in enumerate(shape.sizes):
             block = slice(start, start + size)
@@ -231,5 +230,8 @@ class Groups:
         """Bring the copies up to date; to be called before the forward passes of a step. Copies whose parameters were
         replaced are dropped for good."""
         self._copies = [copies for copies in self._copies if copies.hold()]
+        with torch.no_grad():
+            slices = [slice_of_a for copies in self._copies for slice_of_a in copies.a.unbind()]
+            copy_all(slices, [group.a for copies in self._copies for group in copies.groups])
         for copies in self._copies:
-            copies.refresh()
+            copies.refresh_b()
