@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from whet.base.errors import UserError
 from whet.engine.layers import decoder_layers
 from whet.engine.memory.checkpointing import checkpoint_layers
-from whet.engine.weights.linear import FrozenLinear, dense_weight
+from whet.engine.weights.linear import FrozenLinear, count_parameters, dense_weight
 from whet.methods.layers import group as group_module
 from whet.methods.layers.fuse import fuse
 from whet.methods.layers.group import Groups, LoraGroup
@@ -87,6 +87,7 @@ def test_the_module_tree_tells_all_and_holds_nothing_twice(storage: str) -> None
     model = made("Qwen2", storage)
     old = [weakref.ref(m) for m in model.modules() if isinstance(m, LoraLinear | FrozenLinear)]
     counted = sum(p.numel() * p.element_size() for p in model.parameters())
+    numbers = count_parameters(model)
     fused_of(model)
     modules = dict(model.named_modules())
     block = modules["base_model.model.model.layers.0.self_attn"]
@@ -102,6 +103,7 @@ def test_the_module_tree_tells_all_and_holds_nothing_twice(storage: str) -> None
     bias = sum(group.bias.nbytes for group in groups_of(model) if group.bias is not None)
     assert bias
     assert sum(p.numel() * p.element_size() for p in model.parameters()) == counted
+    assert count_parameters(model) == numbers
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -118,6 +120,7 @@ def test_a_storage_that_can_be_joined_is_joined(storage: str) -> None:
             assert len(parts) == (len(module.members) if storage == "nf4" else 1)
             whole = [b for b in module.buffers() if b.numel() > 256]
             assert whole == [], "what is derived of the weights would not be sharded"
+    assert count_parameters(model) == count_parameters(made("Llama", storage))
     extra = {"nf4": "fp8_scale", "fp8": "turned"}.get(storage)
     assert extra is None or any(name.endswith(extra) for name, _ in model.named_parameters())
 

@@ -22,6 +22,7 @@ from whet.engine.task import Task
 from whet.engine.weights.linear import FrozenLinear, dense_weight, linear_names
 from whet.methods import initial
 from whet.methods.layers.fuse import fuse
+from whet.methods.layers.group import Groups
 from whet.methods.layers.rates import rate_ratio, set_rate_ratio
 from whet.methods.layers.state import trained_state
 from whet.methods.lora import PACKED, Lora
@@ -66,14 +67,15 @@ def made(method: Lora, path: Path, storage: str = "fp32", seed: int = 0) -> Any:
     return model
 
 
-def learn(model: Any, steps: int = 3, rate: float = 1e-2) -> None:
+def learn(model: Any, steps: int = 3, rate: float = 1e-2, groups: Groups | None = None) -> None:
     """A few steps over all that is trainable."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=rate)
+    optimiser = torch.optim.AdamW(nets.trained(model), lr=rate)
     for _ in range(steps):
         nets.loss_of(model, IDS).backward()
         optimiser.step()
         optimiser.zero_grad()
+        if groups is not None:
+            groups.refresh()
 
 
 def far(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -229,16 +231,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("grouped", [False, True], ids=["alone", "grouped"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_was_trained_is_what_plain_peft_loads_on_the_untouched_base_and_what_is_merged(
-    variant: str, checkpoint: Path, tmp_path: Path
+    variant: str, grouped: bool, checkpoint: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     method = Lora(r=4, **VARIANTS[variant])
     base, model = logits(opened(checkpoint)), made(method, checkpoint)
     assert far(logits(model.eval()), base) < 1e-5, "every start leaves the model as it is"
-    learn(model.train())
+    groups = fuse(model.train(), compute=torch.float32) if grouped else None
+    assert far(logits(model.eval()), base) < 1e-5
+    learn(model.train(), groups=groups)
     trained = logits(model.eval())
     assert far(trained, base) > 1e-2
     method.save(model, tmp_path)
@@ -257,12 +262,15 @@ def test_what_was_trained_is_what_plain_peft_loads_on_the_untouched_base_and_wha
     assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
-def test_a_start_that_is_not_converted_would_be_seen(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("grouped", [False, True], ids=["alone", "grouped"])
+def test_a_start_that_is_not_converted_would_be_seen(grouped: bool, checkpoint: Path, tmp_path: Path) -> None:
     method = Lora(r=4, init_lora_weights="pissa")
     model = made(method, checkpoint)
-    learn(model.train())
+    learn(model.train(), groups=fuse(model, compute=torch.float32) if grouped else None)
     trained = logits(model.eval())
-    for _, layer in initial.layers_of(model):
+    layers = [module for module in model.modules() if getattr(module, "start", None) is not None]
+    assert len(layers) == 14
+    for layer in layers:
         layer.start = None
     method.save(model, tmp_path)
     assert far(logits(method.load(opened(checkpoint), tmp_path)), trained) > 1e-2

@@ -175,11 +175,17 @@ def flip(content: bytes) -> bytes:
     return bytes(changed)
 
 
+def unnumbered(content: bytes) -> bytes:
+    """A manifest as it was before formats had numbers."""
+    return json.dumps({key: value for key, value in json.loads(content).items() if key != "format"}).encode()
+
+
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str, str]] = {
     "truncated": (lambda content: content[:-100], "model.safetensors", "bytes instead of"),
     "one bit": (flip, "model.safetensors", "does not match its sha256"),
     "one bit of the moments": (flip, "optimizer.safetensors", "does not match its sha256"),
     "torn manifest": (lambda content: content[: len(content) // 2], "manifest.json", "manifest is damaged"),
+    "older format": (unnumbered, "manifest.json", "another version of whet wrote it (format 1;"),
 }
 
 

@@ -198,8 +198,10 @@ def rewrite(model: nn.Module, directory: Path) -> bool:
     from safetensors.torch import load_file, save_file
 
     # a layer's own, or what stands in its place (`methods.layers.member`)
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    starts = {name: layer.start for name, layer in layers if getattr(layer, "start", None) is not None}
+    starts = {
+        name: start for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and (start := getattr(module, "start", None)) is not None
+    }  # fmt: skip
     if not starts:
         return False
     path = directory / "adapter_model.safetensors"

@@ -8,6 +8,7 @@ and their maxima have offsets of their own, so such layers stay apart and are mu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,24 +44,25 @@ def can_join(one: nn.Module, other: nn.Module) -> bool:
 def join(linears: Sequence[nn.Module]) -> nn.Module:
     """The weights of layers that `can_join` as one frozen module without bias; the layers are used up: what can be
     kept of them is not copied."""
-    first = linears[0]
-    for linear in linears:
-        linear.bias = None
+    layers: list[Any] = list(linears)
+    for layer in layers:
+        layer.bias = None
+    first = layers[0]
     if isinstance(first, Nf4Linear):
-        return Nf4Rows(linears)
-    if len(linears) == 1:
+        return Nf4Rows(layers)
+    if len(layers) == 1:
         return first
-    columns, rows = first.in_features, sum(linear.out_features for linear in linears)  # type: ignore[misc,arg-type]
+    columns, rows = first.in_features, sum(layer.out_features for layer in layers)
     if isinstance(first, Fp8Linear | Int8Linear):
-        whole: nn.Module = type(first)(columns, rows, None)
-        whole.codes, whole.scale = _rows(linears, "codes"), _rows(linears, "scale")
+        whole: Any = type(first)(columns, rows, None)
+        whole.codes, whole.scale = _rows(layers, "codes"), _rows(layers, "scale")
     else:
-        whole = nn.Linear(columns, rows, bias=False, device="meta")  # type: ignore[arg-type]
-        whole.weight = _rows(linears, "weight")
+        whole = nn.Linear(columns, rows, bias=False, device="meta")
+        whole.weight = _rows(layers, "weight")
     return whole
 
 
-def _rows(linears: Sequence[nn.Module], name: str) -> nn.Parameter:
+def _rows(linears: Sequence[Any], name: str) -> nn.Parameter:
     return nn.Parameter(torch.cat([getattr(linear, name) for linear in linears]), requires_grad=False)
 
 

@@ -52,47 +52,45 @@ def fuse(
             fix="call fuse first, then fully_shard",
         )  # fmt: skip
     arithmetic = Arithmetic(compute, fp8, keep_transposed)
-    places = _places(model)
-    shared = [[places[layer] for layer in layers] for layers in _sharing(model, run)]
-    del places  # each layer is let go when its group has taken its weights
-    return Groups([_fused(model, members, arithmetic) for members in shared])
+    # names, not layers: each layer is let go when its group has taken its weights
+    return Groups([_replace(model, names, arithmetic) for names in _named(model, _sharing(model, run))])
 
 
-def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """All names of each module."""
-    places: dict[nn.Module, list[str]] = {}
+def _named(model: nn.Module, groups: Sequence[Sequence[nn.Module]]) -> list[list[list[str]]]:
+    """The groups with all names of a layer in its place."""
+    names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(module, []).append(name)
-    return places
+        names.setdefault(module, []).append(name)
+    return [[names[layer] for layer in layers] for layers in groups]
 
 
 @torch.no_grad()
-def _fused(model: nn.Module, members: Sequence[list[str]], arithmetic: Arithmetic) -> LoraGroup:
-    """One group of layers, put into the model. members: all names of each layer."""
+def _replace(model: nn.Module, layer_names: Sequence[list[str]], arithmetic: Arithmetic) -> LoraGroup:
+    """Put one group into the model in place of these layers. layer_names: all names of each."""
     from whet.methods.layers.member import GroupMember
 
-    layers: list[Any] = [model.get_submodule(names[0]) for names in members]
-    home = _home(model, members[0][0])
-    relative = tuple(names[0][len(home) + 1 :] if home else names[0] for names in members)
-    group = _group(layers, relative, arithmetic).train(layers[0].training)
-    for index, (layer, names) in enumerate(zip(layers, members, strict=True)):
+    layers: list[Any] = [model.get_submodule(names[0]) for names in layer_names]
+    block = _block(model, layer_names[0][0])
+    members = tuple(names[0][len(block) + 1 :] if block else names[0] for names in layer_names)
+    group = _group(layers, members, arithmetic).train(layers[0].training)
+    for index, (layer, names) in enumerate(zip(layers, layer_names, strict=True)):
         member = GroupMember(group, index, getattr(layer, "start", None)).train(layer.training)
         for name in names:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, member)
-    name = "_".join(["lora", *(path.replace(".", "_") for path in relative)])
-    owner = model.get_submodule(home)
+    name = "_".join(["lora", *(member.replace(".", "_") for member in members)])
+    owner = model.get_submodule(block)
     assert not hasattr(owner, name), name
     owner.add_module(name, group)
     return group
 
 
-def _home(model: nn.Module, name: str) -> str:
-    """The name of the innermost module around the layer `name` that may have another child."""
-    home = name.rpartition(".")[0]
-    while isinstance(model.get_submodule(home), CONTAINERS):
-        home = home.rpartition(".")[0]
-    return home
+def _block(model: nn.Module, layer_name: str) -> str:
+    """The name of the innermost module around a layer that may have another child."""
+    name = layer_name.rpartition(".")[0]
+    while isinstance(model.get_submodule(name), CONTAINERS):
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _group(layers: Sequence[Any], members: tuple[str, ...], arithmetic: Arithmetic) -> LoraGroup:
@@ -136,7 +134,11 @@ def _sharing(model: nn.Module, run: Callable[[], object] | None) -> list[list[Lo
     if not layers:
         return []
     calls: list[tuple[LoraLinear, torch.Tensor]] = []
-    hooks = [layer.register_forward_pre_hook(lambda layer, args: calls.append((layer, args[0]))) for layer in layers]
+
+    def look(layer: Any, args: tuple[Any, ...]) -> None:
+        calls.append((layer, args[0]))
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
     was_training = model.training
     model.eval()
     try:

@@ -44,7 +44,7 @@ class GroupMember(nn.Module, BaseTunerLayer):
         return self.group.base.weight[self._rows()]  # type: ignore[index]
 
     @property
-    def bias(self) -> torch.Tensor | None:
+    def bias(self) -> Any:
         """The layer's [N], or zeros where only others of the group have one."""
         return None if self.group.bias is None else self.group.bias[self._rows()]
 

@@ -63,10 +63,10 @@ def _groups(model: nn.Module) -> Iterator[tuple[str, LoraGroup]]:
 
 def _matrices(path: str, group: LoraGroup) -> Iterator[tuple[list[str], nn.Parameter, list[int]]]:
     """A and B of a group: the names of their parts, the parameter, and the parts' heights."""
-    home = path[: path.rfind(".") + 1]
+    block = path[: path.rfind(".") + 1]
     heights = {"lora_A": [group.shape.r] * len(group.members), "lora_B": list(group.shape.sizes)}
     for matrix, parameter in (("lora_A", group.a), ("lora_B", group.b)):
-        names = [f"{home}{member}.{matrix}.{group.adapter}.weight" for member in group.members]
+        names = [f"{block}{member}.{matrix}.{group.adapter}.weight" for member in group.members]
         yield names, parameter, heights[matrix]
 
 
