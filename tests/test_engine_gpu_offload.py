@@ -229,7 +229,7 @@ def test_memory_that_runs_out_on_a_gpu_is_found_early(
                 torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
 
     def fit(self: Loop) -> None:
-        self.arranged.network.get_input_embeddings().register_forward_pre_hook(greedy)  # type: ignore[operator,union-attr]
+        self.launcher.arranged.network.get_input_embeddings().register_forward_pre_hook(greedy)  # type: ignore[operator,union-attr]
         begin(self)
 
     settings: dict[str, Any] = {
