@@ -77,7 +77,8 @@ class Compared:
 
     def whole(self, tokeniser: Tokeniser, row: list[Message]) -> tuple[Any, Any]:
         rendered = inner(tokeniser)._exact(row, None)
-        return rendered, tokeniser._spans(rendered, tokeniser.backend.encode(rendered.text, add_special_tokens=False))
+        encoding = tokeniser.backend.encode(rendered.text, add_special_tokens=False)
+        return rendered, tokeniser._spans(rendered, encoding)
 
     def compare(self, tokeniser: Tokeniser, row: list[Message], spans: Any) -> int:
         known = known_row(tokeniser, row)

@@ -99,7 +99,7 @@ def content_id(example: Example) -> str:
 
 
 def named(example: Example) -> Example:
-    """The same example with the id of its content."""
+    """The example with the id of its content."""
     return Example(content_id(example), *_values(example))
 
 

@@ -307,7 +307,7 @@ def _built(
 
 
 def usual_processes(rows: int) -> int:
-    """How many processes pay for so many rows; 1 where they would have to start from nothing."""
+    """The number of processes that pays for so many rows; 1 where they would have to start from nothing."""
     return max(1, min(len(os.sched_getaffinity(0)), rows // ROWS_FOR_A_PROCESS)) if forks_safely() else 1
 
 

@@ -69,7 +69,7 @@ def compiled(source: str) -> Template:
 
 @lru_cache(maxsize=16)
 def watching(source: str) -> Template:
-    """The same template, to be rendered with contents that note what is asked of them (`template.watched`)."""
+    """The template of this source, for contents that record what they are asked (`template.watched`)."""
     return _sandbox(watching=True).from_string(source)
 
 

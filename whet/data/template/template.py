@@ -234,7 +234,7 @@ class Template:
             )
 
     def _with_data(self, traced: str, turns: Sequence[Turn], left_out: Sequence[tuple[int, str]] = ()) -> Rendered:
-        """With the spans of all text that is not the template's own, and the special tokens in the text that is."""
+        """The rendered conversation, with the spans of its data and the count of special tokens in the other text."""
         data: list[tuple[int, int]] = []
         for span in sorted(spans_of(traced)):
             if data and span.start <= data[-1][1]:
@@ -272,7 +272,8 @@ class Template:
         return LastAnswer(closing.group() if closing else "", {field: fields.count(field) for field in fields})
 
     def _learn_skeleton(self, roles: tuple[str, ...]) -> Skeleton | None:
-        """None where the template does more with plain turns than to write them one after the other."""
+        """The skeleton for an order of roles, from a trial; None if the template does more with plain turns than to
+        write them one after the other."""
         shape: Shape = (tuple((role, True, False, 0) for role in roles), False)
         try:
             trial = self._exact(_probes(shape), None)
