@@ -53,11 +53,13 @@ def live_bytes() -> int:
 
 
 def shard(model: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mesh = init_device_mesh("cpu", (RANKS,))  # a machine with a GPU would take that
     for layer in decoder_layers(model.get_base_model()):
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def learn(model: Any, rows: list[int], before_step: Callable[[], None], share: float) -> None:
