@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from whet.data.config import Data
     from whet.engine.config import Base, Model
+    from whet.engine.device import Placement
     from whet.engine.task import TaskName
     from whet.methods.all import Method
+    from whet.recipe import Recipe
     from whet.settings import Train
 
 
@@ -93,6 +95,21 @@ class Asked:
     head_alone: bool | None = None
     head_in_fp8: bool | None = None
     can_capture: bool | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Asked:
+        """What a recipe says, with no fact known yet."""
+        return cls(model=recipe.model, base=recipe.base, method=recipe.method, data=recipe.data, train=recipe.train)
+
+    def on(self, placement: Placement) -> Asked:
+        """The same with what is known of the machine and of the base on it."""
+        from whet.engine.device import device_name, has_fp8
+
+        device = placement.device
+        return replace(
+            self, storage=placement.storage, compute=placement.arithmetic, device=device.type,
+            device_name=device_name(device), has_fp8=has_fp8(device),
+        )  # fmt: skip
 
     @property
     def padded(self) -> bool:

@@ -29,8 +29,13 @@ def check(asked: Asked, rules: Iterable[Rule] | None = None) -> None:
             raise rule.refusal(asked)
 
 
-def decided(asked: Asked) -> Train:
-    """The training settings, with those that whet would decide by itself turned off where a rule forbids them."""
+def rule_out(asked: Asked) -> Train:
+    """The training settings, with those that whet would decide by itself turned off where a rule forbids them.
+
+    Machine and task must be known.
+    """
+    assert asked.device is not None
+    assert asked.task is not None
     train = asked.train
     for name in AUTOMATIC:
         if getattr(train, name) is None:
