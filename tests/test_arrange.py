@@ -13,23 +13,20 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from transformers import LlamaForCausalLM
 
-from whet.base.errors import UserError
 from whet.data.batch.batches import Batches
 from whet.data.batch.rows import Rows
 from whet.engine.compute.compile import compile_layers
-from whet.engine.memory.checkpointing import Checkpoint, decoder_layers
+from whet.engine.memory.checkpointing import CheckpointedCall, decoder_layers
 from whet.methods.layers.group import Group
 from whet.methods.layers.lora_layer import LoraLinear
 from whet.planning.costs import keep_bytes, sizes_of
 from whet.recipe import Parsed
-from whet.settings import Train
 from whet.training.arrange import (
     MAX_COMPILED_FORMS,
     MAX_FORMS,
     Arrangement,
     _keeps,
     _most_forms,
-    check_arrangement,
     cut,
 )
 from whet.training.setup import build_model, get_ready
@@ -74,7 +71,7 @@ def test_the_memory_mode_is_the_one_that_is_asked_for(
     layers: list[Any] = decoder_layers(model.base_model.model)
     calls = [layer._gradient_checkpointing_func for layer in layers if layer.gradient_checkpointing]
     assert len(calls) == mode[0]
-    assert all(isinstance(call, Checkpoint) and (call.stash is not None) == mode[1] for call in calls)
+    assert all(isinstance(call, CheckpointedCall) and (call.stash is not None) == mode[1] for call in calls)
     assert all(type(layer.mlp).__name__.startswith("Tiled") == bool(mode[2]) for layer in layers)
 
 
@@ -152,11 +149,3 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(recipe: Make, capsys: py
     assert all(calls[0])
     assert not any(calls[1])
     assert "no such thing as this loop" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["compile", "cuda_graphs", "fit_micro_batches"])
-def test_what_padding_rules_out_is_refused(name: str) -> None:
-    wanted = Train(**{name: True})
-    check_arrangement(wanted, torch.device("cuda"), padded=False)
-    with pytest.raises(UserError, match="padded"):
-        check_arrangement(wanted, torch.device("cuda"), padded=True)

@@ -103,11 +103,15 @@ def prepared(parsed: Parsed, *, any_model: bool = False) -> Prepared:
     from dataclasses import replace
 
     from whet.engine.load.load import load_config
+    from whet.planning.asked import Asked
+    from whet.planning.rules import ROWS, TASK, check
     from whet.runs import prepared as prepare_rows
-    from whet.training.padded import check_recipe, data_for
+    from whet.training.padded import data_for
 
+    asked = Asked.of(parsed.recipe)
+    check(asked, ROWS)
     found = prepare_rows(replace(parsed.recipe, data=data_for(parsed.recipe)), any_model=any_model)
-    check_recipe(parsed.recipe, load_config(parsed.recipe.model), found.task)
+    check(replace(asked, config=load_config(parsed.recipe.model), task=found.task.name), TASK)
     return found
 
 

@@ -26,6 +26,7 @@ from whet.base.seed import seed_everything
 from whet.data.batch.batches import Batches
 from whet.data.batch.pack import best_fit
 from whet.data.batch.rows import Rows
+from whet.data.config import Data
 
 SECTIONS = ("model", "base", "method")  # every setting of these counts, and of training those of one step
 OF_A_STEP = (
@@ -79,22 +80,25 @@ def measure_speed(model: Any, base: Any, method: Any, train: Any, load: Load) ->
 
     from whet.engine.device import device_name, place
     from whet.engine.load.load import load_config, load_model
-    from whet.training.arrange import check_arrangement
-    from whet.training.optim import check_optimiser
+    from whet.planning.asked import Asked, Structure
+    from whet.planning.rules import STRUCTURE, check, rule_out
 
     seed_everything(0)
+    config = load_config(model)
+    text = config.get_text_config()
+    placement = place(base, method.can.storages, getattr(text, "hidden_size", None))
+    asked = Asked(model=model, base=base, method=method, data=Data(), train=train, config=config, task="causal")
+    check(asked.on(placement))
+    train = rule_out(asked.on(placement))
     if train.compile is None:
         train = replace(train, compile=torch.cuda.is_available())
-    text = load_config(model).get_text_config()
-    placement = place(base, method.can.storages, getattr(text, "hidden_size", None))
-    check_optimiser(train, placement.device)
-    check_arrangement(train, placement.device, padded=False)
     batches = _batches(load, min(30000, text.vocab_size))
     began = time.perf_counter()
     with torch.device(placement.device):  # random weights of a config are drawn where they stay
         network = load_model(model, placement)
     loaded = time.perf_counter() - began
     attached = method.attach(network)
+    check(replace(asked, structure=Structure.of(network, attached, ())), STRUCTURE)
     found = _run(train, placement, attached.train(), network, batches, load)
     return {
         "system": "whet", "model": Path(model.path).name, "device": device_name(placement.device),

@@ -21,7 +21,7 @@ SOURCES = [path for path in sorted((ROOT / "whet").rglob("*.py")) if path != SEA
 TUPLES = {"_replace", "_asdict", "_fields", "_make"}  # public, in spite of their names
 BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "get", "pop", "update"}
 # Files that still have private names, until they come to use base/private.py.
-KNOWN: dict[str, set[str]] = {"whet/training/arrange.py": {"torch._dynamo.exc"}}
+KNOWN: dict[str, set[str]] = {}
 
 
 def is_private(name: str) -> bool:

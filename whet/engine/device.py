@@ -47,7 +47,7 @@ def place(base: Base, storages: tuple[str, ...], width: int | None = None, *, st
     """Resolve `base` on this machine for a method that trains on `storages` and a model of hidden size `width`.
 
     stored: what the checkpoint is quantised as, if it is: kept where the recipe leaves it open.
-    Raises UserError for a device that is not there and for settings that cannot take effect together.
+    Raises UserError for a device that is not there; what cannot take effect together is refused by `planning.rules`.
     """
     reasons: dict[str, str] = {}
     device = torch.device(base.device or _found_device(reasons))
@@ -61,7 +61,6 @@ def place(base: Base, storages: tuple[str, ...], width: int | None = None, *, st
         natural = "fp8" if compute == "fp8" else compute
         storage = natural if natural in storages else storages[0]
         reasons["base.storage"] = "suits the arithmetic" if storage == natural else "what the method trains on"
-    _check_pair(base, storage, compute, device, storages)
     inner, _ = _natural_compute(device) if compute == "fp8" else (compute, "")
     return Placement(
         device, storage, DTYPES[inner],
@@ -87,45 +86,6 @@ def _compute(
         natural, reason = "fp8", f"the GPU multiplies in FP8, and the model is {width} wide"
     reasons["base.compute"] = reason
     return natural
-
-
-def _check_pair(base: Base, storage: str, compute: str, device: torch.device, storages: tuple[str, ...]) -> None:
-    """Refuse what cannot take effect together."""
-    if storage not in storages:
-        raise UserError(
-            "this method cannot train on this storage", field="base.storage", found=storage,
-            expected=" or ".join(storages), fix=f"base.storage={storages[0]}; plain method=lora trains on each",
-        )  # fmt: skip
-    if storage == "bf16" and compute == "fp32":
-        raise UserError(
-            "weights stored as bf16 are computed with in bf16", field="base.compute", found=compute,
-            expected="bf16 or auto", fix="base.storage=fp32",
-        )  # fmt: skip
-    packed = [one for one in ("fp8", "nf4", "int8") if one in storages]
-    if compute == "fp8" and storage not in PACKED:
-        raise UserError(
-            "FP8 products need frozen weights that are stored in few bits", field="base.compute",
-            found=f"fp8 with {storage} storage",
-            expected="storage fp8, nf4 or int8" if packed else "fp32, bf16 or auto",
-            fix=f"base.storage={packed[0]}" if packed else "base.compute=bf16",
-        )  # fmt: skip
-    if compute == "fp8" and device.type != "cpu" and not has_fp8(device):  # a CPU emulates it: slow, for trying out
-        raise UserError(
-            "this device has no FP8 arithmetic", field="base.compute", found=device_name(device),
-            expected="an NVIDIA GPU of compute capability 8.9 or newer", fix="base.compute=bf16",
-        )  # fmt: skip
-    for name, needs, holds in (
-        ("double_quant", "nf4 storage", storage == "nf4" or base.double_quant is None),
-        ("keep_transposed", "fp8 storage and fp8 compute",
-         base.keep_transposed is None or (storage == "fp8" and compute == "fp8")),
-        ("fp8_head", "fp8 compute", not base.fp8_head or compute == "fp8"),
-    ):  # fmt: skip
-        if not holds:
-            raise UserError(
-                f"this needs {needs} and would do nothing here", field=f"base.{name}",
-                found=str(getattr(base, name)).lower(), expected="auto",
-                fix="base.storage=nf4, or remove the line" if name == "double_quant" else "remove the line",
-            )  # fmt: skip
 
 
 def device_name(device: torch.device) -> str:

@@ -92,22 +92,6 @@ def fits_task(name: TaskName, config: PreTrainedConfig) -> bool:
     return right_kind and type(config) in Task(name).classes()
 
 
-def check_task(name: TaskName, config: PreTrainedConfig) -> None:
-    """Raise UserError where the model cannot be trained for the task."""
-    if fits_task(name, config):
-        return
-    kind = kind_of(config)
-    wanted = {"causal": "a decoder (Llama, Qwen, GPT-2)", "seq2seq": "an encoder-decoder (T5)"}
-    fixes = {"encoder": "rows with text and label", "encoder_decoder": "model.task=seq2seq"}
-    raise UserError(
-        f"this kind of model cannot be trained for the task {name}", field="model.task",
-        found=f"{config.model_type}, {'an' if kind[0] == 'e' else 'a'} {kind.replace('_', '-')}",
-        expected=wanted.get(name, "a model with a classification head in transformers"),
-        fix=fixes.get(kind, "model.task=causal" if name == "seq2seq" else "give another model") if name not in LABELLED
-        else "give another model",
-    )  # fmt: skip
-
-
 def set_pad(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast | None) -> None:
     """Give `config` the token that rows are filled up with, where it has none: the tokenizer's, else its end token.
 

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from whet.base.console import bytes_text, say
 from whet.base.errors import UserError
+from whet.base.private import compile_errors
 from whet.data.batch.batches import Batches
 from whet.data.batch.forms import choose_forms
 from whet.engine.compute.attention import fastest_attention
@@ -72,7 +72,7 @@ class Arrangement:
         """Run the first step of this process; where a layer cannot be compiled, say so and run it uncompiled."""
         try:
             return step()
-        except TorchDynamoException as problem:
+        except compile_errors() as problem:
             if not self.facts["compile"]:
                 raise
             reason = str(problem).strip().splitlines()[0]
@@ -99,7 +99,6 @@ def arrange(
 
     masters: what `halve` gave where it was called already.
     """
-    check_arrangement(train, placement.device, padded=not batches.flat)
     on_gpu = placement.device.type == "cuda"
     compiled = _compiled(train, network, batches, steps, on_gpu)
     both = keeps_both(placement)
@@ -148,43 +147,6 @@ def _head(head: Head | None, placement: Placement, network: torch.nn.Module, bot
                 fix=f"{field}=false",
             )  # fmt: skip
     return head.on_host(network) if head is not None and placement.offload_head else head
-
-
-def check_arrangement(train: Train, device: torch.device, *, padded: bool, uncaptured: str | None = None) -> None:
-    """Raise UserError for a setting that could not take effect on the device, or beside another one.
-
-    padded: batches are laid out with padding, so their shapes are many; uncaptured: why no step of this method
-    can be captured, or None.
-    """
-    if train.cuda_graphs:
-        for holds, field, why, fix in (
-            (uncaptured is not None, "train.cuda_graphs", uncaptured or "", "train.cuda_graphs=auto"),
-            (train.optim != "adamw", "train.optim", "only adamw can be captured in a CUDA graph", "train.optim=adamw"),
-            (train.offload_optimizer, "train.cuda_graphs", "an update on the host cannot be captured",
-             "train.cuda_graphs=auto"),
-            (_asked(train), "train.cuda_graphs", "steps that run layers again or in tiles cannot be captured",
-             "train.cuda_graphs=auto"),
-        ):  # fmt: skip
-            if holds:
-                raise UserError(
-                    why, field=field, found=train.optim if field == "train.optim" else "true",
-                    expected="adamw, or train.cuda_graphs auto" if field == "train.optim" else "auto or false", fix=fix,
-                )  # fmt: skip
-    for name in ("compile", "cuda_graphs", "fit_micro_batches"):
-        if getattr(train, name) and device.type != "cuda":
-            raise UserError(
-                "this runs on CUDA only", field=f"train.{name}", found="true", expected="auto", fix="remove the line"
-            )
-        if getattr(train, name) and padded:
-            raise UserError(
-                "padded batches have too many shapes for this", field=f"train.{name}", found="true", expected="auto",
-                fix="data.padding_free=true, or remove the line",
-            )  # fmt: skip
-    if (train.activation_offload or train.tile_mlp) and train.gradient_checkpointing is False:
-        raise UserError(
-            "this needs recomputed layers", field="train.gradient_checkpointing", found="false",
-            expected="true or auto", fix="train.gradient_checkpointing=true",
-        )  # fmt: skip
 
 
 def _compiled(train: Train, network: torch.nn.Module, batches: Batches, steps: int, on_gpu: bool) -> bool:

@@ -10,40 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from whet.base.errors import UserError
 from whet.base.extras import require
 from whet.engine.memory.host_adam import HostAdamW
 from whet.methods.layers.group import rate_ratio
 from whet.settings import Train
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-
-
-def check_optimiser(train: Train, device: torch.device) -> None:
-    """Refuse settings that could not take effect. Raises UserError; loads nothing."""
-    adam = train.optim in ("adamw", "adamw_8bit", "paged_adamw_8bit")
-    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-        if getattr(train, name) is not None and not adam:
-            raise UserError(
-                f"{train.optim} has no such setting", field=f"train.{name}", found=str(getattr(train, name)),
-                expected="auto", fix="train.optim=adamw, or remove the line",
-            )  # fmt: skip
-    if train.decay_ratio is not None and train.lr_scheduler_type != "warmup_stable_decay":
-        raise UserError(
-            f"the {train.lr_scheduler_type} schedule has no decay phase", field="train.decay_ratio",
-            found=str(train.decay_ratio), expected="auto",
-            fix="train.lr_scheduler_type=warmup_stable_decay, or remove the line",
-        )  # fmt: skip
-    if train.offload_optimizer and train.optim != "adamw":
-        raise UserError(
-            f"{train.optim} has no form on the host", field="train.offload_optimizer", found=f"true with {train.optim}",
-            expected="adamw", fix="train.optim=adamw, or train.offload_optimizer=auto",
-        )  # fmt: skip
-    if train.optim.endswith("8bit") and device.type != "cuda":
-        raise UserError(
-            "8-bit optimisers run on CUDA only", field="train.optim", found=f"{train.optim} on {device.type}",
-            expected="adamw, adafactor or sgd", fix="train.optim=adamw",
-        )  # fmt: skip
 
 
 def build_optimiser(

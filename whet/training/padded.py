@@ -14,20 +14,17 @@ import torch
 from torch import nn
 
 from whet.base.console import say
-from whet.base.errors import UserError
 from whet.data.batch.batches import Batches
 from whet.data.batch.rows import Rows
 from whet.data.batch.task_batches import TaskBatches
 from whet.data.config import Data
 from whet.engine.device import Placement
 from whet.engine.memory.host_tables import offload_embedding
-from whet.engine.task import Task, check_task, text_task
+from whet.engine.task import Task, text_task
 from whet.recipe import Recipe
 from whet.settings import Train
 from whet.training.arrange import Arrangement, fused_groups, keeps_both, split_trained
 from whet.training.task_loss import TaskForward
-
-FLAT_ONLY = ("compile", "cuda_graphs", "fit_micro_batches", "activation_offload", "tile_mlp")
 
 
 def is_padded(recipe: Recipe, task: Task) -> bool:
@@ -36,61 +33,8 @@ def is_padded(recipe: Recipe, task: Task) -> bool:
 
 
 def data_for(recipe: Recipe) -> Data:
-    """The data settings as the method allows them. Raises UserError for rows laid out as it cannot read them."""
-    data, method = recipe.data, recipe.method
-    if method.can.inside:
-        return data
-    for name in ("packing", "padding_free"):
-        if getattr(data, name):
-            raise UserError(
-                f"{method.name} puts its own tokens in front of each row, so no two documents can share one",
-                field=f"data.{name}", found="true", expected="false or auto", fix="remove the line",
-            )  # fmt: skip
-    return replace(data, packing=False, padding_free=False)
-
-
-def check_recipe(recipe: Recipe, config: Any, task: Task) -> None:
-    """Raise UserError where model, method or settings cannot be used for the task; loads nothing."""
-    check_task(task.name, config)
-    able = recipe.method.can.tasks
-    if task.name not in able:
-        raise UserError(
-            f"the method {recipe.method.name} cannot be used for this task", field="model.task", found=task.name,
-            expected=", ".join(able), fix="method=lora can",
-        )  # fmt: skip
-    if recipe.model.new_tokens and not recipe.method.can.new_tokens:
-        raise UserError(
-            f"{recipe.method.name} does not train the rows of new tokens, which would stay as they start",
-            field="model.new_tokens", found=", ".join(recipe.model.new_tokens), expected="[]",
-            fix="remove them, or method.name=lora",
-        )  # fmt: skip
-    if task.name != "causal" and recipe.model.chat_template is not None:
-        raise UserError(
-            f"rows of the task {task.name} are not rendered by a template", field="model.chat_template",
-            found=recipe.model.chat_template, expected="auto", fix="remove the line",
-        )  # fmt: skip
-    if recipe.train.gradient_checkpointing and not recipe.method.can.recomputes:
-        raise UserError(
-            f"{recipe.method.name} trains a cache, and layers that are run again have none",
-            field="train.gradient_checkpointing", found="true", expected="false or auto", fix="remove the line",
-        )  # fmt: skip
-    if recipe.train.compile and not recipe.method.can.compiles:
-        raise UserError(
-            f"the layers of {recipe.method.name} with these settings are not one graph", field="train.compile",
-            found="true", expected="auto or false", fix="remove the line",
-        )  # fmt: skip
-    if is_padded(recipe, task):
-        for name in FLAT_ONLY:
-            if getattr(recipe.train, name):
-                raise UserError(
-                    "this is for text in rows without padding", field=f"train.{name}",
-                    found=str(getattr(recipe.train, name)).lower(), expected="auto", fix="remove the line",
-                )  # fmt: skip
-        if recipe.base.fp8_head:
-            raise UserError(
-                "this is for the output head of text in rows without padding", field="base.fp8_head", found="true",
-                expected="false", fix="remove the line",
-            )  # fmt: skip
+    """The data settings as the method allows them."""
+    return recipe.data if recipe.method.can.inside else replace(recipe.data, packing=False, padding_free=False)
 
 
 def assumed_task(recipe: Recipe, config: Any) -> Task:
@@ -126,11 +70,6 @@ def arrange_padded(
     if fused is not None:
         forward = replace(forward, prepare=fused.refresh)
     if train.gradient_checkpointing:
-        if not network.supports_gradient_checkpointing:
-            raise UserError(
-                "this model's layers cannot be run again", field="train.gradient_checkpointing", found="true",
-                expected="auto", fix="remove the line",
-            )  # fmt: skip
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     facts: dict[str, Any] = {
         "groups": 0 if fused is None else len(fused.groups), "compile": False, "cuda_graphs": False,

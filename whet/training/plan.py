@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from whet.base.errors import UserError
 from whet.engine.compute.head import CHUNK_LOGITS
-from whet.engine.device import PACKED, Placement, place
+from whet.engine.device import PACKED, place
 from whet.engine.load.load import checkpoint_storage, empty_model, load_config, longest_input
-from whet.engine.memory.host_tables import check_embedding, check_head, is_tied
 from whet.engine.task import Task
 from whet.engine.weights.linear import frozen_names
+from whet.planning.asked import Asked, Structure
 from whet.planning.memory import Sizes, plan_memory
+from whet.planning.rules import STORAGE, STRUCTURE, TASK, check
 from whet.recipe import Recipe
-from whet.training.padded import assumed_task, check_recipe, is_padded
+from whet.training.padded import assumed_task, is_padded
 
 USUAL_LENGTH = 2048
 
@@ -30,19 +29,19 @@ def plan(recipe: Recipe, *, tokens: int | None = None, task: Task | None = None)
     """
     config = load_config(recipe.model)
     task = task or assumed_task(recipe, config)
-    check_recipe(recipe, config, task)
+    asked = replace(Asked.of(recipe), config=config, task=task.name)
+    check(asked, TASK)
     model = empty_model(recipe.model, "fp32", task)
     width = getattr(model.config.get_text_config(), "hidden_size", None)
     stored = checkpoint_storage(recipe.model)
     placement = place(recipe.base, recipe.method.can.storages, width, stored=stored)
+    check(asked.on(placement), STORAGE)
     readable = longest_input(model.config)
     length = recipe.data.max_length or min(readable or USUAL_LENGTH, USUAL_LENGTH)
     packed = frozen_names(model) if placement.storage in PACKED else []
     with torch.device("meta"):
         attached = recipe.method.attach(model, task)
-    _check_together(model, attached, placement, packed)
-    if placement.offload_head:
-        check_head(model, flat=not is_padded(recipe, task))
+    check(replace(asked, structure=Structure.of(model, attached, packed)), STRUCTURE)
     halved = placement.autocast and recipe.method.can.whole_model and not is_padded(recipe, task)
     waiting = {
         "embedding": placement.offload_embedding, "head": placement.offload_head,
@@ -71,29 +70,6 @@ def plan(recipe: Recipe, *, tokens: int | None = None, task: Task | None = None)
     if task.labels:
         assumed["labels"] = len(task.labels)
     return {"model": recipe.model.path, "method": recipe.method.name, **found, "assumed": assumed}
-
-
-def _check_together(network: Any, attached: torch.nn.Module, placement: Placement, packed: Collection[str]) -> None:
-    """Raise UserError where the method trains what the base settings need frozen.
-
-    network: the model inside of `attached`, without weights; packed: names of its layers that the storage takes.
-    """
-    if placement.offload_embedding and not (placement.offload_head and is_tied(network)):
-        check_embedding(network)
-    head = network.get_output_embeddings()
-    trained = head is not None and any(parameter.requires_grad for parameter in head.parameters())
-    if placement.fp8_head and (trained or not isinstance(head, torch.nn.Linear)):
-        raise UserError(
-            "only an output head that stays frozen can be multiplied in FP8", field="base.fp8_head", found="true",
-            expected="false where the method trains the head", fix="base.fp8_head=false",
-        )  # fmt: skip
-    for name, parameter in attached.named_parameters():
-        owner = re.sub(r"\.modules_to_save\.\w+", "", name.removeprefix("base_model.model.")).rpartition(".")[0]
-        if parameter.requires_grad and ".modules_to_save." in name and owner in packed:
-            raise UserError(
-                "a quantised module cannot be trained whole", field="method.modules_to_save", found=owner,
-                expected="a module of dense weights", fix="base.storage=bf16, or train it with target_modules",
-            )  # fmt: skip
 
 
 def show(found: dict[str, Any]) -> None:

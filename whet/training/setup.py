@@ -30,16 +30,15 @@ from whet.engine.compute.isolation import check_causality, check_isolation
 from whet.engine.device import Placement, device_name, place
 from whet.engine.load.load import checkpoint_storage, load_config, load_model, load_tokenizer, longest_input
 from whet.engine.memory.host_adam import halve
-from whet.engine.task import Task, text_task
+from whet.engine.task import text_task
 from whet.engine.weights.linear import count_parameters
-from whet.methods.method import Method
+from whet.planning.asked import Asked
+from whet.planning.rules import LAYOUT, check, rule_out
 from whet.recipe import Parsed, Recipe, to_yaml
 from whet.runs import Run
-from whet.settings import Train
-from whet.training.arrange import Arrangement, arrange, check_arrangement
+from whet.training.arrange import Arrangement, arrange
 from whet.training.loss import Forward
-from whet.training.optim import check_optimiser
-from whet.training.padded import arrange_padded, batches_for, check_recipe, data_for, is_padded
+from whet.training.padded import arrange_padded, batches_for, data_for, is_padded
 from whet.training.plan import plan
 from whet.training.start import start_from_rows
 from whet.training.task_loss import task_forward
@@ -69,23 +68,13 @@ def get_ready(parsed: Parsed) -> Ready:
     width = getattr(config.get_text_config(), "hidden_size", None)
     stored = checkpoint_storage(recipe.model)
     placement = place(recipe.base, recipe.method.can.storages, width, stored=stored)
-    check_optimiser(recipe.train, placement.device)
-    check_arrangement(
-        recipe.train, placement.device, padded=recipe.data.padding_free is False, uncaptured=_uncaptured(recipe)
-    )
-    if recipe.train.offload_optimizer and _follows_updates(recipe):
-        raise UserError(
-            f"{recipe.method.name} reads the gradients on the device after each update",
-            field="train.offload_optimizer", found="true", expected="false or auto", fix="remove the line",
-        )  # fmt: skip
-    if recipe.model.task is not None:
-        check_recipe(recipe, config, Task(recipe.model.task))
-    data = data_for(recipe)
+    asked = replace(Asked.of(recipe).on(placement), config=config, task=recipe.model.task)
+    check(asked)
     tokenizer = load_tokenizer(recipe.model)
     use_template(tokenizer, recipe.model.chat_template)
-    prepared = prepare(data, tokenizer, longest_input(config), recipe.model.task, text_task(config))
+    prepared = prepare(data_for(recipe), tokenizer, longest_input(config), recipe.model.task, text_task(config))
     prepared.ledger.gate()
-    check_recipe(recipe, config, prepared.task)
+    check(replace(asked, task=prepared.task.name, held_out_rows=len(prepared.evaluation)))
     decided = _decided(recipe, prepared, placement)
     facts = {
         "environment.json": environment(placement),
@@ -140,34 +129,10 @@ def build_model(ready: Ready) -> tuple[torch.nn.Module, Ready, Arrangement]:
     batches = batches_of(ready)
     assert isinstance(batches, Batches)
     start_from_rows(recipe.method, model, forward, batches)
-    train = _possible(recipe)
+    train = rule_out(replace(Asked.of(ready.recipe).on(placement), task=task.name))
     arranged = arrange(train, placement, model, network, forward, batches, steps=train.max_steps or 1, masters=masters)
     ready.run.write("arrangement.json", arranged.facts)
     return model, ready, arranged
-
-
-def _possible(recipe: Recipe) -> Train:
-    """The training settings with what the method rules out decided, where it was left open."""
-    train = recipe.train
-    if _uncaptured(recipe):
-        train = replace(train, cuda_graphs=False)
-    if _follows_updates(recipe):
-        train = replace(train, offload_optimizer=False)
-    return train if recipe.method.can.compiles else replace(train, compile=False)
-
-
-def _uncaptured(recipe: Recipe) -> str | None:
-    """Why no step of the method can be captured as a CUDA graph; None where it can."""
-    if recipe.method.penalised:
-        return "the method adds a penalty to the loss after the forward pass, which a captured step would leave out"
-    if recipe.model.new_tokens or getattr(recipe.method, "trainable_token_indices", None):
-        return "PEFT copies the places of the trained tokens from the host in every forward pass"
-    return None
-
-
-def _follows_updates(recipe: Recipe) -> bool:
-    """Whether the method hooks itself to the optimiser."""
-    return type(recipe.method).begin is not Method.begin
 
 
 def _padded(ready: Ready, network: Any, model: torch.nn.Module) -> tuple[torch.nn.Module, Ready, Arrangement]:
@@ -277,11 +242,6 @@ def _decided(recipe: Recipe, prepared: Prepared, placement: Placement) -> dict[s
     if train.lr_scheduler_type == "warmup_stable_decay" and train.decay_ratio is None:
         decided["train.decay_ratio"] = (DECAY_RATIO, "the last fifth")
     decided |= {path: entry for path, entry in _layout(recipe).items() if path not in prepared.decided}
-    if not len(prepared.evaluation) and train.early_stopping_patience is not None:
-        raise UserError(
-            "early stopping needs held-out rows", field="train.early_stopping_patience", found="no held-out row",
-            expected="data.val_size above 0, or data.eval_dataset", fix="data.val_size=0.05",
-        )  # fmt: skip
     return decided
 
 
@@ -322,4 +282,5 @@ def _isolated(ready: Ready, model: torch.nn.Module, vocabulary: int) -> Ready:
     why = "the model did not pass the isolation check"
     origins["data.padding_free"] = {"value": False, "origin": "decided", "reason": why}
     ready.run.write("origins.json", origins)
+    check(Asked.of(recipe).on(ready.placement), LAYOUT)
     return Ready(Run(ready.run.path, recipe), ready.existed, ready.prepared, ready.placement)

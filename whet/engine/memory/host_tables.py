@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from whet.base.errors import UserError
 from whet.base.private import swap_class
 
 
@@ -42,27 +41,18 @@ def embedding_obstacle(network: nn.Module) -> str | None:
     return None
 
 
-def check_embedding(network: nn.Module) -> None:
-    """Raise UserError where the input embedding is trained, or is the output head too; weights are not needed."""
-    obstacle = embedding_obstacle(network)
-    if obstacle is not None:
-        raise UserError(
-            "the input embedding cannot be kept on the host", field="base.offload_embedding", found=obstacle,
-            expected="a frozen embedding of its own", fix="base.offload_embedding=false",
-        )  # fmt: skip
-
-
 def offload_embedding(network: nn.Module) -> int:
     """Keep the frozen input embedding on the host; returns the device bytes that this frees, V * H * itemsize.
 
     Names in the state dict stay. The weight becomes a buffer, because `parameters()` is where everybody looks for the
-    device of a model. Call it when the model is on its device with its method attached. Raises UserError when the
-    embedding is trained, or is the output head too and so is needed on the device.
+    device of a model. Call it when the model is on its device with its method attached. Raises ValueError where there
+    is an `embedding_obstacle`.
     """
     module: Any = cast("Any", network).get_input_embeddings()
     if isinstance(module, OffloadedEmbedding):
         return 0
-    check_embedding(network)
+    if (obstacle := embedding_obstacle(network)) is not None:
+        raise ValueError(f"the input embedding cannot be kept on the host: {obstacle}")
     weight = module.weight.detach()
     del module.weight
     module.register_buffer("weight", weight)
@@ -140,29 +130,15 @@ def head_obstacle(network: nn.Module) -> str | None:
     return "it is trained" if any(parameter.requires_grad for parameter in output.parameters()) else None
 
 
-def check_head(network: nn.Module, *, flat: bool = True) -> None:
-    """Raise UserError where the output head is trained or not used by the loss alone; weights are not needed.
-
-    flat: whether rows are text without padding, the loss of which whet computes from the head.
-    """
-    padded = "rows with padding, whose loss is made of the model's own logits"
-    obstacle = head_obstacle(network) if flat else padded
-    if obstacle is not None:
-        raise UserError(
-            "the output head cannot be kept on the host", field="base.offload_head", found=obstacle,
-            expected="a frozen head that is a plain linear layer", fix="base.offload_head=false",
-        )  # fmt: skip
-
-
 def offload_head(network: nn.Module, output: nn.Module, fp8: tuple[torch.Tensor, ...] | None = None) -> HostTensors:
     """Keep the frozen output head `output` of `network` on the host; returns what the loss needs of it.
 
     fp8: the tensors of its FP8 products, which then travel in place of the weight. An embedding that is the head too
     goes with it, and its rows are picked on the host. Names in the state dict stay; weights become buffers, as those
-    of `offload_embedding` do. A bias stays where it is. Raises UserError where the head is trained.
+    of `offload_embedding` do. A bias stays where it is. Raises ValueError where the head is trained.
     """
     if any(parameter.requires_grad for parameter in output.parameters()):
-        check_head(network)
+        raise ValueError("the output head cannot be kept on the host: it is trained")
     table, tied = cast("Any", network).get_input_embeddings(), is_tied(network)
     device = next(output.parameters()).device
     travelling = HostTensors((cast("Any", output).weight.detach(),) if fp8 is None else fp8, device)
