@@ -136,6 +136,16 @@ def rows_of(files: Files, out: str, **changes: Any) -> Seen:
     }  # fmt: skip
 
 
+def alive_now() -> dict[str, int]:
+    """Tables that wait on the host, and numbers of one byte."""
+    found = [one for one in gc.get_objects() if issubclass(type(one), torch.nn.Module | torch.Tensor)]
+    return {
+        "embeddings": sum(isinstance(one, OffloadedEmbedding) for one in found),
+        "heads": sum(isinstance(one, OffloadedHead) for one in found),
+        "bytes": sum(one.numel() for one in found if getattr(one, "dtype", None) in ONE_BYTE),
+    }
+
+
 @contextmanager
 def watched(seen: Seen) -> Iterator[None]:
     """What happens inside: how often MLPs run, the widest batch, the optimiser, what is alive when it steps."""
@@ -152,12 +162,7 @@ def watched(seen: Seen) -> Iterator[None]:
     def stepped(optimiser: Any, *_: Any) -> None:
         seen["optimiser"] = type(optimiser).__name__
         if "alive" not in seen:
-            alive = [one for one in gc.get_objects() if isinstance(one, torch.nn.Module | torch.Tensor)]
-            seen["alive"] = {
-                "embeddings": sum(isinstance(one, OffloadedEmbedding) for one in alive),
-                "heads": sum(isinstance(one, OffloadedHead) for one in alive),
-                "bytes": sum(one.numel() for one in alive if getattr(one, "dtype", None) in ONE_BYTE),
-            }
+            seen["alive"] = alive_now()
 
     put = Stash.put
     handles = [hooks.register_module_forward_pre_hook(before), register_optimizer_step_post_hook(stepped)]
@@ -175,7 +180,7 @@ def run_of(files: Files, out: str, **changes: Any) -> Seen:
     """A run of a few steps: its numbers, its files, and how it was computed; or the field that was refused."""
     seen: Seen = {}
     gc.collect()
-    values = {"train.max_steps": 4, "data.max_rows": 16} | changes
+    values = {"train.max_steps": 3, "data.max_rows": 16, "train.per_device_train_batch_size": 4} | changes
     try:
         with watched(seen):
             run = train(parse(None, files.words(out, **values)))
@@ -299,11 +304,11 @@ TABLE = [
     Row("data.packing", False, "bins", rows, {"data.dataset": "texts.txt"}),
     Row("data.padding_free", False, "widest", run, same=True),
     Row("train.num_train_epochs", 2.0, "end", run, {"train.max_steps": "unset", "train.num_train_epochs": 1.0}),
-    Row("train.max_steps", 3, "end", run),
+    Row("train.max_steps", 2, "end", run),
     Row("train.per_device_train_batch_size", 2, "tokens", run),
     Row("train.gradient_accumulation_steps", 2, "tokens", run, {"train.per_device_train_batch_size": 2}),
     Row("train.learning_rate", 0.001, "rates", run),
-    Row("train.lr_scheduler_type", "linear", "rates", run),
+    Row("train.lr_scheduler_type", "constant", "rates", run),
     Row("train.warmup_ratio", 0.5, "rates", run),
     Row("train.decay_ratio", 0.75, "rates", run, WSD),
     Row("train.optim", "sgd", "optimiser", run),
@@ -321,7 +326,7 @@ TABLE = [
     Row("train.cuda_graphs", True, "refused", run),
     Row("train.fit_micro_batches", True, "refused", run),
     Row("train.eval_steps", 2, "looks", run, HELD),
-    Row("train.save_steps", 2, "checkpoints", run, {"train.save_steps": 1}),
+    Row("train.save_steps", 2, "checkpoints", run, {"train.save_steps": 1, "train.max_steps": 4}),
     Row("train.save_total_limit", 3, "checkpoints", run, {"train.save_steps": 1}),
     Row("train.logging_steps", 2, "logged", run),
     Row("train.load_best_model_at_end", False, "weights", run, STEEP),
