@@ -391,3 +391,23 @@ def test_what_is_seen_twice_is_the_same(look: Callable[..., Seen], files: Files)
     for seen in (first, again):
         seen.pop("where", None)
     assert first == again
+
+
+def test_the_embedding_of_a_labelled_run_waits_on_the_host_too(files: Files) -> None:
+    """Padded rows take another way through the layout, which could forget it."""
+    seen = [
+        run_of(files, f"labels{there}", **{"data.dataset": "labels.jsonl", "base.offload_embedding": there})
+        for there in (False, True)
+    ]
+    assert [one["alive"]["embeddings"] for one in seen] == [0, 1]
+    assert seen[0]["losses"] == seen[1]["losses"]
+
+
+def test_the_plan_counts_the_embedding_on_the_host(files: Files) -> None:
+    plans = [
+        whet.plan(None, **tiny.settings(files.model, files.data, files.place / "p", base__offload_embedding=there))
+        for there in (False, True)
+    ]
+    table = tiny.VOCABULARY * 64 * 4
+    assert [plan["host_bytes"] for plan in plans] == [0, table]
+    assert plans[0]["memory"]["frozen weights"] - plans[1]["memory"]["frozen weights"] == table
