@@ -371,3 +371,10 @@ def test_a_planted_fault_in_the_comparison_of_labels_is_seen(
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         holds_for_labels(labelled[task], task)
+
+
+def test_graded_values_of_either_side_are_not_counted_as_right_or_wrong() -> None:
+    """McNemar's test is for rows that are right or wrong; a value in between would count as a whole one."""
+    whole, graded = [0.0, 1.0, 0.0, 1.0, 0.0], [0.25, 1.0, 0.5, 1.0, 0.0]
+    assert compare.paired(whole, graded).test == compare.paired(graded, whole).test == "sign_flip"
+    assert compare.paired(whole, whole[::-1]).test == "mcnemar"

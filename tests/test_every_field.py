@@ -411,3 +411,8 @@ def test_the_plan_counts_the_embedding_on_the_host(files: Files) -> None:
     table = tiny.VOCABULARY * 64 * 4
     assert [plan["host_bytes"] for plan in plans] == [0, table]
     assert plans[0]["memory"]["frozen weights"] - plans[1]["memory"]["frozen weights"] == table
+
+
+def test_a_revision_is_asked_of_config_tokenizer_and_weights_alike(files: Files) -> None:
+    asked = revision_of(files, "revised", **{"model.revision": "v3"})["revisions"]
+    assert asked == {f"{owner} v3" for owner in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM")}
