@@ -1,0 +1,194 @@
+"""Careless edits of ship/: merging and its certificate, adapters by name, predictions, chat."""
+
+from mutants.mutant import Mutant
+
+MERGE = "test_merge.py"
+CERTIFICATE = "test_certificate.py"
+ADAPTERS = "test_adapters.py"
+EDGES = "test_ship_edges.py"
+
+MUTANTS = [
+    Mutant(
+        "merge: the farthest candidate", "ship/merge.py",
+        "if best is None or found.order < best[0].order:", "if best is None or found.order > best[0].order:",
+        "the worst of the merged models is kept", "test_merge.py -k quantised_run",
+    ),
+    Mutant(
+        "merge: the first that is near enough", "ship/merge.py",
+        "            if found.perfect:\n", "            if found.near:\n",
+        "answers change although an exact merge was possible", MERGE,
+    ),
+    Mutant(
+        "merge: far ones are written", "ship/merge.py",
+        "        if not best[0].near:\n", "        if not best[0].near and not tried:\n",
+        "a merged model that answers otherwise is written", "test_merge.py -k wrong_merge",
+    ),
+    Mutant(
+        "merge: stops forgotten", "ship/merge.py",
+        "        plain.generation_config.eos_token_id = stop_ids", "        plain.generation_config.eos_token_id = 2",
+        "the merged model does not stop where a turn ends", EDGES,
+    ),
+    Mutant(
+        "merge: no contract beside the model", "ship/merge.py",
+        "                write_contract(prepared.tokeniser, directory / CONTRACT)\n", "                pass\n",
+        "a template that drifts is not noticed with the merged model", EDGES,
+    ),
+    Mutant(
+        "merge: labels forgotten when read back", "ship/merge.py",
+        'assert names == task.labels, f"the', 'assert len(names) == len(task.labels), f"the',
+        "a merged model that names its labels otherwise is written", "test_task_evaluation.py -k merge",
+    ),
+    Mutant(
+        "merge: the 16-bit base for the dequantised", "ship/merge.py",
+        '        if base_kind == "dequantised":\n', '        if base_kind != "dequantised":\n',
+        "the certificate names another base than was merged", "test_merge.py -k 'quantised_run or plain_transformers'",
+    ),
+    Mutant(
+        "agreement: divergence the other way", "ship/agreement.py",
+        "divergences.append((first.exp() * (first - second))", "divergences.append((second.exp() * (second - first))",
+        "the certificate's KL is that of live from merged", CERTIFICATE,
+    ),
+    Mutant(
+        "agreement: differences that cancel", "ship/agreement.py",
+        "(first.exp() * (first - second)).sum(-1)", "(first - second).mean(-1)",
+        "the certificate's KL is no divergence", CERTIFICATE,
+    ),
+    Mutant(
+        "agreement: a hundred times the limit", "ship/agreement.py",
+        "MEAN_KL_LIMIT = 0.05", "MEAN_KL_LIMIT = 5.0",
+        "bad merges are accepted", "test_merge.py -k 'wrong_merge or doubled or forgotten'",
+    ),
+    Mutant(
+        "agreement: one distribution for all prompts", "ship/agreement.py",
+        "            return self.kept[index]\n", "            return next(iter(self.kept.values()))\n",
+        "candidates are held against the answer to another prompt", "test_merge.py -k quantised_run",
+    ),
+    Mutant(
+        "agreement: largest divergence for the mean", "ship/agreement.py",
+        "return Agreement(name, dtype, float(kl.mean()), float(kl.max()),",
+        "return Agreement(name, dtype, float(kl.median()), float(kl.max()),",
+        "a merge that is far off in a few places passes", CERTIFICATE,
+    ),
+    Mutant(
+        "agreement: the end of an answer is not compared", "ship/agreement.py",
+        "ids, count = torch.tensor([[*prompt, *reply]], device=device), len(reply) + 1",
+        "ids, count = torch.tensor([[*prompt, *reply]], device=device), len(reply)",
+        "the certificate says nothing of whether a merged model stops", CERTIFICATE,
+    ),
+    Mutant(
+        "labels: change vanishes among many classes", "ship/label_agreement.py",
+        "probabilities(self.task, self.logits)).max(axis=1)", "probabilities(self.task, self.logits)).mean(axis=1)",
+        "a merge that changes one of many labels passes", CERTIFICATE,
+    ),
+    Mutant(
+        "labels: any number may differ", "ship/label_agreement.py",
+        "unequal <= max(1, UNEQUAL_LIMIT * self.rows)", "unequal <= max(1, self.rows)",
+        "merged models with other labels pass", EDGES,
+    ),
+    Mutant(
+        "labels: change in units of the value", "ship/label_agreement.py",
+        "return LabelAgreement(*facts, None, float(moved.mean()) / spread, None)",
+        "return LabelAgreement(*facts, None, float(moved.mean()) * spread, None)",
+        "whether a value is near hangs on its unit", CERTIFICATE,
+    ),
+    Mutant(
+        "adapters: the one before is not put back", "ship/adapters.py",
+        "        finally:\n            self.use(before)", "        finally:\n            self.use(name)",
+        "one request with another adapter changes all later ones", EDGES,
+    ),
+    Mutant(
+        "adapters: base with an adapter", "ship/adapters.py",
+        "                with self.wrapped.disable_adapter():\n                    yield self.network",
+        "                yield self.network",
+        "the base answers with the last adapter", ADAPTERS,
+    ),
+    Mutant(
+        "adapters: a mean for a sum", "ship/adapters.py",
+        "weights = [1.0] * len(parts) if weights is None",
+        "weights = [1.0 / len(parts)] * len(parts) if weights is None",
+        "composed adapters act with half of their strength", EDGES,
+    ),
+    Mutant(
+        "adapters: renamed one falls out of use", "ship/adapters.py",
+        "        self.in_use = new if self.in_use == old else self.in_use\n", "        self.in_use = self.in_use\n",
+        "after a new name the old one is asked for", ADAPTERS,
+    ),
+    Mutant(
+        "adapters: a deleted one stays in use", "ship/adapters.py",
+        "self.use(None if self.in_use == name else self.in_use)", "self.use(self.in_use)",
+        "the chat goes on with an adapter that is gone", ADAPTERS,
+    ),
+    Mutant(
+        "adapters: loading switches", "ship/adapters.py",
+        "        self._inside[name] = inside\n        self.use(self.in_use)\n\n    def use(",
+        "        self._inside[name] = inside\n        self.use(name)\n\n    def use(",
+        "the last adapter that was loaded answers", EDGES,
+    ),
+    Mutant(
+        "adapters: the smallest rank", "ship/adapters.py",
+        "rank or max(config.r for config in configs)", "rank or min(config.r for config in configs)",
+        "a composition loses what the larger adapter learned", EDGES,
+    ),
+    Mutant(
+        "adapters: weights forgotten on disk", "ship/adapters.py",
+        'adapters.compose("out", names, weights, how=how,', 'adapters.compose("out", names, None, how=how,',
+        "whet adapters compose ignores --weights", EDGES,
+    ),
+    Mutant(
+        "adapters: modules that were trained whole are lost", "ship/adapters.py",
+        'BESIDE = ("use_dora", "trainable_token_indices", "modules_to_save")',
+        'BESIDE = ("use_dora", "trainable_token_indices")',
+        "a composition drops a trained head", ADAPTERS,
+    ),
+    Mutant(
+        "adapters: base of any name", "ship/adapters.py",
+        "        if locate(model.path) != locate(homes[0][0].path):\n", "        if not locate(model.path):\n",
+        "adapters of different models are added up", EDGES,
+    ),
+    Mutant(
+        "adapters: density is not passed on", "ship/adapters.py",
+        'options["density"] = density', 'options["density"] = 0.5',
+        "ties and dare thin out by half whatever is asked", EDGES,
+    ),
+    Mutant(
+        "predict: rows cut otherwise than in training", "ship/predict.py",
+        "encoded = encode_typed(self.tokenizer, texts, pairs, self.max_length)",
+        "encoded = encode_typed(self.tokenizer, texts, pairs, None)",
+        "long texts are read in another length than they were learned in", EDGES,
+    ),
+    Mutant(
+        "predict: numbers from 0", "ship/predict.py",
+        "numbered = ((row, line.rstrip(\"\\r\\n\")) for row, line in enumerate(lines, 1))",
+        "numbered = ((row, line.rstrip(\"\\r\\n\")) for row, line in enumerate(lines))",
+        "answers and errors name the line before", "test_task_evaluation.py -k 'predict or bad_row'",
+    ),
+    Mutant(
+        "predict: second text first", "ship/predict.py",
+        'value = {"text": value[0], "text_pair": value[1]}', 'value = {"text": value[1], "text_pair": value[0]}',
+        "pairs are read the other way round", "test_task_evaluation.py -k pairs",
+    ),
+    Mutant(
+        "predict: labels that are off", "ship/predict.py",
+        "[name for name, on in zip(names, choice, strict=True) if on]}",
+        "[name for name, on in zip(names, choice, strict=True) if not on]}",
+        "the labels that do not fit are named", "test_task_evaluation.py -k predictions_are",
+    ),
+    Mutant(
+        "predict: answers in reverse", "ship/predict.py",
+        "            for place, row in zip(places, encoded, strict=True):\n                found[place] = row",
+        "            for place, row in zip(sorted(places, reverse=True), encoded, strict=True):\n"
+        "                found[place] = row",
+        "rows get each other's answers", "test_task_evaluation.py -k predictions_are",
+    ),
+    Mutant(
+        "chat: system message forgotten", "ship/chat.py",
+        'messages = [Message("system", system)] if system else []', "messages: list[Message] = []",
+        "--system has no effect", EDGES,
+    ),
+    Mutant(
+        "chat: no memory of the conversation", "ship/chat.py",
+        'messages.append(Message("assistant", chat.reply(messages, streamer)))',
+        'messages.append(Message("assistant", chat.reply(messages[-1:], streamer)))',
+        "each message is answered as if it were the first", EDGES,
+    ),
+]  # fmt: skip

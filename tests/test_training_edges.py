@@ -1,0 +1,185 @@
+"""The small parts of a run, each by itself: which checkpoint is the newest, what a record holds, how Ctrl-C stops."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from whet.base.errors import UserError
+from whet.training import checkpoint
+from whet.training.checkpoint import Identity
+from whet.training.interrupt import CtrlC
+from whet.training.record import Recorder
+
+OURS = Identity("recipe", "data")
+
+
+class Quantised(torch.optim.SGD):
+    """An optimiser whose moments are nested and share one table, as the 8-bit ones of bitsandbytes do."""
+
+    def fill(self, table: torch.Tensor) -> None:
+        for number, parameter in enumerate(self.param_groups[0]["params"]):
+            self.state[parameter] = {
+                "step": number + 3, "state1": torch.full((2,), float(number)), "qmap1": table,
+                "nested": {"absmax": torch.arange(2.0) + number, "qmap2": table},
+            }  # fmt: skip
+
+
+def model() -> torch.nn.Linear:
+    torch.manual_seed(0)
+    return torch.nn.Linear(2, 3)
+
+
+def saved(directory: Path, step: int, network: Any = None, optimiser: Any = None) -> Path:
+    network = network or model()
+    optimiser = optimiser or torch.optim.AdamW(network.parameters())
+    return checkpoint.save(directory, step, network, optimiser, {"steps": step}, OURS)
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_highest_number(tmp_path: Path) -> None:
+    for step in (2, 9, 10, 100):
+        saved(tmp_path, step)
+    assert checkpoint.latest(tmp_path, OURS) == (tmp_path / "step-100", [])
+    (tmp_path / "step-100" / "state.json").write_text("{}", encoding="utf-8")
+    path, complaints = checkpoint.latest(tmp_path, OURS)
+    assert path == tmp_path / "step-10"
+    assert len(complaints) == 1
+    assert "step-100" in complaints[0]
+
+
+def test_a_checkpoint_of_other_rows_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    with pytest.raises(UserError, match="rows have changed") as caught:
+        checkpoint.latest(tmp_path, Identity("recipe", "other data"))
+    assert caught.value.field == "data.dataset"
+
+
+def test_the_newest_are_kept_by_number(tmp_path: Path) -> None:
+    for step in (8, 9, 10, 11):
+        saved(tmp_path, step)
+    checkpoint.prune(tmp_path, 11, 2, [8])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-11", "step-8"]
+
+
+def test_tables_that_moments_share_come_back_for_each(tmp_path: Path) -> None:
+    table = torch.linspace(-1, 1, 5)
+    network = model()
+    optimiser = Quantised(network.parameters(), lr=0.1)
+    optimiser.fill(table)
+    path = saved(tmp_path, 1, network, optimiser)
+    again = Quantised(network.parameters(), lr=0.1)
+    again.fill(torch.zeros(5))
+    checkpoint.load(path, network, again)
+    for number, parameter in enumerate(network.parameters()):
+        state = again.state[parameter]
+        assert state["step"] == number + 3
+        assert torch.equal(state["state1"], torch.full((2,), float(number)))
+        assert torch.equal(state["nested"]["absmax"], torch.arange(2.0) + number)
+        assert torch.equal(state["qmap1"], table)
+        assert torch.equal(state["nested"]["qmap2"], table)
+
+
+def test_every_file_of_a_checkpoint_is_in_its_manifest(tmp_path: Path) -> None:
+    path = saved(tmp_path, 1)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text(encoding="utf-8"))
+    assert set(manifest["files"]) == {file.name for file in path.iterdir()} - {checkpoint.MANIFEST}
+    for name in manifest["files"]:
+        kept = (path / name).read_bytes()
+        (path / name).write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        assert checkpoint.latest(tmp_path, OURS)[0] is None, name
+        (path / name).write_bytes(kept)
+    assert checkpoint.latest(tmp_path, OURS)[0] == path
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "metrics", tmp_path / "timing")
+    for step in (1, 2):
+        recorder.metric(kind="train", step=step, loss=1.5)
+        recorder.time(step=step, seconds=0.1)
+        assert [line["step"] for line in lines(tmp_path / "metrics")] == list(range(1, step + 1))
+        assert [line["step"] for line in lines(tmp_path / "timing")] == list(range(1, step + 1))
+    recorder.close()
+
+
+def test_each_file_goes_back_to_its_own_place(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "metrics", tmp_path / "timing")
+    recorder.metric(kind="train", step=1, loss=1.23456789, learning_rate=0.001, grad_norm=7.0)
+    recorder.time(step=1, seconds=0.1)
+    offsets = recorder.offsets()
+    kept = [(tmp_path / name).read_bytes() for name in ("metrics", "timing")]
+    assert [offsets["metrics"], offsets["timing"]] == [len(text) for text in kept]
+    assert len(kept[0]) > len(kept[1])
+    recorder.metric(kind="train", step=2, loss=2.0)
+    recorder.time(step=2, seconds=0.2)
+    recorder.close()
+    again = Recorder(tmp_path / "metrics", tmp_path / "timing")
+    again.rewind(offsets)
+    assert [(tmp_path / name).read_bytes() for name in ("metrics", "timing")] == kept
+    again.metric(kind="train", step=2, loss=3.0)
+    again.close()
+    assert [line["loss"] for line in lines(tmp_path / "metrics")] == [1.23456789, 3.0]
+
+
+def test_tensorboard_gets_every_number_but_the_step(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    recorder = Recorder(tmp_path / "metrics", tmp_path / "timing", ["tensorboard"])
+    recorder.metric(kind="train", step=4, loss=2.5, learning_rate=0.5)
+    recorder.metric(kind="eval", step=4, eval_loss=3.5)
+    recorder.time(step=4, seconds=1.5)
+    recorder.close()
+    board = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    found = {name: [(one.step, one.value) for one in board.Scalars(name)] for name in board.Tags()["scalars"]}
+    assert found == {"loss": [(4, 2.5)], "learning_rate": [(4, 0.5)], "eval_loss": [(4, 3.5)], "seconds": [(4, 1.5)]}
+
+
+def test_the_first_ctrl_c_asks_and_the_second_stops_at_once() -> None:
+    asked: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def pressed_twice() -> None:
+        with CtrlC(lambda: asked.append(1)):
+            signal.raise_signal(signal.SIGINT)
+            assert asked == [1]
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        pressed_twice()
+    assert asked == [1]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_is_pythons_own_again_after_the_block() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with CtrlC(lambda: None):
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_in_another_thread_leaves_ctrl_c_alone() -> None:
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            with CtrlC(lambda: None):
+                found.append(signal.getsignal(signal.SIGINT))
+        except ValueError as error:
+            found.append(error)
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [before]
