@@ -25,7 +25,7 @@ from chats import CASES, TOOL_CASES, called, calls
 
 from whet.data.example import Example, Message
 from whet.data.template.named import NAMED
-from whet.data.template.tokenise import Tokeniser, Tokens
+from whet.data.template.row_tokenizer import RowTokenizer, Tokens
 
 TINY = Path(__file__).parents[1] / "whet" / "builtin" / "tiny"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -288,9 +288,9 @@ class Found:
     prompt: list[int]
 
 
-def made(tokeniser: Tokeniser, example: Example) -> Found:
+def made(row_tokenizer: RowTokenizer, example: Example) -> Found:
     question = replace(example, messages=example.question)
-    return Found(tokeniser.conversations([example], "assistant")[0], tokeniser.prompt(question))
+    return Found(row_tokenizer.conversations([example], "assistant")[0], row_tokenizer.prompt(question))
 
 
 class Table:
@@ -301,7 +301,7 @@ class Table:
         self.family = FAMILIES[template]
         self.tok = plain_tokenizer(tokenizer_name)
         self.tok.chat_template = source_of(template)
-        self.tokeniser = Tokeniser(self.tok, chat=True)
+        self.row_tokenizer = RowTokenizer(self.tok, chat=True)
         self.special = {number for number, token in self.tok.added_tokens_decoder.items() if token.special}
 
     def pieces(self, example: Example) -> Pieces:

@@ -88,7 +88,7 @@ def make_run(kind: str, task: str, model: Path, place: Path, *, records: Any = N
                 parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
     with whole_directory(run.trained) as directory:
         run.recipe.method.save(network, directory)
-        prepared.tokeniser.tokenizer.save_pretrained(str(directory))
+        prepared.row_tokenizer.tokenizer.save_pretrained(str(directory))
         write_json(directory / LABELS, {"task": prepared.task.name, "labels": list(prepared.task.labels)})
     return run
 

@@ -124,7 +124,9 @@ def certificate_holds(run: Run, out: Path, patch: pytest.MonkeyPatch, *, lifted:
         figures = figures_of_labels(run, out)
         assert figures["change"] > 1e-4
     else:
-        longest = min(128, runs.prepared(run.recipe).tokeniser.longest_reply(runs.prepared(run.recipe).held_out) + 8)
+        longest = min(
+            128, runs.prepared(run.recipe).row_tokenizer.longest_reply(runs.prepared(run.recipe).held_out) + 8
+        )
         figures = figures_of_texts(run, out, longest)
         assert figures["kl"] > 1e-4
     for name, figure in figures.items():

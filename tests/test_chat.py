@@ -10,8 +10,8 @@ import tiny
 
 from whet import api
 from whet.data.example import Message
+from whet.data.template.row_tokenizer import RowTokenizer
 from whet.data.template.template import use_template
-from whet.data.template.tokenise import Tokeniser
 from whet.engine.answer.notices import Notices
 from whet.engine.config import Model
 from whet.engine.load import open as opening
@@ -44,7 +44,7 @@ def test_a_learned_thinking_block_is_not_carried_into_the_history(
     nobody: Any = Opened(None, None, None)  # type: ignore[arg-type]
     thinks: Any = Thinks()
     monkeypatch.setattr("whet.ship.chat._lines", lambda: iter(["one", "two"]))
-    found = talk(Chat(Answerer(nobody, Tokeniser(tokenizer, chat=True)), thinks), None, None, quiet=True)
+    found = talk(Chat(Answerer(nobody, RowTokenizer(tokenizer, chat=True)), thinks), None, None, quiet=True)
     assert [turn["content"] for turn in found] == ["one", "answer 1", "two", "answer 2"]
     assert [str(tokenizer.decode(prompt)).count("<think>") for prompt in asked] == [0, 1]
 

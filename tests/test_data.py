@@ -24,7 +24,7 @@ from whet.data.config import Data
 from whet.data.prepare import Prepared, prepare
 from whet.data.sides.split import held_out
 from whet.data.template.goldens import FILE, check_contract, write_contract
-from whet.data.template.tokenise import Tokeniser
+from whet.data.template.row_tokenizer import RowTokenizer
 
 TINY = Path(__file__).parents[1] / "whet" / "builtin" / "tiny"
 
@@ -353,11 +353,11 @@ def test_rows_do_not_depend_on_how_many_are_tokenised_together(
 def test_a_changed_template_or_tokenizer_breaks_the_contract(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    def fresh(old: str = "", new: str = "") -> Tokeniser:
+    def fresh(old: str = "", new: str = "") -> RowTokenizer:
         found = AutoTokenizer.from_pretrained(str(TINY))
         assert old in found.chat_template
         found.chat_template = found.chat_template.replace(old, new)
-        return Tokeniser(found, chat=True)
+        return RowTokenizer(found, chat=True)
 
     path = tmp_path / FILE
     assert check_contract(fresh(), path) == 0, "nothing was promised"
@@ -387,5 +387,5 @@ def test_a_template_without_system_messages_promises_the_others(tmp_path: Path) 
     found = AutoTokenizer.from_pretrained(str(TINY))
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     found.chat_template = refusal + found.chat_template
-    write_contract(Tokeniser(found, chat=True), tmp_path / FILE)
-    assert check_contract(Tokeniser(found, chat=True), tmp_path / FILE) == 5
+    write_contract(RowTokenizer(found, chat=True), tmp_path / FILE)
+    assert check_contract(RowTokenizer(found, chat=True), tmp_path / FILE) == 5

@@ -327,7 +327,7 @@ def chats(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_pieces_are_the_row_that_training_uses(chats: Any) -> None:
-    tokenizer = chats.tokeniser.tokenizer
+    tokenizer = chats.row_tokenizer.tokenizer
     for index in range(len(chats.train)):
         ids, learned = chats.train.row(index)
         pieces = masked_pieces(chats, index)

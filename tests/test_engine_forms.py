@@ -13,7 +13,7 @@ import torch
 from nets import rows_of
 
 from whet.data.batch.batches import Cut, Order
-from whet.data.batch.forms import FORM_SAVES, TOKEN_MULTIPLE, Facts, Form, choose_forms, fitting
+from whet.data.batch.forms import FORM_SAVES, TOKEN_MULTIPLE, BatchSizes, Form, choose_forms, fitting
 from whet.data.batch.forms import _best_sizes as best_sizes
 from whet.data.batch.pack import best_fit
 from whet.data.batch.text_batches import TextBatch, TextBatches
@@ -143,12 +143,12 @@ def test_rows_are_dense_only_where_all_documents_are_alike() -> None:
 
 
 def test_a_shorter_batch_is_filled_with_rows_of_the_same_length() -> None:
-    facts = Facts(*(np.array(column) for column in ([512, 512, 256], [4, 4, 2], [9, 8, 7], [128] * 3, [128, 128, 128])))
+    facts = BatchSizes(*(np.array(c) for c in ([512, 512, 256], [4, 4, 2], [9, 8, 7], [128] * 3, [128, 128, 128])))
     small, large = choose_forms(facts, 2)
     assert (small.row, large.row) == (128, 128)
     (only,) = choose_forms(facts, 1)
     assert only == Form(512, 4, 9, 128, 128)
-    odd = Facts(*(np.array(column) for column in ([512, 512, 384], [4, 4, 3], [9, 8, 7], [128] * 3, [128, 128, 127])))
+    odd = BatchSizes(*(np.array(c) for c in ([512, 512, 384], [4, 4, 3], [9, 8, 7], [128] * 3, [128, 128, 127])))
     assert choose_forms(odd, 1)[0].row == 0
 
 
@@ -156,7 +156,7 @@ def test_a_shorter_batch_is_filled_with_rows_of_the_same_length() -> None:
 def test_another_form_has_to_save_its_share(batches: int, forms: int) -> None:
     """The last batch of an epoch is half full: worth a form of its own in a short epoch, not in a long one."""
     tokens = np.array([1024] * (batches - 1) + [512])
-    facts = Facts(tokens, tokens // 128, tokens - 1, np.full(batches, 128), np.full(batches, 100))
+    facts = BatchSizes(tokens, tokens // 128, tokens - 1, np.full(batches, 128), np.full(batches, 100))
     assert len(choose_forms(facts, 2)) == forms
 
 

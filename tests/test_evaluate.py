@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from whet import runs
-from whet.data.template.tokenise import Tokeniser
+from whet.data.template.row_tokenizer import RowTokenizer
 from whet.engine.answer import decode
 from whet.engine.answer.generate import DecoderSession
 from whet.evaluation import label_metrics, metrics
@@ -45,7 +45,7 @@ def test_the_block_that_was_learned_before_an_answer_is_not_scored(
 
     prepared = runs.prepared(run.recipe)
     answers = {
-        tuple(prepared.tokeniser.prompt(example.question)): tokenizer.encode(LEAD + example.answer)
+        tuple(prepared.row_tokenizer.prompt(example.question)): tokenizer.encode(LEAD + example.answer)
         for example in prepared.held_out
     }
     monkeypatch.setattr(DecoderSession, "answer", perfect)
@@ -53,7 +53,7 @@ def test_the_block_that_was_learned_before_an_answer_is_not_scored(
     assert result["tuned"]["metrics"]["exact_match"] == result["base"]["metrics"]["exact_match"] == 1.0
     assert min(room) > max(map(len, answers.values())), "there is room for the block and the answer"
     assert "<think>" not in (run.results / "predictions.jsonl").read_text(encoding="utf-8")
-    monkeypatch.setattr(Tokeniser, "answered", lambda self, question, reply: reply)
+    monkeypatch.setattr(RowTokenizer, "answered", lambda self, question, reply: reply)
     assert evaluate(run)["tuned"]["metrics"]["exact_match"] == 0.0, "the planted fault"
 
 

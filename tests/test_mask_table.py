@@ -54,11 +54,11 @@ def test_every_mask_is_exact_or_refused_for_a_reason(name: str, template: str) -
         reason = refused(found.family, example)
         if reason is not None:
             with pytest.raises(UserError) as caught:
-                made(found.tokeniser, example)
+                made(found.row_tokenizer, example)
             assert caught.value.fix
             reasons[reason] += 1
             continue
-        problems = found.problems(example, made(found.tokeniser, example))
+        problems = found.problems(example, made(found.row_tokenizer, example))
         if problems:
             wrong[case] = problems
     assert wrong == {}
@@ -72,7 +72,7 @@ def test_the_fast_way_and_the_traced_way_agree() -> None:
     for name, template in PAIRS:
         if not available(name, template) or name not in ("tiny", "qwen"):
             continue
-        inner: Any = table(name, template).tokeniser.template
+        inner: Any = table(name, template).row_tokenizer.template
         for messages in CASES.values():
             if inner._skeletons(tuple(m.role for m in messages)) is None:
                 continue
@@ -89,8 +89,8 @@ def test_the_text_is_that_of_transformers() -> None:
         found = table(name, template)
         for example in all_cases().values():
             if refused(found.family, example) is None:
-                assert found.tokeniser.template is not None
-                assert found.tokeniser.template.render([example])[0].text == rendered(
+                assert found.row_tokenizer.template is not None
+                assert found.row_tokenizer.template.render([example])[0].text == rendered(
                     found.tok, found.template, example
                 )
 
@@ -144,13 +144,13 @@ def thinking_kept(found: Table, example: Example, row: Found) -> Found:
         replace(m, content=f"<think>{m.reasoning}</think>{m.content}", reasoning=None) if m.reasoning else m
         for m in example.messages or ()
     )
-    return made(found.tokeniser, replace(example, messages=messages))
+    return made(found.row_tokenizer, replace(example, messages=messages))
 
 
 def results_learned(found: Table, example: Example, row: Found) -> Found:
     """All turns learned but the user's."""
     messages = tuple(replace(m, role="assistant") if m.role == "tool" else m for m in example.messages or ())
-    return made(found.tokeniser, replace(example, messages=messages))
+    return made(found.row_tokenizer, replace(example, messages=messages))
 
 
 FAULTS: dict[str, tuple[Callable[[Table, Example, Found], Found], tuple[str, ...], str]] = {
@@ -175,7 +175,7 @@ def test_a_planted_fault_turns_the_table_red(fault: str) -> None:
     found = table(name, template)
     for case in cases:
         example = all_cases()[case]
-        row = made(found.tokeniser, example)
+        row = made(found.row_tokenizer, example)
         assert found.problems(example, row) == []
         try:
             broken = plant(found, example, row)

@@ -137,13 +137,13 @@ def test_it_learns_four_rows_by_heart_and_stops_by_itself(
                     train__per_device_train_batch_size=4, train__lr_scheduler_type="constant")  # fmt: skip
     parsed = tiny.recipe(model_dir, data, tmp_path / "run", **settings)
     run = train(parsed)
-    tokeniser = get_ready(parsed).prepared.tokeniser
+    row_tokenizer = get_ready(parsed).prepared.row_tokenizer
     live = open_trained(run.recipe.model, run.recipe.base, run.trained, run.recipe.method)
-    prompts = [tokeniser.prompt([Message("user", str(record["instruction"]))]) for record in records]
-    stop = tokeniser.stop_ids()
+    prompts = [row_tokenizer.prompt([Message("user", str(record["instruction"]))]) for record in records]
+    stop = row_tokenizer.stop_ids()
     with text_session(live) as session:
         found = session.answer(prompts, stop_ids=stop, max_new_tokens=40, batch_size=4)
-    assert [tokeniser.tokenizer.decode(ids) for ids in found] == list(answers)
+    assert [row_tokenizer.tokenizer.decode(ids) for ids in found] == list(answers)
     assert all(len(ids) < 40 for ids in found)
 
 

@@ -12,8 +12,8 @@ from mask_table import MARKERS, backend
 from whet.base.errors import UserError
 from whet.data.template.named import MARKERS as NEEDED
 from whet.data.template.named import NAMED, use_template
+from whet.data.template.row_tokenizer import RowTokenizer
 from whet.data.template.template import Template
-from whet.data.template.tokenise import Tokeniser
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 OWN = {"llama-3": "llama3", "gemma": "gemma", "phi-3": "phi3", "chatml": "qwen2_5"}
@@ -94,7 +94,7 @@ def test_no_named_template_passes_over_what_a_tool_says(name: str) -> None:
     found = tokenizer(MARKERS)
     use_template(found, name)
     with pytest.raises(UserError):
-        Tokeniser(found, chat=True).conversations([TOOL_CASES["call_and_answer"]], "assistant")
+        RowTokenizer(found, chat=True).conversations([TOOL_CASES["call_and_answer"]], "assistant")
 
 
 def test_the_markers_of_a_template_are_those_that_it_writes() -> None:

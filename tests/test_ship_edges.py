@@ -15,6 +15,7 @@ import pytest
 import tasks
 import tiny
 import torch
+from whet.ship.adapters import Adapters
 
 import whet
 from whet.api import compose
@@ -24,7 +25,6 @@ from whet.engine.config import Model
 from whet.engine.device import Placement
 from whet.engine.load.load import load_model
 from whet.recipe import Parsed
-from whet.ship.adapters import Adapters
 from whet.ship.label_agreement import LabelAgreement
 from whet.training.run import train
 

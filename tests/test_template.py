@@ -21,8 +21,8 @@ from chats import CASES, Chat, chat
 
 from whet.base.errors import UserError
 from whet.data.example import Example
+from whet.data.template.row_tokenizer import RowTokenizer, Tokens
 from whet.data.template.template import use_template
-from whet.data.template.tokenise import Tokeniser, Tokens
 
 TINY = Path(__file__).parents[1] / "whet" / "builtin" / "tiny"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -64,7 +64,7 @@ class Setup:
     def name(self) -> str:
         return f"{self.tokenizer}-{self.template}"
 
-    def tokeniser(self) -> Tokeniser:
+    def row_tokenizer(self) -> RowTokenizer:
         found = tokenizer(self.tokenizer)
         own = {"own": TINY / "chat_template.jinja"}.get(
             self.template, SHARED / "chat_templates" / f"{self.template}.jinja"
@@ -76,7 +76,7 @@ class Setup:
                                   "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"  # fmt: skip
         else:
             use_template(found, str(own))
-        return Tokeniser(found, chat=True)
+        return RowTokenizer(found, chat=True)
 
 
 def stripped(content: str, last: bool) -> str:
@@ -132,13 +132,13 @@ class Found:
     last_prompt: list[int]
 
 
-def made(tokeniser: Tokeniser, messages: Chat) -> Found:
+def made(row_tokenizer: RowTokenizer, messages: Chat) -> Found:
     first = next(index for index, message in enumerate(messages) if message.role == "assistant")
     return Found(
-        tokeniser.conversations([messages], "assistant")[0],
-        tokeniser.prompt(messages[:first]),
-        tokeniser.conversations([messages], "last_assistant")[0],
-        tokeniser.prompt(messages[:-1]),
+        row_tokenizer.conversations([messages], "assistant")[0],
+        row_tokenizer.prompt(messages[:first]),
+        row_tokenizer.conversations([messages], "last_assistant")[0],
+        row_tokenizer.prompt(messages[:-1]),
     )
 
 
@@ -218,10 +218,10 @@ def special_problems(setup: Setup, messages: Chat, ids: list[int]) -> list[str]:
 
 
 def test_exactly_the_answers_are_learned(setup: Setup) -> None:
-    tokeniser, wrong, refused = setup.tokeniser(), {}, []
+    row_tokenizer, wrong, refused = setup.row_tokenizer(), {}, []
     for name, messages in CASES.items():
         try:
-            found = problems(setup, messages, made(tokeniser, messages))
+            found = problems(setup, messages, made(row_tokenizer, messages))
         except UserError as error:
             refused.append(name if error.fix else f"{name}, without a fix")
             continue
@@ -236,14 +236,14 @@ def test_the_thinking_block_that_qwen3_lacks_in_its_prompt_is_learned_and_taken_
     setup = next(setup for setup in SETUPS if setup.template == "qwen3")
     if not SHARED.is_dir():
         pytest.skip("shared/data with the real tokenizers and templates is not beside this checkout")
-    tokeniser = setup.tokeniser()
-    found = made(tokeniser, CASES["plain"])
+    row_tokenizer = setup.row_tokenizer()
+    found = made(row_tokenizer, CASES["plain"])
     first = int(np.flatnonzero(found.tokens.learned)[0])
     assert len(found.prompt) == first
     reply = tokenizer("qwen").decode(found.tokens.ids[first:]).partition("<|im_end|>")[0]
     assert reply == "<think>\n\n</think>\n\nHello there"
     question = CASES["plain"][:-1]
-    assert tokeniser.answered(question, reply) == "Hello there" == tokeniser.answered(question, "Hello there")
+    assert row_tokenizer.answered(question, reply) == "Hello there" == row_tokenizer.answered(question, "Hello there")
 
 
 def moved(by: int) -> Callable[[Found, Any], Found]:
@@ -290,9 +290,9 @@ FAULTS: dict[str, Callable[[Found, Any], Found]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_promise_breaks_when_its_fault_is_planted(fault: str) -> None:
     setup = Setup("tiny", "own", "<|im_end|>")
-    tokeniser = setup.tokeniser()
+    row_tokenizer = setup.row_tokenizer()
     for name, messages in CASES.items():
-        found = made(tokeniser, messages)
+        found = made(row_tokenizer, messages)
         assert problems(setup, messages, found) == []
         if fault == "two_begins":
             tokenizer("tiny").bos_token = "<|endoftext|>"
@@ -304,7 +304,7 @@ def test_each_promise_breaks_when_its_fault_is_planted(fault: str) -> None:
 def test_content_that_becomes_a_special_token_is_noticed() -> None:
     setup = Setup("tiny", "own", "<|im_end|>")
     for name in ("marker_in_question", "marker_in_answer", "other_special"):
-        found = naive(made(setup.tokeniser(), CASES[name]), tokenizer("tiny"))
+        found = naive(made(setup.row_tokenizer(), CASES[name]), tokenizer("tiny"))
         assert any(
             "special token" in problem for problem in special_problems(setup, CASES[name], found.tokens.ids.tolist())
         )
@@ -312,35 +312,35 @@ def test_content_that_becomes_a_special_token_is_noticed() -> None:
 
 def test_every_token_of_an_answer_comes_from_one_row_of_text() -> None:
     """Spans of one conversation never overlap and stand in the order of the turns."""
-    tokeniser = Setup("tiny", "own", "<|im_end|>").tokeniser()
-    assert tokeniser.template is not None
-    for row in tokeniser.template.render(list(CASES.values())):
+    row_tokenizer = Setup("tiny", "own", "<|im_end|>").row_tokenizer()
+    assert row_tokenizer.template is not None
+    for row in row_tokenizer.template.render(list(CASES.values())):
         edges = [edge for turn in row.turns for edge in (turn.start, turn.end, turn.stop)]
         assert all(a <= b for a, b in pairwise(edges))
         assert row.text[row.turns[-1].end : row.turns[-1].stop] == "<|im_end|>"
 
 
 def test_what_is_learned_follows_loss_on() -> None:
-    tokeniser = Setup("tiny", "own", "<|im_end|>").tokeniser()
+    row_tokenizer = Setup("tiny", "own", "<|im_end|>").row_tokenizer()
     messages = chat("u:one", "a:two", "u:three", "a:four")
-    rows = {on: tokeniser.conversations([messages], on)[0] for on in ("assistant", "last_assistant", "all")}
+    rows = {on: row_tokenizer.conversations([messages], on)[0] for on in ("assistant", "last_assistant", "all")}
     texts = {on: tokenizer("tiny").decode(row.ids[row.learned]) for on, row in rows.items()}
     assert texts["assistant"] == "two<|im_end|>four<|im_end|>"
     assert texts["last_assistant"] == "four<|im_end|>"
     assert texts["all"] == tokenizer("tiny").decode(rows["all"].ids)
-    tokenizer_of_text = Tokeniser(tokenizer("tiny"), chat=False)
+    tokenizer_of_text = RowTokenizer(tokenizer("tiny"), chat=False)
     row = tokenizer_of_text.texts(["once upon a time"])[0]
     assert row.learned.all()
     assert tokenizer("tiny").decode(row.ids) == "once upon a time<|endoftext|>"
-    assert tokeniser.stop_ids() == [2] == tokenizer("tiny").convert_tokens_to_ids(["<|im_end|>"])
+    assert row_tokenizer.stop_ids() == [2] == tokenizer("tiny").convert_tokens_to_ids(["<|im_end|>"])
 
 
 def test_the_spans_of_prompts_hold_their_contents_and_nothing_of_the_template() -> None:
     """They are what data.over_length=truncate_prompt may cut."""
     for name in ("own", "alpaca", "spaced"):
-        tokeniser = Setup("tiny", name, "<|im_end|>").tokeniser()
+        row_tokenizer = Setup("tiny", name, "<|im_end|>").row_tokenizer()
         for messages in CASES.values():
-            row = tokeniser.conversations([messages], "assistant")[0]
+            row = row_tokenizer.conversations([messages], "assistant")[0]
             for start, stop in row.prompts:
                 assert start < stop
                 piece = tokenizer("tiny").decode(row.ids[start:stop]).strip(" \ufffd")  # half a character
@@ -349,12 +349,12 @@ def test_the_spans_of_prompts_hold_their_contents_and_nothing_of_the_template() 
 
 
 def test_weights_go_to_the_tokens_of_their_turn_and_zero_is_not_learned() -> None:
-    tokeniser = Setup("tiny", "own", "<|im_end|>").tokeniser()
+    row_tokenizer = Setup("tiny", "own", "<|im_end|>").row_tokenizer()
     plain = chat("u:one", "a:two", "u:three", "a:four")
 
     def row(first: float | None, second: float | None, on: str = "assistant") -> Tokens:
         messages = [plain[0], replace(plain[1], weight=first), plain[2], replace(plain[3], weight=second)]
-        return tokeniser.conversations([messages], on)[0]
+        return row_tokenizer.conversations([messages], on)[0]
 
     def text(tokens: Tokens, weight: float) -> str:
         assert tokens.weights is not None
@@ -376,11 +376,11 @@ def test_weights_go_to_the_tokens_of_their_turn_and_zero_is_not_learned() -> Non
 
 
 def test_a_completion_is_what_the_row_says_it_is() -> None:
-    tokeniser = Setup("tiny", "own", "<|im_end|>").tokeniser()
+    row_tokenizer = Setup("tiny", "own", "<|im_end|>").row_tokenizer()
     messages = tuple(chat("u:one", "a:two", "u:three", "a:four"))
 
     def learned(start: int | None, on: str) -> str:
-        row = tokeniser.conversations([Example("", messages, None, "", 0, completion_from=start)], on)[0]
+        row = row_tokenizer.conversations([Example("", messages, None, "", 0, completion_from=start)], on)[0]
         return tokenizer("tiny").decode(row.ids[row.learned])
 
     assert learned(3, "completion") == "four<|im_end|>"
@@ -392,7 +392,7 @@ def test_a_template_that_writes_the_date_writes_the_same_every_day() -> None:
     found = tokenizer("tiny")
     kept = found.chat_template
     found.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + kept
-    template = Tokeniser(found, chat=True).template
+    template = RowTokenizer(found, chat=True).template
     found.chat_template = kept
     assert template is not None
     assert template.text(chat("u:a")).startswith("2025-01-01")

@@ -20,8 +20,8 @@ from whet.base.errors import UserError
 from whet.data.batch.row_builder import RowBuilder, RowSettings
 from whet.data.example import Example, Message, PlainTurns, plain_turns, plain_turns_of, to_json
 from whet.data.template import literal_ids, skeleton, watched
+from whet.data.template.row_tokenizer import RowTokenizer, Tokens, _marked, marked
 from whet.data.template.template import Template
-from whet.data.template.tokenise import Tokeniser, Tokens, _marked, marked
 
 CONTENTS = (
     "hi", "정말 재미있다", "별로.", "so-so 👍", "a  b", "a\n\nb", "x.\n\ny", "a\r\nb", "1234", "1", "!", "...", "'s",
@@ -61,45 +61,45 @@ def same(one: Tokens, other: Tokens) -> bool:
 class Compared:
     """One tokenizer with one template, both ways. known: rows that were known; different: those that were wrong."""
 
-    def __init__(self, tokeniser: Tokeniser, rows: Iterator[list[Message]]) -> None:
+    def __init__(self, row_tokenizer: RowTokenizer, rows: Iterator[list[Message]]) -> None:
         self.known, self.different = 0, list[str]()
         for row in rows:
             try:
-                text = self.whole(tokeniser, row)
+                text = self.whole(row_tokenizer, row)
             except UserError:
                 continue
             if not all(m.content for m in row):
                 continue
             for _ in range(6):  # recorded when the order of roles comes for the second time
-                if text[0] != inner(tokeniser).render([row])[0]:
+                if text[0] != inner(row_tokenizer).render([row])[0]:
                     self.different.append(f"text of {[m.content for m in row]}")
-            self.known += self.compare(tokeniser, row, text[1])
+            self.known += self.compare(row_tokenizer, row, text[1])
 
-    def whole(self, tokeniser: Tokeniser, row: list[Message]) -> tuple[Any, Any]:
-        rendered = inner(tokeniser)._exact(row, None)
-        encoding = tokeniser.backend.encode(rendered.text, add_special_tokens=False)
-        return rendered, tokeniser._spans(rendered, encoding)
+    def whole(self, row_tokenizer: RowTokenizer, row: list[Message]) -> tuple[Any, Any]:
+        rendered = inner(row_tokenizer)._exact(row, None)
+        encoding = row_tokenizer.backend.encode(rendered.text, add_special_tokens=False)
+        return rendered, row_tokenizer._spans(rendered, encoding)
 
-    def compare(self, tokeniser: Tokeniser, row: list[Message], spans: Any) -> int:
-        known = known_row(tokeniser, row)
+    def compare(self, row_tokenizer: RowTokenizer, row: list[Message], spans: Any) -> int:
+        known = known_row(row_tokenizer, row)
         if known is not None and known.spans() != spans:
             self.different.append(f"tokens of {[m.content for m in row]}")
         return known is not None
 
 
-def known_row(tokeniser: Tokeniser, row: list[Message]) -> literal_ids.KnownRow | None:
+def known_row(row_tokenizer: RowTokenizer, row: list[Message]) -> literal_ids.KnownRow | None:
     turns = [plain_turns_of(row)]
-    return tokeniser.known(turns, tokeniser.skeletons(turns))[0]
+    return row_tokenizer.known(turns, row_tokenizer.skeletons(turns))[0]
 
 
-def inner(tokeniser: Tokeniser) -> Template:
-    assert tokeniser.template is not None
-    return tokeniser.template
+def inner(row_tokenizer: RowTokenizer) -> Template:
+    assert row_tokenizer.template is not None
+    return row_tokenizer.template
 
 
-def table(name: str, template: str) -> Tokeniser:
+def table(name: str, template: str) -> RowTokenizer:
     """Anew: what was recorded under a planted fault must not stay."""
-    return Table(name, template).tokeniser
+    return Table(name, template).row_tokenizer
 
 
 @pytest.mark.parametrize(("name", "template"), PAIRS, ids=lambda part: part.replace("/", "_"))
@@ -144,17 +144,17 @@ def test_a_pattern_that_is_not_known_is_not_cut() -> None:
     """The words of a template are joined to contents by other tokenizers: those are tokenised as a whole."""
     from tokenizers import pre_tokenizers
 
-    tokeniser = table("tiny", "named/chatml")
-    assert tokeniser._cuts._at_lines
+    row_tokenizer = table("tiny", "named/chatml")
+    assert row_tokenizer._cuts._at_lines
     for split in (
         pre_tokenizers.Metaspace(),
         pre_tokenizers.ByteLevel(add_prefix_space=True),
         pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
     ):
-        tokeniser.backend.pre_tokenizer, before = split, tokeniser.backend.pre_tokenizer
-        assert literal_ids._cuts_at(tokeniser.backend) == (False, False)
-        tokeniser.backend.pre_tokenizer = before
-    assert literal_ids._cuts_at(tokeniser.backend) == (True, True)
+        row_tokenizer.backend.pre_tokenizer, before = split, row_tokenizer.backend.pre_tokenizer
+        assert literal_ids._cuts_at(row_tokenizer.backend) == (False, False)
+        row_tokenizer.backend.pre_tokenizer = before
+    assert literal_ids._cuts_at(row_tokenizer.backend) == (True, True)
 
 
 # What a template may do with a content; in each the text of some contents differs by more than the content.
@@ -265,7 +265,7 @@ def test_a_chunk_is_the_same_with_rows_known_or_not(
     tokenizer = Table("tiny", "named/chatml").tok
     fast = RowBuilder(tokenizer, RowSettings(True, loss_on, policy, limit))
     turns = [plain_turns(json.loads(line)) for line in lines]
-    assert sum(row is not None for row in fast.tokeniser.known(turns, fast.tokeniser.skeletons(turns))) > 80
+    assert sum(row is not None for row in fast.row_tokenizer.known(turns, fast.row_tokenizer.skeletons(turns))) > 80
     found = fast.build(lines)
     monkeypatch.setattr(literal_ids.Cuts, "possible", property(lambda _: False, lambda *_: None), raising=False)
     monkeypatch.setattr(skeleton.SkeletonLookup, "skeleton", lambda *_: None)
@@ -280,14 +280,14 @@ def test_a_chunk_is_the_same_with_rows_known_or_not(
 
 
 def test_the_marks_of_a_known_row_are_those_of_any_other() -> None:
-    tokeniser = table("tiny", "named/chatml")
+    row_tokenizer = table("tiny", "named/chatml")
     row = chat("u:q", "a:b", "u:c", "a:d")
     for loss_on in ("assistant", "last_assistant", "all"):
         for _ in range(3):
-            known = known_row(tokeniser, row)
+            known = known_row(row_tokenizer, row)
         assert known is not None
-        rendered = inner(tokeniser)._exact(row, None)
-        spans = tokeniser._spans(rendered, tokeniser.backend.encode(rendered.text, add_special_tokens=False))
+        rendered = inner(row_tokenizer)._exact(row, None)
+        spans = row_tokenizer._spans(rendered, row_tokenizer.backend.encode(rendered.text, add_special_tokens=False))
         assert same(marked(known, row, loss_on), _marked(rendered.turns, spans, row, loss_on))
 
 

@@ -11,8 +11,8 @@ import pytest
 from chats import chat
 
 from whet.base.errors import UserError
+from whet.data.template.row_tokenizer import RowTokenizer
 from whet.data.template.template import LARGEST, use_template
-from whet.data.template.tokenise import Tokeniser
 
 TINY = Path(__file__).parents[1] / "whet" / "builtin" / "tiny"
 HEAD = "{{ '<|im_start|>' + m.role + '\\n' }}"
@@ -29,12 +29,12 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(str(TINY))
 
 
-def tokeniser(tokenizer: Any, template: str | None) -> Tokeniser:
+def row_tokenizer(tokenizer: Any, template: str | None) -> RowTokenizer:
     tokenizer.chat_template = template
-    return Tokeniser(tokenizer, chat=True)
+    return RowTokenizer(tokenizer, chat=True)
 
 
-def learned(found: Tokeniser, messages: Any) -> list[str]:
+def learned(found: RowTokenizer, messages: Any) -> list[str]:
     """The learned text, one piece for each end of a turn."""
     row = found.conversations([messages], "assistant")[0]
     return found.tokenizer.decode(row.ids[row.learned]).split("<|im_end|>")[:-1]
@@ -56,7 +56,7 @@ REWRITES = {
 
 @pytest.mark.parametrize("name", REWRITES)
 def test_a_template_that_rewrites_the_conversation_is_refused(name: str, tokenizer: Any) -> None:
-    found = tokeniser(tokenizer, REWRITES[name])
+    found = row_tokenizer(tokenizer, REWRITES[name])
     with pytest.raises(UserError, match=r"rewrites|asks for an answer") as caught:
         found.conversations([TWO_TURNS], "assistant")
     assert "turn" in (caught.value.found or "") or "bot" in (caught.value.found or "")
@@ -64,7 +64,7 @@ def test_a_template_that_rewrites_the_conversation_is_refused(name: str, tokeniz
 
 
 def test_a_prompt_unlike_the_head_of_an_answer_is_refused(tokenizer: Any) -> None:
-    found = tokeniser(tokenizer, LOOP.replace("BODY", "{{ m.content }}").replace("<|im_start|>assistant", "bot"))
+    found = row_tokenizer(tokenizer, LOOP.replace("BODY", "{{ m.content }}").replace("<|im_start|>assistant", "bot"))
     with pytest.raises(UserError, match="asks for an answer with other text") as caught:
         found.conversations([ONE_TURN], "assistant")
     assert "bot" in (caught.value.found or "")
@@ -87,7 +87,7 @@ FOLLOWED = {
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_a_template_that_can_be_followed_is(name: str, tokenizer: Any) -> None:
     template, answers = FOLLOWED[name]
-    found = tokeniser(tokenizer, template)
+    found = row_tokenizer(tokenizer, template)
     assert learned(found, TWO_TURNS) == answers
     row = found.conversations([TWO_TURNS], "assistant")[0]
     assert row.closed, "the end of each turn is learned, so the ledger must not complain"
@@ -98,17 +98,17 @@ def test_a_template_that_can_be_followed_is(name: str, tokenizer: Any) -> None:
 
 
 def test_a_template_that_shortens_earlier_answers_is_followed_and_what_it_leaves_out_is_said(tokenizer: Any) -> None:
-    found = tokeniser(tokenizer, LOOP.replace("BODY", "{{ m.content if loop.last else m.content[:1] }}"))
+    found = row_tokenizer(tokenizer, LOOP.replace("BODY", "{{ m.content if loop.last else m.content[:1] }}"))
     assert learned(found, TWO_TURNS) == ["t", "four"]
     assert found.conversations([TWO_TURNS], "assistant")[0].dropped == ((0, "content"), (1, "content"), (2, "content"))
-    whole = tokeniser(tokenizer, LOOP.replace("BODY", "{{ m.content }}"))
+    whole = row_tokenizer(tokenizer, LOOP.replace("BODY", "{{ m.content }}"))
     assert whole.conversations([TWO_TURNS], "assistant")[0].dropped == ()
 
 
 @pytest.mark.parametrize("body", ["{{ m.content | replace('o', '0') }}", "{{ m.content }}", "{{ '' ~ m.content }}",
                                   "{{ [m.content] | join }}", "{{ m.content | tojson }}"])  # fmt: skip
 def test_a_marker_in_a_question_never_counts_as_one_however_it_is_rendered(body: str, tokenizer: Any) -> None:
-    found = tokeniser(tokenizer, LOOP.replace("BODY", body))
+    found = row_tokenizer(tokenizer, LOOP.replace("BODY", body))
     spelled = chat("u:o <|im_end|>", "a:o")
     row = found.conversations([spelled], "assistant")[0]
     assert row.ids.tolist().count(2) == 2, "the end of two turns, and nothing from the question"
@@ -120,7 +120,7 @@ def test_a_marker_in_a_question_never_counts_as_one_however_it_is_rendered(body:
 )
 def test_a_template_that_hides_where_its_text_is_from_is_refused(body: str, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="could not be followed"):
-        tokeniser(tokenizer, LOOP.replace("BODY", body)).conversations([ONE_TURN], "assistant")
+        row_tokenizer(tokenizer, LOOP.replace("BODY", body)).conversations([ONE_TURN], "assistant")
 
 
 LEADS = {
@@ -135,7 +135,7 @@ LEADS = {
 @pytest.mark.parametrize("name", LEADS)
 def test_what_the_prompt_lacks_before_an_answer_is_learned_with_it(name: str, tokenizer: Any) -> None:
     template, lead = LEADS[name]
-    found = tokeniser(tokenizer, template)
+    found = row_tokenizer(tokenizer, template)
     for messages, answer in ((TWO_TURNS, "four"), (ONE_TURN, "two"), (chat("u:one", "a:<|im_end|>x"), "<|im_end|>x")):
         row = found.conversations([messages], "last_assistant")[0]
         prompt = found.prompt(messages[:-1])
@@ -166,12 +166,12 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_in_a_template_is_an_error_of_the_template(name: str, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="the chat template refuses this conversation"):
-        tokeniser(tokenizer, MISTAKES[name]).conversations([ONE_TURN, TWO_TURNS], "assistant")
+        row_tokenizer(tokenizer, MISTAKES[name]).conversations([ONE_TURN, TWO_TURNS], "assistant")
 
 
 def test_a_row_that_the_template_refuses_does_not_take_its_neighbours_along(tokenizer: Any) -> None:
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    found = tokeniser(tokenizer, template + LOOP.replace("BODY", "{{ m.content }}"))
+    found = row_tokenizer(tokenizer, template + LOOP.replace("BODY", "{{ m.content }}"))
     with pytest.raises(UserError, match="no system") as caught:
         found.conversations([ONE_TURN, chat("s:be kind", *("u:one", "a:two"))], "assistant")
     assert caught.value.found == "system user assistant"
@@ -183,10 +183,10 @@ def test_a_template_has_a_limit_of_size(tokenizer: Any, tmp_path: Path) -> None:
     path.write_text("x" * (LARGEST + 10))
     use_template(tokenizer, str(path))
     with pytest.raises(UserError, match="too large"):
-        Tokeniser(tokenizer, chat=True)
+        RowTokenizer(tokenizer, chat=True)
     path.write_text(LOOP.replace("BODY", "{{ m.content }}"))
     use_template(tokenizer, str(path))
-    assert learned(Tokeniser(tokenizer, chat=True), ONE_TURN) == ["two"]
+    assert learned(RowTokenizer(tokenizer, chat=True), ONE_TURN) == ["two"]
 
 
 def test_a_template_that_never_ends_is_refused_in_time() -> None:
@@ -221,7 +221,7 @@ def test_a_named_template_is_checked_against_the_vocabulary(tokenizer: Any, tmp_
     with pytest.raises(UserError, match="no such chat template"):
         use_template(tokenizer, str(tmp_path / "other.jinja"))
     with pytest.raises(UserError, match="no chat template"):
-        tokeniser(tokenizer, None)
+        row_tokenizer(tokenizer, None)
 
 
 def test_chatml_needs_its_markers() -> None:
@@ -233,4 +233,4 @@ def test_chatml_needs_its_markers() -> None:
     with pytest.raises(UserError, match="ChatML turns would never end"):
         use_template(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"), "chatml")
     with pytest.raises(UserError, match="generation could never stop"):
-        _ = Tokeniser(PreTrainedTokenizerFast(tokenizer_object=words), chat=False).document_end
+        _ = RowTokenizer(PreTrainedTokenizerFast(tokenizer_object=words), chat=False).document_end

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from whet.training.record import Recorder
 
 from whet.base.errors import UserError
 from whet.training import checkpoint
 from whet.training.checkpoint import Identity
 from whet.training.interrupt import CtrlC
-from whet.training.record import Recorder
 
 OURS = Identity("recipe", "data")
 

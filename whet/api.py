@@ -72,7 +72,7 @@ def merge(run: str | Path, out: str | Path) -> dict[str, Any]:
 
 
 def predict(run: str | Path, texts: Iterable[Any]) -> list[dict[str, Any]]:
-    """What a run with labels, or of an encoder-decoder, says of each text: label and probabilities, value or text.
+    """The answer of a run with labels, or of an encoder-decoder, for each text: label and probabilities, value or text.
 
     texts: strings, pairs of strings, or objects with `text` and `text_pair`. Raises UserError for bad rows.
     """
@@ -231,7 +231,7 @@ def capabilities() -> list[dict[str, Any]]:
 
 
 def doctor() -> dict[str, Any]:
-    """What is installed, what is missing and what that costs, and a short numerical self-test."""
+    """Report installed and missing packages with what their absence costs, and run a short numerical self-test."""
     from whet.engine.doctor import examine
 
     return examine()

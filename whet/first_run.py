@@ -56,7 +56,7 @@ def run_quickstart(recipe: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _closing(run: Run, page: Path, evaluation: dict[str, Any], certificate: dict[str, Any], seconds: float) -> None:
-    """What was shown, and where to look next."""
+    """Print the results, and where to look next."""
     base, tuned = evaluation["base"]["metrics"], evaluation["tuned"]["metrics"]
     name = next((name for name in tuned if name.endswith("_accuracy")), "exact_match")
     say(f"{name.replace('_', ' ')} {base[name]:.0%} -> {tuned[name]:.0%}, "

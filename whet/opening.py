@@ -1,6 +1,6 @@
 """The one way to open what answers: a run, adapters on one base, or a model.
 
-Tokenizer, chat template, row tokeniser, the check that all three give the token ids that were trained on, and only then
+Tokenizer, chat template, row tokenizer, the check that all three give the token ids that were trained on, and only then
 the model. Chat, evaluation, prediction and merging open here, so that none of them can forget a step. What is opened is
 asked in a session (`engine.answer.session`). Notices of the engine are told here.
 """
@@ -15,7 +15,7 @@ from whet.adapters import CONFIG, Adapters, adapter_directory, base_of
 from whet.base.console import say
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import check_contract
-from whet.data.template.tokenise import Tokeniser
+from whet.data.template.row_tokenizer import RowTokenizer
 from whet.engine.answer.session import LabelSession, TextSession
 from whet.engine.config import Base, Model
 from whet.engine.load.load import load_tokenizer
@@ -26,61 +26,61 @@ from whet.runs import Run, chat_tokenizer
 
 @dataclass(frozen=True)
 class Answerer:
-    """A loaded model with the tokeniser that it was trained with.
+    """A loaded model with the row tokenizer that it was trained with.
 
     run: what it was opened from, if that was a run; adapters: those on its base, when they were opened by name.
     """
 
     opened: Opened
-    tokeniser: Tokeniser
+    row_tokenizer: RowTokenizer
     run: Run | None = None
     adapters: Adapters | None = None
 
 
-def open_answerer(run: Run, *, tokeniser: Tokeniser | None = None, task: Task | None = None) -> Answerer:
-    """What a run trained. tokeniser: of rows that were prepared before; task: as the data is read now.
+def open_answerer(run: Run, *, row_tokenizer: RowTokenizer | None = None, task: Task | None = None) -> Answerer:
+    """What a run trained. row tokenizer: of rows that were prepared before; task: as the data is read now.
 
-    Raises UserError when the run is unfinished, or the tokeniser is not the one that it was trained with.
+    Raises UserError when the run is unfinished, or the row tokenizer is not the one that it was trained with.
     """
     recipe, task = run.recipe, run.task if task is None else task
     check_trained(run.trained)
-    if tokeniser is None and task.name == "causal":
-        tokeniser = Tokeniser(chat_tokenizer(recipe.model), chat=True)
-    elif tokeniser is None:
-        tokeniser = Tokeniser(load_tokenizer(recipe.model), chat=False)
+    if row_tokenizer is None and task.name == "causal":
+        row_tokenizer = RowTokenizer(chat_tokenizer(recipe.model), chat=True)
+    elif row_tokenizer is None:
+        row_tokenizer = RowTokenizer(load_tokenizer(recipe.model), chat=False)
     if task.name == "causal":
-        check_contract(tokeniser, run.trained / CONTRACT)
+        check_contract(row_tokenizer, run.trained / CONTRACT)
     opened = open_trained(recipe.model, recipe.base, run.trained, recipe.method, task)
-    return Answerer(_told(opened), tokeniser, run)
+    return Answerer(_told(opened), row_tokenizer, run)
 
 
 def open_model_for_chat(path: str) -> Answerer:
     """A model directory, a hub name or a built-in model, as it is. Raises UserError."""
     model = Model(path=path)
-    tokeniser = Tokeniser(load_tokenizer(model), chat=True)
-    return Answerer(open_plain(model, Base()), tokeniser)
+    row_tokenizer = RowTokenizer(load_tokenizer(model), chat=True)
+    return Answerer(open_plain(model, Base()), row_tokenizer)
 
 
 def open_adapters(target: str, beside: Mapping[str, str]) -> Answerer:
     """Adapters by name on one base: that of `target`, if it has one, called by its folder and in use, and `beside`.
 
     target: a run, the folder of an adapter, or a model. Raises UserError, also for an adapter that was trained with
-    another tokeniser.
+    another row tokenizer.
     """
     path = Path(target)
     own = path if (path / CONFIG).is_file() or (path / "recipe.yaml").is_file() else None
     model, base = (Model(path=target), Base()) if own is None else base_of(own)
-    tokeniser = Tokeniser(chat_tokenizer(model), chat=True)
+    row_tokenizer = RowTokenizer(chat_tokenizer(model), chat=True)
     targets = ({path.name: str(own)} if own is not None else {}) | dict(beside)
     for adapter in targets.values():
-        check_contract(tokeniser, adapter_directory(adapter) / CONTRACT)
+        check_contract(row_tokenizer, adapter_directory(adapter) / CONTRACT)
     opened = open_plain(model, base)
     adapters = Adapters(opened.network)
     for name, adapter in targets.items():
         adapters.load(name, adapter)
     if own is not None:
         adapters.use(path.name)
-    return Answerer(opened, tokeniser, adapters=adapters)
+    return Answerer(opened, row_tokenizer, adapters=adapters)
 
 
 def open_plain(model: Model, base: Base, task: Task = CAUSAL) -> Opened:

@@ -40,12 +40,12 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """What was trained: PEFT's adapter format."""
+        """The directory of the trained adapter, in PEFT's format."""
         return self.path / "adapter"
 
     @property
     def model(self) -> Path:
-        """What was trained by full fine-tuning: a transformers model."""
+        """The directory of a model that was trained by full fine-tuning, in transformers' format."""
         return self.path / "model"
 
     @property
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def task(self) -> Task:
-        """What was trained, with the labels in the order of the head's outputs; causal before anything is trained."""
+        """The trained task, with the labels in the order of the head's outputs; causal before anything is trained."""
         path = self.trained / LABELS
         if not path.is_file():
             return CAUSAL

@@ -42,7 +42,7 @@ INSTEAD = {
 
 @dataclass(frozen=True)
 class Load:
-    """What is measured. rows x length tokens in a forward pass, accumulation of them in a step.
+    """The work that is measured. rows x length tokens in a forward pass, accumulation of them in a step.
 
     lengths: a JSON list of document lengths to be packed into that budget instead of full rows.
     """

@@ -1,4 +1,4 @@
-"""What each verb of the command line does: read its words, call `whet.api`, print the answer for people.
+"""The verbs of the command line: each reads its words, calls `whet.api` and prints the answer for people.
 
 Each returns the object that `--json` prints, or None. Nothing heavy is imported before a verb needs it.
 """
@@ -116,7 +116,7 @@ def augment(words: argparse.Namespace) -> dict[str, Any]:
 
 
 def _asked(words: argparse.Namespace, ask: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """What an endpoint is asked; its settings are called as the options are."""
+    """Ask an endpoint; in an error, its settings are called as the options are."""
     from dataclasses import replace
 
     from whet.base.console import quiet_libraries

@@ -30,7 +30,7 @@ MUTANTS = [
     ),
     Mutant(
         "merge: no contract beside the model", "ship/merge.py",
-        "                write_contract(prepared.tokeniser, directory / CONTRACT)\n", "                pass\n",
+        "                write_contract(prepared.row tokenizer, directory / CONTRACT)\n", "                pass\n",
         "a template that drifts is not noticed with the merged model", EDGES,
     ),
     Mutant(

@@ -41,7 +41,7 @@ def masked_pieces(prepared: Prepared, index: int) -> list[dict[str, Any]]:
     known; learned: True if the piece is a target; special: True if it is one special token. The texts together are the
     decoded row; a label or an answer comes last.
     """
-    rows, tokenizer = prepared.train, prepared.tokeniser.tokenizer
+    rows, tokenizer = prepared.train, prepared.row_tokenizer.tokenizer
     ids, learned = rows.row(index)
     example = prepared.train_examples[int(rows.sources[index])]
     if rows.answers is not None:
@@ -110,7 +110,7 @@ def _decoded(tokenizer: Any, ids: np.ndarray) -> str:
 
 def _roles(prepared: Prepared, example: Any, ids: np.ndarray, learned: np.ndarray) -> list[str | None]:
     """The role of the turn that each token belongs to."""
-    template, tokenizer = prepared.tokeniser.template, prepared.tokeniser.tokenizer
+    template, tokenizer = prepared.row_tokenizer.template, prepared.row_tokenizer.tokenizer
     if template is None or example.messages is None:
         return ["text"] * len(ids)
     rendered = template.render([example])[0]

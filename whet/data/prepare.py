@@ -25,7 +25,7 @@ from whet.data.cache import cached, name_of
 from whet.data.collect import Sides, collect, fingerprints
 from whet.data.config import Data
 from whet.data.example import Example
-from whet.data.template.tokenise import Tokeniser
+from whet.data.template.row_tokenizer import RowTokenizer
 from whet.engine.task import CAUSAL, Task, TaskName
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Prepared:
     bins: list[list[int]] | None
     max_length: int
     ledger: Ledger
-    tokeniser: Tokeniser
+    row_tokenizer: RowTokenizer
     decided: dict[str, tuple[object, str]]
     task: Task = CAUSAL
     benchmarks: Mapping[str, Sequence[Example]] = field(default_factory=dict)
@@ -85,10 +85,10 @@ def prepare(
 
     def opened(folder: Path, facts: dict[str, Any]) -> Prepared:
         fields = load(folder, facts)
-        return Prepared(**fields, tokeniser=Tokeniser(tokenizer, chat=facts["chat"]))
+        return Prepared(**fields, row_tokenizer=RowTokenizer(tokenizer, chat=facts["chat"]))
 
     def saved(prepared: Prepared, folder: Path) -> dict[str, Any]:
-        return save(prepared, folder) | {"chat": prepared.tokeniser.template is not None}
+        return save(prepared, folder) | {"chat": prepared.row_tokenizer.template is not None}
 
     name = name_of(parts | {"tokenizer": _identity(tokenizer)})
     return cached(name, lambda folder: _prepare_anew(data, model, folder, files), saved, opened)
@@ -111,9 +111,9 @@ def _prepare_anew(data: Data, model: ModelInput, folder: Path, files: list[dict[
     if task.name != "causal":
         all_sides = (sides.train, sides.evaluation, sides.test)
         rows, longest = padded_rows(data, model.tokenizer, task, all_sides, model.readable, ledger, decided)
-        tokeniser = Tokeniser(model.tokenizer, chat=False)
+        row_tokenizer = RowTokenizer(model.tokenizer, chat=False)
         return Prepared(
-            rows[0], rows[1], rows[2], *all_sides, None, longest, ledger, tokeniser, decided, task, sides.benchmarks
+            rows[0], rows[1], rows[2], *all_sides, None, longest, ledger, row_tokenizer, decided, task, sides.benchmarks
         )  # fmt: skip
     return _conversations(data, model, sides, folder, ledger, decided)
 
@@ -138,9 +138,9 @@ def _conversations(
     ledger.count(train, held, test, "assistant" if chat else "text")
     if bins is not None:
         ledger.packed_rows, ledger.packing_fill = len(bins), len(train.ids) / (len(bins) * max_length)
-    tokeniser = Tokeniser(model.tokenizer, chat)
+    row_tokenizer = RowTokenizer(model.tokenizer, chat)
     return Prepared(
-        train, held, test, sides.train, sides.evaluation, sides.test, bins, max_length, ledger, tokeniser, decided,
+        train, held, test, sides.train, sides.evaluation, sides.test, bins, max_length, ledger, row_tokenizer, decided,
         benchmarks=sides.benchmarks,
     )  # fmt: skip
 

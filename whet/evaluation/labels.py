@@ -44,7 +44,7 @@ def evaluate_labels(run: Run, prepared: Prepared, rows: int) -> dict[str, Any]:
     evaluation. Raises UserError when the labels of the data are not those that were trained on."""
     recipe, task = run.recipe, prepared.task
     check_labels(run, task)
-    opened = open_answerer(run, tokeniser=prepared.tokeniser, task=task).opened
+    opened = open_answerer(run, row_tokenizer=prepared.row_tokenizer, task=task).opened
     held = prepared.evaluation
     assert held.labels is not None, "rows of a labelled task have labels"
     spans, references = [held.span(index) for index in range(rows)], held.labels[:rows]

@@ -62,21 +62,21 @@ def evaluate(run: Run, *, max_rows: int | None = None, split: Split = "eval") ->
 
 
 def _evaluate_written(run: Run, prepared: Prepared, limit: int) -> dict[str, Any]:
-    settings, tokeniser = run.recipe.eval, prepared.tokeniser
+    settings, row_tokenizer = run.recipe.eval, prepared.row_tokenizer
     examples = _held_out(prepared, limit)
-    prompts = [tokeniser.prompt(example.unanswered) for example in examples]
+    prompts = [row_tokenizer.prompt(example.unanswered) for example in examples]
     references = [example.answer for example in examples]
-    longest = settings.max_new_tokens or max(8, int(1.25 * tokeniser.longest_reply(examples)) + 1)
+    longest = settings.max_new_tokens or max(8, int(1.25 * row_tokenizer.longest_reply(examples)) + 1)
 
     def write(session: TextSession, done: Callable[[int], None]) -> list[str]:
         ids = session.answer(
-            prompts, stop_ids=tokeniser.stop_ids(), max_new_tokens=longest,
+            prompts, stop_ids=row_tokenizer.stop_ids(), max_new_tokens=longest,
             batch_size=settings.per_device_eval_batch_size, done=done,
         )  # fmt: skip
-        texts = tokeniser.tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return [tokeniser.answered(example.unanswered, text) for example, text in zip(examples, texts, strict=True)]
+        texts = row_tokenizer.tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return [row_tokenizer.answered(example.unanswered, text) for example, text in zip(examples, texts, strict=True)]
 
-    answerer = open_answerer(run, tokeniser=tokeniser, task=prepared.task)
+    answerer = open_answerer(run, row_tokenizer=row_tokenizer, task=prepared.task)
     base, tuned = base_and_tuned(answerer, len(examples), write)
     scores = {name: score(texts, references, settings.metrics) for name, texts in (("base", base), ("tuned", tuned))}
     write_answers(run.results, examples, references, base, tuned)
@@ -84,7 +84,7 @@ def _evaluate_written(run: Run, prepared: Prepared, limit: int) -> dict[str, Any
 
 
 def _held_out(prepared: Prepared, limit: int) -> Sequence[Example]:
-    if prepared.tokeniser.template is None:
+    if prepared.row_tokenizer.template is None:
         raise UserError(
             "raw text has no answers to score", field="data.format", found="text", expected="conversations",
             fix="the held-out loss is in metrics.jsonl",

@@ -19,7 +19,7 @@ from whet.runs import Run
 
 def evaluate_sequences(run: Run, prepared: Prepared, rows: int) -> dict[str, Any]:
     """Score base and tuned on the first `rows` held-out rows; writes the answers, returns the evaluation."""
-    recipe, task, tokenizer = run.recipe, prepared.task, prepared.tokeniser.tokenizer
+    recipe, task, tokenizer = run.recipe, prepared.task, prepared.row_tokenizer.tokenizer
     sources = [prepared.evaluation.row(index)[0] for index in range(rows)]
     examples = [prepared.held_out[int(source)] for source in prepared.evaluation.sources[:rows]]
     assert prepared.evaluation.answers is not None, "rows of an encoder-decoder have answers"
@@ -33,7 +33,7 @@ def evaluate_sequences(run: Run, prepared: Prepared, rows: int) -> dict[str, Any
         )
         return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    base, tuned = base_and_tuned(open_answerer(run, tokeniser=prepared.tokeniser, task=task), rows, write)
+    base, tuned = base_and_tuned(open_answerer(run, row_tokenizer=prepared.row_tokenizer, task=task), rows, write)
     references = [example.answer for example in examples]
     scores = {name: score(texts, references, recipe.eval.metrics) for name, texts in (("base", base), ("tuned", tuned))}
     write_answers(run.results, examples, references, base, tuned)

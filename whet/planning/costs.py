@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from whet.base.errors import UserError
+from whet.settings import TILE_TOKENS
 
 RING_BYTES = 128 << 20  # chunks through which the optimiser on the host sends and receives
 IN_FLIGHT = 3  # layer inputs on the device under offload: the one in use, the next one, and the last layer's
-TILE_TOKENS = 4096  # of a tiled MLP where whet chooses
 
 
 @dataclass(frozen=True)

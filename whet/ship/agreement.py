@@ -150,15 +150,15 @@ class Reference:
 
 def decoder_reference(live: Opened, prepared: Prepared) -> Reference:
     """The live decoder on held-out prompts, or on the starts of rows where there are no prompts."""
-    tokeniser = prepared.tokeniser
+    row_tokenizer = prepared.row_tokenizer
     examples = (prepared.held_out or prepared.train_examples)[:MAX_PROMPTS]
-    if tokeniser.template is None:
+    if row_tokenizer.template is None:
         prompts = [prepared.train.row(index)[0][:64].tolist() for index in range(min(len(prepared.train), MAX_PROMPTS))]
         longest = 32
     else:
-        prompts = [tokeniser.prompt(example.unanswered) for example in examples]
-        longest = min(128, tokeniser.longest_reply(examples) + 8)
-    questions = Questions(prompts, tokeniser.stop_ids(), longest)
+        prompts = [row_tokenizer.prompt(example.unanswered) for example in examples]
+        longest = min(128, row_tokenizer.longest_reply(examples) + 8)
+    questions = Questions(prompts, row_tokenizer.stop_ids(), longest)
     return Reference(live, questions, questions.answers_of(live), _log_probabilities)
 
 

@@ -56,13 +56,16 @@ class Chat:
 
         An encoder-decoder answers the last message alone, below the system's if there is one.
         """
-        tokeniser, options = self.answerer.tokeniser, {"max_new_tokens": self.max_new_tokens, "streamer": streamer}
+        row_tokenizer, options = (
+            self.answerer.row_tokenizer,
+            {"max_new_tokens": self.max_new_tokens, "streamer": streamer},
+        )
         if self.answerer.opened.task.name == "seq2seq":
             ids = self.session.stream(self._source(messages), **options)
-            text = tokeniser.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = row_tokenizer.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         else:
-            ids = self.session.stream(tokeniser.prompt(messages), stop_ids=tokeniser.stop_ids(), **options)
-            text = tokeniser.answered(messages, tokeniser.tokenizer.decode(ids, skip_special_tokens=False))  # type: ignore[arg-type]
+            ids = self.session.stream(row_tokenizer.prompt(messages), stop_ids=row_tokenizer.stop_ids(), **options)
+            text = row_tokenizer.answered(messages, row_tokenizer.tokenizer.decode(ids, skip_special_tokens=False))  # type: ignore[arg-type]
         tell(self.session)
         return text  # type: ignore[return-value]
 
@@ -72,7 +75,7 @@ class Chat:
         text = "\n\n".join(message.content for message in asked)
         run = self.answerer.run
         max_length = None if run is None else run.recipe.data.max_length
-        return encode_texts(self.answerer.tokeniser.tokenizer, [text], max_length=max_length)[0]
+        return encode_texts(self.answerer.row_tokenizer.tokenizer, [text], max_length=max_length)[0]
 
 
 def open_chat(target: str, *, max_new_tokens: int = 256, beside: Mapping[str, str] | None = None) -> Chat:
@@ -107,7 +110,7 @@ def talk(chat: Chat, first: str | None, system: str | None, *, quiet: bool) -> l
 
     messages = [Message("system", system)] if system else []
     options = {"skip_prompt": True, "skip_special_tokens": True}
-    streamer = None if quiet else TextStreamer(chat.answerer.tokeniser.tokenizer, **options)  # type: ignore[arg-type]
+    streamer = None if quiet else TextStreamer(chat.answerer.row_tokenizer.tokenizer, **options)  # type: ignore[arg-type]
     for text in [first] if first is not None else _lines():
         if text.startswith("/use ") and chat.adapters is not None:
             chat.use(text.removeprefix("/use ").strip())

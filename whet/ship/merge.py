@@ -57,7 +57,7 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
     """
     _check(run, out)
     prepared = runs.prepared(run.recipe)
-    live = open_answerer(run, tokeniser=prepared.tokeniser).opened
+    live = open_answerer(run, row_tokenizer=prepared.row_tokenizer).opened
     judge = _judge(live, prepared)
     with tempfile.TemporaryDirectory() as scratch:
         best, folder, tried = _best_candidate(run, live, judge, prepared, Path(scratch))
@@ -75,9 +75,9 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
         with whole_directory(out) as directory:
             for file in folder.iterdir():
                 file.rename(directory / file.name) if _same_disk(file, directory) else _copy(file, directory)
-            prepared.tokeniser.tokenizer.save_pretrained(str(directory))
-            if live.task.name == "causal" and prepared.tokeniser.template is not None:
-                write_contract(prepared.tokeniser, directory / CONTRACT)
+            prepared.row_tokenizer.tokenizer.save_pretrained(str(directory))
+            if live.task.name == "causal" and prepared.row_tokenizer.template is not None:
+                write_contract(prepared.row_tokenizer, directory / CONTRACT)
             write_json(directory / CERTIFICATE, certificate)
     run.write("results/merge.json", certificate)
     return certificate
@@ -87,7 +87,7 @@ def _best_candidate(
     run: Run, live: Opened, judge: Judge, prepared: Prepared, scratch: Path
 ) -> tuple[Verdict, Path, list[Verdict]]:
     """The verdict on the nearest merged model, or the first that agrees everywhere; its folder; all that were tried."""
-    stop_ids = prepared.tokeniser.stop_ids() if live.task.name == "causal" else []
+    stop_ids = prepared.row_tokenizer.stop_ids() if live.task.name == "causal" else []
     best: tuple[Verdict, Path] | None = None
     tried: list[Verdict] = []
     for base_kind, dtype in _candidates(run.recipe.base.storage or "", live.network):

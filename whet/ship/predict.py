@@ -70,7 +70,7 @@ class Predictor:
             said = labelled(self.task, self.session.logits(ids, types, batch_size=self.batch_size))
         else:
             written = self.session.answer(ids, max_new_tokens=LONGEST_ANSWER, batch_size=self.batch_size)
-            tokenizer: Any = self.answerer.tokeniser.tokenizer
+            tokenizer: Any = self.answerer.row_tokenizer.tokenizer
             texts = tokenizer.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             said = [{"text": text} for text in texts]
         tell(self.session)
@@ -90,7 +90,7 @@ class Predictor:
                 )  # fmt: skip
             pairs = [inputs[index].text_pair or "" for index in indices] if paired else None
             texts = [inputs[index].text for index in indices]
-            encoded = encode_typed(self.answerer.tokeniser.tokenizer, texts, pairs, self.max_length)
+            encoded = encode_typed(self.answerer.row_tokenizer.tokenizer, texts, pairs, self.max_length)
             for index, row in zip(indices, encoded, strict=True):
                 rows[index] = row
         return [ids for ids, _ in rows], [types for _, types in rows]

@@ -27,7 +27,7 @@ def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: St
     checkpoints.optimiser.hand_back()
     method = ready.recipe.method
     method.finalize(arranged.model)  # after the best weights are back: they may be from before it would be decided
-    tokenizer, task = ready.prepared.tokeniser, ready.plan.task
+    tokenizer, task = ready.prepared.row_tokenizer, ready.plan.task
     with whole_directory(run.trained) as directory:
         method.save(arranged.model, directory)  # type: ignore[arg-type]
         tokenizer.tokenizer.save_pretrained(str(directory))

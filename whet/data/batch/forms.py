@@ -34,7 +34,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Facts:
+class BatchSizes:
     """Sizes of each batch of a run, int64 [B]: real tokens, documents, targets, longest and shortest document."""
 
     tokens: np.ndarray
@@ -44,7 +44,7 @@ class Facts:
     shortest: np.ndarray
 
     @classmethod
-    def of(cls, windows: Iterator[tuple[np.ndarray, np.ndarray]], per_unit: Facts) -> Facts:
+    def of(cls, windows: Iterator[tuple[np.ndarray, np.ndarray]], per_unit: BatchSizes) -> BatchSizes:
         """The sizes of all batches, from (order of units, starts of the batches in it) of each epoch and the sizes of
         each unit."""
         parts: list[list[np.ndarray]] = []
@@ -58,7 +58,7 @@ class Facts:
         return cls(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def choose_forms(facts: Facts, limit: int) -> list[Form]:
+def choose_forms(facts: BatchSizes, limit: int) -> list[Form]:
     """At most `limit` forms that hold every batch, smallest first: the fewest that come near to the least filling."""
     rounded = -(-facts.tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     values, counts = np.unique(rounded, return_counts=True)
@@ -75,7 +75,7 @@ def choose_forms(facts: Facts, limit: int) -> list[Form]:
     return forms
 
 
-def _form(size: int, facts: Facts, chosen: np.ndarray) -> Form:
+def _form(size: int, facts: BatchSizes, chosen: np.ndarray) -> Form:
     longest = int(facts.longest[chosen].max())
     same = longest == int(facts.shortest[chosen].min()) and bool(((size - facts.tokens[chosen]) % longest == 0).all())
     if not same:

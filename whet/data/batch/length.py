@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from whet.base.errors import UserError
-from whet.data.template.tokenise import Tokens
+from whet.data.template.row_tokenizer import Tokens
 
 LONGEST_BY_DEFAULT = 4096
 

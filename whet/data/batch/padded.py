@@ -20,7 +20,7 @@ from whet.data.batch.rows import Rows
 from whet.data.config import Data
 from whet.data.example import Example
 from whet.data.labels import contradictions, encode_texts, encode_typed, indices, label_counts, task_of
-from whet.data.template.tokenise import end_token
+from whet.data.template.row_tokenizer import end_token
 from whet.engine.task import LABELLED, Task, TaskName
 
 if TYPE_CHECKING:

@@ -36,8 +36,8 @@ from whet.data.batch.rows import Rows
 from whet.data.batch.store import Examples
 from whet.data.example import Example, from_values, plain_turns
 from whet.data.template.literal_ids import KnownRow
+from whet.data.template.row_tokenizer import RowTokenizer, Tokens, marked
 from whet.data.template.skeleton import Skeleton
-from whet.data.template.tokenise import Tokeniser, Tokens, marked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -121,7 +121,7 @@ class RowBuilder:
     """Builds rows of tokens from examples with one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: RowSettings) -> None:
-        self.tokeniser, self.settings = Tokeniser(tokenizer, settings.chat), settings
+        self.row_tokenizer, self.settings = RowTokenizer(tokenizer, settings.chat), settings
 
     def build(self, lines: list[str]) -> BuiltRows:
         """The rows of a chunk of examples in JSON; one that is refused stops it: `problem` says which and why.
@@ -132,8 +132,8 @@ class RowBuilder:
         built, buffer, values = BuiltRows(), _RowBuffer(), [json.loads(line) for line in lines]
         turns = [plain_turns(value) for value in values]
         try:
-            skeletons = self.tokeniser.skeletons(turns)
-            known = self.tokeniser.known(turns, skeletons)
+            skeletons = self.row_tokenizer.skeletons(turns)
+            known = self.row_tokenizer.known(turns, skeletons)
             others = {owner: from_values(values[owner]) for owner, row in enumerate(known) if row is None}
             tokens = iter(self._tokens(list(others.values()), [skeletons[owner] for owner in others]))
             for owner, (row, plain) in enumerate(zip(known, turns, strict=True)):
@@ -164,10 +164,10 @@ class RowBuilder:
         return True
 
     def _tokens(self, examples: list[Example], skeletons: list[Skeleton | None]) -> list[Tokens]:
-        if self.tokeniser.template is None:
-            return self.tokeniser.texts([example.text or "" for example in examples])
+        if self.row_tokenizer.template is None:
+            return self.row_tokenizer.texts([example.text or "" for example in examples])
         try:
-            return self.tokeniser.rendered(examples, skeletons, self.settings.loss_on)
+            return self.row_tokenizer.rendered(examples, skeletons, self.settings.loss_on)
         except UserError:
             for example in examples:
                 self._locate(example)
@@ -176,7 +176,7 @@ class RowBuilder:
     def _locate(self, example: Example) -> None:
         """Raise again what this row alone is refused for, now with its file and row."""
         try:
-            self.tokeniser.conversations([example], self.settings.loss_on)
+            self.row_tokenizer.conversations([example], self.settings.loss_on)
         except UserError as error:
             error.file, error.row = example.file, example.row
             raise

@@ -51,7 +51,7 @@ def save(prepared: Any, folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the `Prepared` that was saved, but for its tokeniser."""
+    """The fields of the `Prepared` that was saved, but for its row tokenizer."""
 
     def get(name: str) -> np.ndarray | None:
         if name not in facts["arrays"]:

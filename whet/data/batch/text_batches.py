@@ -15,7 +15,7 @@ import numpy as np
 
 from whet.data.batch.batches import Batches, Cut, Order
 from whet.data.batch.curriculum import short_first
-from whet.data.batch.forms import Facts, Form, choose_forms, fitting
+from whet.data.batch.forms import BatchSizes, Form, choose_forms, fitting
 from whet.data.batch.rows import Rows
 
 MULTIPLE = 32  # tokens that flat rows are filled up to where they have no forms: few shapes, so few preparations
@@ -74,17 +74,17 @@ class TextBatches(Batches[TextBatch]):
             lengths = np.asarray([lengths[list(unit)].sum() for unit in self.units], np.int64)
         super().__init__(rows, lengths, order, cut)
 
-    def facts(self, steps: int) -> Facts:
+    def facts(self, steps: int) -> BatchSizes:
         """Sizes of every batch of the first `steps` steps: what forms are chosen from."""
         lengths = self.rows.lengths
         learned = np.add.reduceat(self.rows.learned, self.rows.starts[:-1], dtype=np.int64)
         flat = np.concatenate([np.asarray(unit, np.int64) for unit in self.units])
         starts = np.cumsum([0, *(len(unit) for unit in self.units[:-1])])
         ones = np.ones(len(lengths), np.int64)
-        per_unit = Facts.of(iter([(flat, starts)]), Facts(lengths, ones, learned, lengths, lengths))
+        per_unit = BatchSizes.of(iter([(flat, starts)]), BatchSizes(lengths, ones, learned, lengths, lengths))
         epochs = range(math.ceil(steps / self.steps_per_epoch))
         begins = np.arange(0, len(self.units), self.size)
-        return Facts.of(((self._draw(epoch)[0], begins) for epoch in epochs), per_unit)
+        return BatchSizes.of(((self._draw(epoch)[0], begins) for epoch in epochs), per_unit)
 
     def filled(self, steps: int, *, most_forms: int = 0) -> Self:
         """The same batches, flat rows filled up: to at most `most_forms` forms that hold the batches of the first
@@ -109,7 +109,7 @@ class TextBatches(Batches[TextBatch]):
         return self
 
     def smaller(self, steps: int) -> Self | None:
-        """As `Batches.smaller`, filled up again to as many forms as before."""
+        """`Batches.smaller`, filled up again to as many forms as before."""
         less = super().smaller(steps)
         return less if less is None or not self.forms else less.filled(steps, most_forms=len(self.forms))
 

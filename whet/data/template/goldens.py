@@ -13,8 +13,8 @@ from typing import Any
 
 from whet.base.errors import UserError
 from whet.data.example import Example, Message
+from whet.data.template.row_tokenizer import RowTokenizer
 from whet.data.template.template import contract
-from whet.data.template.tokenise import Tokeniser
 
 FILE = "whet_template.json"
 COUNT = 5
@@ -48,22 +48,22 @@ _CONVERSATIONS: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
-def write_contract(tokeniser: Tokeniser, path: Path) -> None:
+def write_contract(row_tokenizer: RowTokenizer, path: Path) -> None:
     """Store the template and the token ids of the first five conversations that it renders whole."""
     goldens = []
     for conversation in _CONVERSATIONS:
         try:
-            ids, prompt, dropped = _ids(tokeniser, conversation)
+            ids, prompt, dropped = _ids(row_tokenizer, conversation)
         except UserError:
             continue  # a template without system messages, for instance
         last = len(conversation["messages"]) - 1
         if all(field == "reasoning" and index < last for index, field in dropped):  # as some do with earlier thinking
             goldens.append((conversation, ids, prompt))
     goldens = goldens[:COUNT]
-    path.write_text(contract(tokeniser.tokenizer, goldens) + "\n", encoding="utf-8")
+    path.write_text(contract(row_tokenizer.tokenizer, goldens) + "\n", encoding="utf-8")
 
 
-def check_contract(tokeniser: Tokeniser, path: Path) -> int:
+def check_contract(row_tokenizer: RowTokenizer, path: Path) -> int:
     """Reproduce the stored ids; returns how many conversations agreed. Raises UserError on the first that does not."""
     if not path.is_file():
         return 0
@@ -75,7 +75,7 @@ def check_contract(tokeniser: Tokeniser, path: Path) -> int:
             found="other text", expected=f"chat_template of {path.name}", fix=f"copy it back from {path.name}",
         )  # fmt: skip
     for index, golden in enumerate(goldens):
-        ids, prompt, _ = _ids(tokeniser, golden)
+        ids, prompt, _ = _ids(row_tokenizer, golden)
         old_prompt = golden.get("prompt", prompt)
         if ids != golden["ids"] or prompt != old_prompt:
             old, new = (golden["ids"], ids) if ids != golden["ids"] else (old_prompt, prompt)
@@ -91,15 +91,15 @@ def check_contract(tokeniser: Tokeniser, path: Path) -> int:
 
 
 def _ids(
-    tokeniser: Tokeniser, conversation: dict[str, Any]
+    row_tokenizer: RowTokenizer, conversation: dict[str, Any]
 ) -> tuple[list[int], list[int], tuple[tuple[int, str], ...]]:
     """Token ids of a conversation, of the prompt of its last answer, which the template may write otherwise, and what
     the template leaves out."""
     messages = tuple(_message(message) for message in conversation["messages"])
     tools = conversation.get("tools")
     given = None if tools is None else json.dumps(tools, ensure_ascii=False)
-    row = tokeniser.conversations([_example(messages, given)], "assistant")[0]
-    return row.ids.tolist(), tokeniser.prompt(_example(messages[:-1], given)), row.dropped
+    row = row_tokenizer.conversations([_example(messages, given)], "assistant")[0]
+    return row.ids.tolist(), row_tokenizer.prompt(_example(messages[:-1], given)), row.dropped
 
 
 def _message(values: dict[str, Any]) -> Message:

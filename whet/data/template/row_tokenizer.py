@@ -48,7 +48,7 @@ class Tokens:
     dropped: tuple[tuple[int, str], ...] = ()
 
 
-class Tokeniser:
+class RowTokenizer:
     """Makes rows of tokens with a Hugging Face tokenizer and its chat template (absent for raw text)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, chat: bool) -> None:
