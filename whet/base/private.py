@@ -75,13 +75,13 @@ SEAMS = (
 )  # fmt: skip
 
 
-def swap_class(module: nn.Module, mixin: type) -> None:
+def swap_class(module: nn.Module, mixin: type, prefix: str) -> None:
     """Let `module`, and no other instance, be of a class whose methods are first those of `mixin`.
 
-    Names in the state dict stay. Done twice it changes nothing.
+    prefix: in front of the name of its class. Names in the state dict stay. Done twice it changes nothing.
     """
     if not isinstance(module, mixin):
-        module.__class__ = _mixed(mixin, type(module))
+        module.__class__ = _mixed(mixin, type(module), prefix)
 
 
 def restore_class(module: nn.Module, mixin: type) -> None:
@@ -92,8 +92,8 @@ def restore_class(module: nn.Module, mixin: type) -> None:
 
 
 @functools.cache
-def _mixed(mixin: type, kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"{mixin.__name__}Of{kind.__name__}", (mixin, kind), {})
+def _mixed(mixin: type, kind: type[nn.Module], prefix: str) -> type[nn.Module]:
+    return type(f"{prefix}{kind.__name__}", (mixin, kind), {})
 
 
 @contextlib.contextmanager

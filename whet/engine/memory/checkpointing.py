@@ -46,7 +46,7 @@ def checkpoint_layers(network: nn.Module, layers: Sequence[int] | None = None, *
     stash = Stash() if offload else None
     for index, layer in enumerate(stack):
         if index in chosen and not isinstance(layer, GradientCheckpointingLayer):
-            swap_class(layer, GradientCheckpointingLayer)
+            swap_class(layer, GradientCheckpointingLayer, "Recomputed")
         if isinstance(layer, GradientCheckpointingLayer):
             checkpoint: Any = CheckpointedCall(stash, away=offload and index != max(chosen, default=-1))
             layer.gradient_checkpointing = index in chosen

@@ -58,7 +58,7 @@ def offload_embedding(network: nn.Module) -> int:
     del module.weight
     module.register_buffer("weight", weight)
     module.to("cpu")  # whole: Gemma's embedding has a scale beside the weight
-    swap_class(module, OffloadedEmbedding)
+    swap_class(module, OffloadedEmbedding, "Offloaded")
     return weight.nbytes
 
 
@@ -149,12 +149,12 @@ def offload_head(network: nn.Module, output: nn.Module, fp8: tuple[torch.Tensor,
             waiting = known.get(name, None if fp8 is None else _of(parameter, fp8, travelling))
             delattr(output, name)
             output.register_buffer(name, parameter.detach().to("cpu") if waiting is None else waiting)
-    swap_class(output, OffloadedHead)
+    swap_class(output, OffloadedHead, "Offloaded")
     if tied:
         del table.weight
         table.register_buffer("weight", cast("Any", output).weight)
         table.to("cpu")  # whole: Gemma's embedding has a scale beside the weight
-        swap_class(table, OffloadedEmbedding)
+        swap_class(table, OffloadedEmbedding, "Offloaded")
     return travelling
 
 

@@ -36,7 +36,7 @@ def tile_mlp(network: nn.Module, tokens: int, *, compiled: Callable[[Any], Any] 
         restore_class(mlp, TiledMlp)
         if tokens:
             inner = _inner(type(mlp), compiled)
-            swap_class(mlp, TiledMlp)
+            swap_class(mlp, TiledMlp, "Tiled")
             mlp.tokens, mlp.inner = tokens, inner  # type: ignore[assignment]
     return len(mlps)
 
