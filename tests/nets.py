@@ -39,6 +39,10 @@ class Sgd(OnDevice, torch.optim.SGD):
     """The plainest optimiser that a step takes: an update is the gradient times the rate."""
 
 
+class AdamW(OnDevice, torch.optim.AdamW):
+    """torch's AdamW with the interface that steps and checkpoints ask for."""
+
+
 def network(kind: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", **changes: Any) -> Any:
     """A random model of transformers' family `kind` ("Llama", "Qwen3", ...), with whet's attention."""
     import transformers

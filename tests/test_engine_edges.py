@@ -19,8 +19,8 @@ from whet.engine.compute.isolation import Isolation, check_causality, check_isol
 from whet.engine.config import Base, Model
 from whet.engine.device import Placement
 from whet.engine.load.load import load_model, longest_input
-from whet.engine.load.open import answering
-from whet.engine.memory.host_adam import halve
+from whet.engine.load.open import answering_placement
+from whet.engine.memory.host_adam import shorten_weights
 from whet.engine.memory.tiles import tile_mlp
 
 
@@ -190,13 +190,13 @@ def test_attention_is_not_taken_for_an_mlp() -> None:
         tile_mlp(net, 3)
 
 
-def test_a_weight_with_two_owners_is_not_halved() -> None:
+def test_a_weight_with_two_owners_is_not_shortened() -> None:
     from transformers import LlamaForCausalLM
 
     net = LlamaForCausalLM(tiny.llama())
     first, second = (layer.self_attn for layer in net.model.layers)
     second.q_proj.weight = first.q_proj.weight
-    masters = halve(net, torch.device("cpu"), torch.bfloat16)
+    masters = shorten_weights(net, torch.device("cpu"), torch.bfloat16)
     assert first.q_proj.weight.dtype == torch.float32
     assert first.o_proj.weight.dtype == second.k_proj.weight.dtype == torch.bfloat16
     assert first.q_proj.weight not in masters
@@ -209,7 +209,7 @@ def test_a_weight_with_two_owners_is_not_halved() -> None:
 @pytest.mark.parametrize(("given", "expected"), [(None, True), (True, True), (False, False)])
 def test_a_run_in_nf4_answers_with_the_blocks_it_was_trained_with(given: bool | None, expected: bool) -> None:
     base = Base(device="cpu", storage="nf4", compute="fp32", double_quant=given)
-    assert answering(Model(path="builtin:tiny"), base).double_quant is expected
+    assert answering_placement(Model(path="builtin:tiny"), base).double_quant is expected
 
 
 @pytest.mark.parametrize("storage", ["fp32", "int8"])

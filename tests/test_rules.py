@@ -15,6 +15,7 @@ from whet.base.errors import UserError
 from whet.data.config import Data
 from whet.engine.config import Base, Model
 from whet.planning.asked import Asked, Structure
+from whet.planning.plan import plan_recipe
 from whet.planning.rules import RULES, check, data_for_method, decided
 from whet.recipe import parse
 from whet.settings import Train
@@ -213,3 +214,12 @@ def test_rows_behind_tokens_of_the_method_never_share_a_row() -> None:
     assert (data_for_method(recipe).packing, data_for_method(recipe).padding_free) == (False, False)
     plain = parse(None, ["data.dataset=rows.jsonl", "data.packing=true"]).recipe
     assert data_for_method(plain) == plain.data
+
+
+def test_a_recipe_for_another_machine_can_be_planned_on_this_one() -> None:
+    """whet plan does not ask for the device; training does."""
+    words = ["train.compile=true", "train.cuda_graphs=true", "train.optim=adamw", "base.device=cpu"]
+    plan = plan_recipe(parse(None, words).recipe)
+    assert plan.layout.compile_layers
+    with pytest.raises(UserError, match="CUDA only"):
+        check(plan.asked)

@@ -15,9 +15,9 @@ import pytest
 import tasks
 import tiny
 import torch
-from whet.ship.adapters import Adapters
 
 import whet
+from whet.adapters import Adapters
 from whet.api import compose
 from whet.base.errors import UserError
 from whet.cli import run as command

@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import nets
 import pytest
 import torch
-from whet.training.record import Recorder
 
 from whet.base.errors import UserError
 from whet.training import checkpoint
 from whet.training.checkpoint import Identity
 from whet.training.interrupt import CtrlC
+from whet.training.observers import MetricsLog
+from whet.training.state import EvaluationReport, State, StepReport
 
 OURS = Identity("recipe", "data")
 
 
-class Quantised(torch.optim.SGD):
+class Quantised(nets.Sgd):
     """An optimiser whose moments are nested and share one table, as the 8-bit ones of bitsandbytes do."""
 
     def fill(self, table: torch.Tensor) -> None:
@@ -38,7 +41,7 @@ def model() -> torch.nn.Linear:
 
 def saved(directory: Path, step: int, network: Any = None, optimiser: Any = None) -> Path:
     network = network or model()
-    optimiser = optimiser or torch.optim.AdamW(network.parameters())
+    optimiser = optimiser or nets.AdamW(network.parameters())
     return checkpoint.save(directory, step, network, optimiser, {"steps": step}, OURS)
 
 
@@ -101,46 +104,55 @@ def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def log_in(folder: Path, state: State | None = None, report_to: Sequence[str] = ()) -> MetricsLog:
+    log = MetricsLog(folder / "metrics", folder / "timing", logging_steps=1, report_to=report_to)
+    log.begin(state or State(), 100)
+    return log
+
+
+def done(step: int, loss: float = 1.5) -> StepReport:
+    return StepReport(step, 0.5, loss, 0.001, 7.0, 30, 20, 10, 0.5, 0.1, 2**20)
+
+
 def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "metrics", tmp_path / "timing")
+    log = log_in(tmp_path)
     for step in (1, 2):
-        recorder.metric(kind="train", step=step, loss=1.5)
-        recorder.time(step=step, seconds=0.1)
+        log.step_done(done(step))
         assert [line["step"] for line in lines(tmp_path / "metrics")] == list(range(1, step + 1))
         assert [line["step"] for line in lines(tmp_path / "timing")] == list(range(1, step + 1))
-    recorder.close()
+    log.close()
 
 
 def test_each_file_goes_back_to_its_own_place(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "metrics", tmp_path / "timing")
-    recorder.metric(kind="train", step=1, loss=1.23456789, learning_rate=0.001, grad_norm=7.0)
-    recorder.time(step=1, seconds=0.1)
-    offsets = recorder.offsets()
+    log, state = log_in(tmp_path), State()
+    log.step_done(done(1, 1.23456789))
+    log.before_save(state)
     kept = [(tmp_path / name).read_bytes() for name in ("metrics", "timing")]
-    assert [offsets["metrics"], offsets["timing"]] == [len(text) for text in kept]
+    assert [state.offsets["metrics"], state.offsets["timing"]] == [len(text) for text in kept]
     assert len(kept[0]) > len(kept[1])
-    recorder.metric(kind="train", step=2, loss=2.0)
-    recorder.time(step=2, seconds=0.2)
-    recorder.close()
-    again = Recorder(tmp_path / "metrics", tmp_path / "timing")
-    again.rewind(offsets)
+    log.step_done(done(2, 2.0))
+    log.close()
+    again = log_in(tmp_path, state)
     assert [(tmp_path / name).read_bytes() for name in ("metrics", "timing")] == kept
-    again.metric(kind="train", step=2, loss=3.0)
+    again.step_done(done(2, 3.0))
     again.close()
     assert [line["loss"] for line in lines(tmp_path / "metrics")] == [1.23456789, 3.0]
 
 
 def test_tensorboard_gets_every_number_but_the_step(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    recorder = Recorder(tmp_path / "metrics", tmp_path / "timing", ["tensorboard"])
-    recorder.metric(kind="train", step=4, loss=2.5, learning_rate=0.5)
-    recorder.metric(kind="eval", step=4, eval_loss=3.5)
-    recorder.time(step=4, seconds=1.5)
-    recorder.close()
+    log = log_in(tmp_path, report_to=["tensorboard"])
+    log.step_done(done(4, 2.5))
+    log.evaluated(EvaluationReport(4, 0.5, 3.5, 20))
+    log.close()
     board = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     found = {name: [(one.step, one.value) for one in board.Scalars(name)] for name in board.Tags()["scalars"]}
-    assert found == {"loss": [(4, 2.5)], "learning_rate": [(4, 0.5)], "eval_loss": [(4, 3.5)], "seconds": [(4, 1.5)]}
+    assert found["loss"] == [(4, 2.5)]
+    assert found["eval_loss"] == [(4, 3.5)]
+    assert found["epoch"] == [(4, 0.5), (4, 0.5)]
+    assert found["tokens_per_second"] == [(4, 20.0)]
+    assert not {"kind", "step"} & found.keys()
 
 
 def test_the_first_ctrl_c_asks_and_the_second_stops_at_once() -> None:

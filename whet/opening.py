@@ -38,7 +38,7 @@ class Answerer:
 
 
 def open_answerer(run: Run, *, row_tokenizer: RowTokenizer | None = None, task: Task | None = None) -> Answerer:
-    """What a run trained. row tokenizer: of rows that were prepared before; task: as the data is read now.
+    """Open what a run trained. row_tokenizer: of rows that were prepared before; task: as the data is read now.
 
     Raises UserError when the run is unfinished, or the row tokenizer is not the one that it was trained with.
     """

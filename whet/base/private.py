@@ -159,7 +159,7 @@ def flash_attention(
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether `module.compile` was called and not undone."""
+    """Tell whether the module was compiled in place, and that was not undone."""
     return getattr(module, "_compiled_call_impl", None) is not None
 
 
@@ -169,7 +169,7 @@ def undo_compile(module: nn.Module) -> None:
 
 
 def compile_errors() -> type[Exception]:
-    """What torch raises where it cannot compile."""
+    """The error that torch raises where it cannot compile."""
     from torch._dynamo.exc import TorchDynamoException
 
     return TorchDynamoException
@@ -204,12 +204,12 @@ def sort_graph(graph: torch.fx.Graph) -> None:
 
 
 def has_sdpa(model: Any) -> bool:
-    """Whether torch's attention computes what the model, or its class, means: without sinks, for one."""
+    """Tell whether torch's attention computes what the model, or its class, means: without sinks, for one."""
     return model._supports_sdpa
 
 
 def takes_attention(kind: type[PreTrainedModel]) -> bool:
-    """Whether models of this class let their attention be chosen."""
+    """Tell whether models of this class let their attention be chosen."""
     return kind._can_set_attn_implementation()
 
 
@@ -239,7 +239,7 @@ def kept_in_fp32(model: nn.Module) -> frozenset[str]:
 
 
 def weight_conversions(network: PreTrainedModel) -> list[Any]:
-    """What was done to weights while they were loaded, which saving turns round: the list itself."""
+    """The changes that were made to weights while they were loaded, which saving turns round: the list itself."""
     return vars(network).get("_weight_conversions", [])
 
 

@@ -6,6 +6,7 @@ attached, looks at the hardware, and decides. Where the rows are not known, full
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,8 @@ from whet.planning.asked import Asked, Structure
 from whet.planning.decide import decide
 from whet.planning.facts import Facts, Work, count_model
 from whet.planning.layout import Layout
-from whet.planning.rules import check, decided
+from whet.planning.rule import Rule
+from whet.planning.rules import OF_ANY_MACHINE, RULES, check, decided
 from whet.recipe import Recipe
 
 USUAL_LENGTH = 2048
@@ -72,30 +74,33 @@ def resolve_base(recipe: Recipe, config: Any) -> tuple[Hardware, Placement]:
 
 
 def plan_recipe(recipe: Recipe) -> Plan:
-    """The plan of a recipe whose rows are not read. Raises UserError."""
+    """The plan of a recipe whose rows are not read, perhaps for another machine than this. Raises UserError."""
     config = load_config(recipe.model)
     task = assumed_task(recipe, config)
     hardware, placement = resolve_base(recipe, config)
-    return plan_run(recipe, hardware, placement, task=task, work=assumed_work(recipe, config, task))
+    work = assumed_work(recipe, config, task)
+    return plan_run(recipe, hardware, placement, task=task, work=work, rules=OF_ANY_MACHINE)
 
 
-def plan_run(recipe: Recipe, hardware: Hardware, placement: Placement, *, task: Task, work: Work) -> Plan:
-    """The plan of a recipe over the batches of `work`. Raises UserError for what excludes each other, in the recipe or
-    in the model's structure."""
+def plan_run(
+    recipe: Recipe, hardware: Hardware, placement: Placement, *, task: Task, work: Work, rules: Sequence[Rule] = RULES
+) -> Plan:
+    """The plan of a recipe over the batches of `work`. Raises UserError where one of `rules` is broken, by the recipe
+    or the model's structure."""
     asked = Asked.of(recipe, task=task.name, config=load_config(recipe.model)).on(hardware, placement)
-    check(asked)
+    check(asked, rules)
     network = empty_model(recipe.model, "fp32", task)
     packed = frozen_names(network) if placement.storage in PACKED else []
     with torch.device("meta"):
         model = recipe.method.attach(network, task)
     asked = replace(asked, structure=Structure.of(network, model, packed))
-    check(asked)
+    check(asked, rules)
     facts = Facts(
         hardware=hardware, placement=placement, model=count_model(model, network, placement), work=work,
         flat=bool(work.batches.flat), padded_task=asked.padded,
     )  # fmt: skip
     layout = decide(decided(asked), facts)
-    check(replace(asked, can_capture=layout.cuda_graphs))
+    check(replace(asked, can_capture=layout.cuda_graphs), rules)
     return Plan(recipe, task, asked, facts, layout)
 
 

@@ -377,3 +377,4 @@ LOADED = (
 )  # fmt: skip
 
 RULES = (*STORAGE, *OPTIMISER, *LAYOUT, *TASK, *ROWS, *STRUCTURE, *LOADED)
+OF_ANY_MACHINE = tuple(rule for rule in RULES if not {"device", "can_capture"} & {*rule.needs})

@@ -105,7 +105,7 @@ def classification(value: dict) -> LabelledText:
 
 
 class Prompt(NamedTuple):
-    """What is said before an answer, and the field that it is in."""
+    """The turns before an answer, and the field that they are in."""
 
     messages: list[Message]
     field: str
