@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from whet.base.errors import UserError
 from whet.engine.config import Base, Model
 from whet.engine.device import Placement
-from whet.engine.load.load import load_model, load_tokenizer, new_tokens
+from whet.engine.load import new_tokens
+from whet.engine.load.load import load_model, load_tokenizer
 from whet.engine.load.open import open_trained
 from whet.recipe import Parsed, parse
 from whet.runs import Run
