@@ -18,7 +18,7 @@ from whet.engine.compute.cached_attention import attend_cached
 from whet.engine.compute.isolation import Isolation, check_causality, check_isolation
 from whet.engine.config import Base, Model
 from whet.engine.device import Placement
-from whet.engine.load.load import load_model, longest_input
+from whet.engine.load.load import load_model, load_tokenizer, longest_input
 from whet.engine.load.open import answering_placement
 from whet.engine.memory.host_adam import shorten_weights
 from whet.engine.memory.tiles import tile_mlp
@@ -226,6 +226,21 @@ def test_a_weight_that_is_turned_round_does_not_fit(storage: str, model_dir: Pat
     with pytest.raises(UserError, match="another shape") as caught:
         load_model(Model(path=str(tmp_path)), placement)
     assert name in str(caught.value.found)
+
+
+def test_the_first_token_behind_the_table_has_a_row(model_dir: Path) -> None:
+    """The tokenizer has as many tokens as the table has rows, so one more is just outside."""
+    plain, model = Model(path=str(model_dir)), Model(path=str(model_dir), new_tokens=["<order>"])
+    placement = Placement(torch.device("cpu"), "fp32", torch.float32, False, {})
+    tokenizer, before = load_tokenizer(model), load_tokenizer(plain)
+    (new,) = tokenizer("<order>", add_special_tokens=False).input_ids
+    assert new == tiny.VOCABULARY
+    network: Any = load_model(model, placement)
+    pieces = before("<order>", add_special_tokens=False).input_ids
+    table = network.get_input_embeddings().weight
+    assert len(table) == tiny.VOCABULARY + 1
+    torch.testing.assert_close(table[new], table[torch.tensor(pieces)].mean(0))
+    assert bool(network(input_ids=torch.tensor([[3, new]])).logits.isfinite().all())
 
 
 @pytest.mark.parametrize("pad", [0, 1])

@@ -141,7 +141,7 @@ def test_the_end_of_an_answer_that_is_cut_off_is_said() -> None:
 @pytest.mark.parametrize(
     "asked",
     ["messages[0].content == 'b'", "'b' in messages[0].content", "messages[0].content.startswith('b')",
-     "('b' in messages[0].content or 'z' in messages[0].content)"],
+     "('b' in messages[0].content or 'j' in messages[0].content)"],
 )  # fmt: skip
 def test_what_is_written_for_some_rows_alone_is_in_those_rows(asked: str) -> None:
     """However often rows of the other kind came before, and in whatever order."""
@@ -238,12 +238,13 @@ def test_a_marker_inside_a_content_is_no_marker() -> None:
 
 def test_a_content_that_would_become_a_marker_all_the_same_is_refused() -> None:
     """The tokenizer makes the marker out of letters, so that it cannot be written as plain text."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(letters | {"ZQ": len(letters)}, [("Z", "Q")]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
     tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="ZQ")
     tokenizer.add_tokens([AddedToken("ZQ", special=True, normalized=False)])
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}ZQ{% endfor %}"

@@ -6,6 +6,7 @@ KERNELS = "test_kernels.py -k attention"
 CACHED = "test_generate.py test_engine_edges.py -k 'cap or cached'"
 ISOLATION = "test_equivalence.py test_engine_edges.py -k isolation"
 MODES = "test_memory_modes.py"
+EDGES = "test_engine_edges.py"
 HOST = "test_host_adam.py"
 LOAD = "test_load.py"
 
@@ -29,7 +30,7 @@ MUTANTS = [
         "attention: window forgotten in dense rows", "engine/compute/attention.py",
         "output = _one(q, k, v, None, scaling, 0.0, sliding_window, softcap)",
         "output = _one(q, k, v, None, scaling, 0.0, None, softcap)",
-        "where all documents have one length, windows have no effect", "test_kernels.py test_engine_edges.py",
+        "where all documents have one length, windows have no effect", EDGES,
     ),
     Mutant(
         "attention: heads of a group interleaved", "engine/compute/attention.py",
@@ -53,23 +54,23 @@ MUTANTS = [
         "attention: dropout forgotten", "engine/compute/attention.py",
         "_one(q, k, v, attention_mask, scaling, dropout, sliding_window, softcap)",
         "_one(q, k, v, attention_mask, scaling, 0.0, sliding_window, softcap)",
-        "attention_dropout of a model has no effect", "test_memory_modes.py test_engine_edges.py -k dropout",
+        "attention_dropout of a model has no effect", EDGES,
     ),
     Mutant(
         "attention: causal although a mask is given", "engine/compute/attention.py",
         "if mask is None and sliding_window is not None and length > sliding_window:",
         "if sliding_window is not None and length > sliding_window:",
-        "the mask of a caller is thrown away", "test_kernels.py test_engine_edges.py -k attention",
+        "the mask of a caller is thrown away", EDGES,
     ),
     Mutant(
         "isolation: either is enough", "engine/compute/isolation.py",
         "return self.moved == 0.0 and self.alone <=", "return self.moved == 0.0 or self.alone <=",
-        "models whose positions do not restart are trained packed", ISOLATION,
+        "models whose positions do not restart are trained packed", EDGES,
     ),
     Mutant(
         "isolation: the neighbour stays", "engine/compute/isolation.py",
         "two = _flat_logits(model, [other, second])[length:]", "two = _flat_logits(model, [first, second])[length:]",
-        "contaminated models pass the check", "test_equivalence.py test_isolation_fallback.py -k isolation",
+        "contaminated models pass the check", EDGES,
     ),
     Mutant(
         "isolation: only the first document is compared", "engine/compute/isolation.py",
@@ -86,17 +87,17 @@ MUTANTS = [
         "isolation: the model stays in evaluation mode", "engine/compute/isolation.py",
         "        alone = model(input_ids=second[None]).logits[0].float()\n    model.train(was_training)",
         "        alone = model(input_ids=second[None]).logits[0].float()",
-        "whoever checks a model in training goes on without dropout", ISOLATION,
+        "whoever checks a model in training goes on without dropout", EDGES,
     ),
     Mutant(
         "isolation: the last token may be seen", "engine/compute/isolation.py",
         "return float((one - two)[:-1].abs().max()", "return float((one - two)[:-2].abs().max()",
-        "a model that sees one token ahead passes", "test_equivalence.py test_engine_edges.py -k ahead",
+        "a model that sees one token ahead passes", EDGES,
     ),
     Mutant(
         "cached: causality from the first key", "engine/compute/cached_attention.py",
         ".tril(key.shape[2] - length)", ".tril()",
-        "with a cache, new tokens do not see what is before them", CACHED,
+        "with a cache, new tokens do not see what is before them", EDGES,
     ),
     Mutant(
         "cached: mask turned round", "engine/compute/cached_attention.py",
@@ -111,7 +112,7 @@ MUTANTS = [
     Mutant(
         "cached: scale of the family forgotten", "engine/compute/cached_attention.py",
         "(width**-0.5 if scaling is None else scaling)", "width**-0.5",
-        "families with a scale of their own answer with the usual one", CACHED,
+        "families with a scale of their own answer with the usual one", EDGES,
     ),
     Mutant(
         "cached: heads of a group interleaved", "engine/compute/cached_attention.py",
@@ -135,7 +136,7 @@ MUTANTS = [
         "checkpointing: only the last layer is offloaded", "engine/memory/checkpointing.py",
         "away=offload and index != max(chosen, default=-1))", "away=offload and index == max(chosen, default=-1))",
         "activation_offload frees nothing",
-        "test_memory_modes.py test_engine_edges.py test_every_field.py -k 'pool or offload'",
+        "test_memory_modes.py -k pool",
     ),
     Mutant(
         "checkpointing: the last layer too", "engine/memory/checkpointing.py",
@@ -208,7 +209,7 @@ MUTANTS = [
         "tiles: attention taken for an MLP", "engine/memory/tiles.py",
         'if len(linears) >= 2 and len(needed) == 2 and "attention_mask" not in takes:',
         "if len(linears) >= 2 and len(needed) == 2:",
-        "attention is computed in pieces that do not see each other", "test_memory_modes.py test_engine_edges.py",
+        "attention is computed in pieces that do not see each other", EDGES,
     ),
     Mutant(
         "tables: a trained embedding goes", "engine/memory/host_tables.py",
@@ -263,7 +264,7 @@ MUTANTS = [
     Mutant(
         "host adam: weights with two owners are halved", "engine/memory/host_adam.py",
         "or not weight.requires_grad or owners[id(weight)] > 1:", "or not weight.requires_grad:",
-        "a tied weight is read in fewer bits than without offloading", "test_host_adam.py test_engine_edges.py",
+        "a tied weight is read in fewer bits than without offloading", EDGES,
     ),
     Mutant(
         "load: dropout stays on", "engine/load/load.py",
@@ -286,7 +287,7 @@ MUTANTS = [
         "load: one position too many", "engine/load/load.py",
         "found -= (text.pad_token_id or 0) + 1", "found -= text.pad_token_id or 0",
         "the longest rows of RoBERTa end in an index error",
-        "test_tasks.py test_models.py test_engine_edges.py -k 'longest or Roberta'",
+        EDGES,
     ),
     Mutant(
         "load: padding token not given", "engine/load/load.py",
@@ -302,7 +303,7 @@ MUTANTS = [
         "stream: shapes are not compared", "engine/load/stream.py",
         "for name, (found, wanted) in shapes.items() if found != wanted]",
         "for name, (found, wanted) in shapes.items() if found.numel() != wanted.numel()]",
-        "a square weight that is turned round is taken", "test_load.py test_engine_edges.py -k 'fit or shape'",
+        "a square weight that is turned round is taken", EDGES,
     ),
     Mutant(
         "stream: biases dropped", "engine/load/stream.py",
@@ -329,7 +330,7 @@ MUTANTS = [
     Mutant(
         "new tokens: one row too few", "engine/load/new_tokens.py",
         "    if max(ids) >= rows:\n", "    if max(ids) > rows:\n",
-        "the first token behind the table has no row", "test_new_tokens.py test_engine_edges.py -k 'start or row'",
+        "the first token behind the table has no row", EDGES,
     ),
     Mutant(
         "new tokens: the head keeps random rows", "engine/load/new_tokens.py",
@@ -342,6 +343,6 @@ MUTANTS = [
         "torch.float32, base.double_quant is not False, placement.reasons)",
         "torch.float32, base.double_quant is False, placement.reasons)",
         "nf4 runs answer on other weights than they were trained on",
-        "test_engine_edges.py test_merge.py -k 'nf4 or double'",
+        EDGES,
     ),
 ]  # fmt: skip

@@ -12,6 +12,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ COPIED = ("whet", "tests", "recipes", "examples", "docs", "bench", "pyproject.to
           "README.ko.md", "CONTRIBUTING.md", "requirements.lock")  # fmt: skip
 LONGEST_SECONDS = 600.0  # a mutant that loops for ever is noticed
 EXIT = {0: "survived", 1: "killed"}  # pytest's exit codes; others: nothing was run
+NOT_COLLECTED = re.compile(r"^ERROR [^:\n]*\.py(?!::)", re.MULTILINE)  # an edit that breaks an import proves nothing
 
 
 def table(room: str | None = None) -> list[Mutant]:
@@ -74,7 +76,8 @@ def run_tests(tree: Path, tests: str) -> tuple[str, float, str]:
     except subprocess.TimeoutExpired:
         return "timeout", time.perf_counter() - began, ""
     tail = "\n".join(done.stdout.splitlines()[-4:])
-    return EXIT.get(done.returncode, "broken"), time.perf_counter() - began, tail
+    outcome = "broken" if NOT_COLLECTED.search(done.stdout) else EXIT.get(done.returncode, "broken")
+    return outcome, time.perf_counter() - began, tail
 
 
 def split(tests: str) -> list[str]:
@@ -110,8 +113,8 @@ def judge(mutants: list[Mutant], jobs: int, *, baseline: bool) -> list[dict[str,
             file.write_text(text, encoding="utf-8")
             trees.put(tree)
             outcome = "killed" if outcome == "timeout" else outcome
-            first = next((line for line in tail.splitlines() if line.startswith("FAILED")), tail.splitlines()[-1:])
-            print(f"{outcome:9}{seconds:6.1f} s  {mutant.name}  {first if outcome != 'survived' else ''}", flush=True)
+            first = next((line for line in tail.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
+            print(f"{outcome:9}{seconds:6.1f} s  {mutant.name}  {first}", flush=True)
             return {"name": mutant.name, "file": mutant.file, "outcome": outcome, "seconds": round(seconds, 1),
                     "breaks": mutant.breaks, "tail": tail}  # fmt: skip
 
