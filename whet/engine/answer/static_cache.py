@@ -3,8 +3,8 @@
 transformers' own static layers keep their length each for itself (three small launches a layer and token) and let a
 rolling window take another Python path once it is full, which a captured step cannot follow. Here all layers share one
 position on the device, and a window is a mask over a cache of full length. Gives up: the memory that rolling would
-save. A position for each row, for rows that come and go, changes this file alone: `CachePosition`, `LayerCache.update`
-and `StaticCache.masks`.
+save. A position for each row, for rows that come and go, changes `CachePosition`, `LayerCache.update` and
+`StaticCache.masks` here, and who moves it: `rows` and `decode`.
 """
 
 from __future__ import annotations
