@@ -28,7 +28,7 @@ from whet.data.prepare import Prepared, prepare
 from whet.engine.config import Model
 from whet.engine.device import Placement
 from whet.engine.load.load import load_config, load_model, longest_input
-from whet.engine.task import Task, check_task, kind_of
+from whet.engine.task import Task, fits_task, kind_of
 from whet.recipe import parse
 from whet.training import load as loading
 from whet.training.objective.choose import objective_for
@@ -411,9 +411,7 @@ def test_what_models_are_built_for() -> None:
         ("T5", "causal"),
         ("Bert", "seq2seq"),
     ):
-        with pytest.raises(UserError, match="cannot be trained for the task") as caught:
-            check_task(task, task_nets.config(kind))  # type: ignore[arg-type]
-        assert caught.value.fix
+        assert not fits_task(task, task_nets.config(kind))  # type: ignore[arg-type]
 
 
 def test_positions_of_roberta_begin_behind_its_padding_and_t5_has_no_last_one() -> None:

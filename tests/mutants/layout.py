@@ -66,7 +66,7 @@ MUTANTS = [
     Mutant(
         "memory: tables that wait are counted", "planning/memory.py",
         "    frozen -= _waiting_bytes(facts)\n", "",
-        "whet plan does not see what offload_embedding saves", "test_decide.py",
+        "whet plan does not see what offload_head saves", "test_offload_head.py -k plan_counts",
     ),
     Mutant(
         "rules: either is enough", "planning/rules.py",
@@ -204,12 +204,13 @@ MUTANTS = [
     Mutant(
         "labels: labels are added up", "training/objective/labels.py",
         'reduction="none").mean(1)', 'reduction="none").sum(1)',
-        "a row with many labels counts more than another", "test_objective.py test_tasks.py -k 'stranger or multi'",
+        "a row with many labels counts more than another", "test_tasks.py -k transformers_own",
     ),
     Mutant(
-        "seq2seq: answers start with padding", "training/objective/seq2seq.py",
-        "np.full_like(batch.answers, self.start)", "np.full_like(batch.answers, self.pad)",
-        "a decoder learns from another start than it generates from", "test_tasks.py -k seq2seq",
+        "seq2seq: an answer is read as it is predicted", "training/objective/seq2seq.py",
+        "before[:, 1:] = np.where(mask, batch.answers, self.pad)[:, :-1]",
+        "before[:] = np.where(mask, batch.answers, self.pad)",
+        "a decoder learns to repeat the token that it reads", "test_tasks.py -k 'transformers_own and T5'",
     ),
     Mutant(
         "text: filler is a target", "training/objective/text.py",
@@ -235,12 +236,12 @@ MUTANTS = [
     Mutant(
         "virtual text: positions from the front", "training/objective/virtual_text.py",
         "logits[:, -length:]", "logits[:, :length]",
-        "tokens are predicted from virtual ones", "test_objective.py -k virtual",
+        "tokens are predicted from virtual ones", "test_objective.py -k in_front",
     ),
     Mutant(
         "padded rows: zeros for the padding token", "training/objective/padded_rows.py",
         "move(np.where(mask, ids, self.pad))", "move(ids)",
-        "a decoder's head reads a padding place", "test_objective.py test_tasks.py -k 'pad'",
+        "a decoder's head reads a padding place", "test_tasks.py -k 'alone_and_beside or transformers_own'",
     ),
     Mutant(
         "objective: float32 weights without autocast", "training/objective/objective.py",
@@ -250,8 +251,7 @@ MUTANTS = [
     Mutant(
         "choose: heads look for padding", "training/objective/choose.py",
         'apart=virtual and kind == "decoder"', "apart=False",
-        "labels behind virtual tokens are read off the padding",
-        "test_objective.py test_tasks.py -k 'prompt or prefix or choose'",
+        "labels behind virtual tokens are read off the padding", "test_objective.py -k choose",
     ),
     Mutant(
         "batches: a step is one forward pass", "data/batch/batches.py",
@@ -261,7 +261,7 @@ MUTANTS = [
     Mutant(
         "text batches: a target predicts itself", "data/batch/text_batches.py",
         "np.zeros(len(targets), np.int64), targets - 1,", "np.zeros(len(targets), np.int64), targets,",
-        "the model learns to repeat a token", f"{FORMS} test_objective.py -k 'size_of_the_form or is_divided'",
+        "the model learns to repeat a token", "test_equivalence.py -k laid_out",
     ),
     Mutant(
         "text batches: the first epoch alone", "data/batch/text_batches.py",
