@@ -26,7 +26,7 @@ from whet.methods.layers.fuse import fuse
 from whet.methods.layers.group import Groups, LoraGroup
 from whet.methods.layers.lora_layer import LoraLinear
 from whet.methods.layers.member import GroupMember
-from whet.methods.layers.state import load_trained_state, trained_state
+from whet.methods.layers.state import load_trained_state, saved_state, trained_state
 
 QKV, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 USUAL = [QKV, ("o_proj",), MLP, ("down_proj",)]
@@ -392,6 +392,39 @@ def test_different_ranks_or_scales_share_no_group() -> None:
     assert_like_peft(
         lambda **options: made("Llama", rank_pattern={"q_proj": 8}, alpha_pattern={"up_proj": 16}, **options)
     )
+
+
+def test_different_ranks_of_one_scale_share_no_group() -> None:
+    patterns: dict[str, Any] = {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 16}}
+    assert sorted(names_of(made("Llama", **patterns)))[-2:] == [("q_proj",)] * 2
+
+
+def test_a_member_shows_the_weight_and_the_bias_of_its_layer() -> None:
+    model = made("Qwen2")
+    layers = {
+        name: (module.base_layer.weight.clone(), module.base_layer.bias)
+        for name, module in model.named_modules() if isinstance(module, LoraLinear)
+    }  # fmt: skip
+    fused_of(model)
+    for name, (weight, bias) in layers.items():
+        member: Any = model.get_submodule(name)
+        assert torch.equal(member.weight, weight)
+        assert bias is None or torch.equal(member.bias, bias)
+
+
+def test_nothing_waits_in_a_group_after_a_forward_pass() -> None:
+    model = made("Llama")
+    fused_of(model)
+    model(input_ids=nets.ids(), use_cache=False)
+    assert all(group.waiting.x is None and not group.waiting.outputs for group in groups_of(model))
+
+
+def test_what_is_saved_names_no_group() -> None:
+    model = made("Llama")
+    fused_of(model)
+    paths = [name for name, module in model.named_modules() if isinstance(module, LoraGroup)]
+    assert paths
+    assert not [name for name in saved_state(model) if name.startswith(tuple(paths))]
 
 
 def test_a_layer_that_is_not_adapted_stays_out_of_the_group() -> None:

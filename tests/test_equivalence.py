@@ -153,6 +153,7 @@ def test_a_step_does_not_depend_on_how_its_rows_are_laid_out(
     batches = made.batches.step(0)
     assert all_rows(batches) == list(range(8))
     assert made.batches.flat == ("padded" not in layout)
+    assert made.arranged.batches.cut == made.arranged.layout.cut
     assert made.arranged.groups == 8, "query, key and value; output; gate and up; down: of two layers"
     assert distance(made.measure(batches), reference(model_dir, made, range(8))) < TOLERANCE
 

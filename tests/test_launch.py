@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,18 @@ def test_a_row_that_does_not_fit_alone_is_named(recipe: Make, data_file: Path, m
     assert str(data_file.name) in str(refused.value)
     assert "row" in str(refused.value)
     assert "gradient_checkpointing" in refused.value.fix
+
+
+def test_of_the_rows_of_a_step_the_largest_is_named() -> None:
+    batches = TextBatches(rows([9, 40, 12]), flat=True, order=Order(3), cut=Cut(1, 3))
+    named: list[Any] = []
+    launcher: Any = SimpleNamespace(
+        batches=batches, total=1, name_rows=lambda sources: named.append(sources) or "rows",
+        optimiser=SimpleNamespace(zero_grad=lambda **_: None),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="does not fit"):
+        Launcher.cut(launcher, 0)
+    assert named == [(1,)]
 
 
 def test_moments_without_room_are_no_reason_to_try_again(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:

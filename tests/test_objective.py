@@ -159,6 +159,30 @@ def assert_nothing_left_out(on_device: Any) -> None:
     assert listed == {id(tensor) for tensor in tensors_in(on_device)}
 
 
+class Fronted(torch.nn.Module):
+    """Logits of a table, one row for each token id, behind `front` places of a method that say something else."""
+
+    def __init__(self, front: int) -> None:
+        super().__init__()
+        self.front = front
+        self.table = torch.randn(nets.VOCABULARY, nets.VOCABULARY, generator=torch.Generator().manual_seed(3))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> Any:
+        logits = self.table[input_ids]
+        return SimpleNamespace(logits=torch.cat([torch.zeros_like(logits[:, :1])] * self.front + [logits], dim=1))
+
+
+def test_tokens_in_front_of_a_row_move_no_prediction(tmp_path: Path) -> None:
+    batches, _ = cut_of(CASES["virtual text"], tmp_path, 4)
+    objective = CASES["virtual text"].objective
+    batch = batches.step(0)[0]
+    there, without = (objective.losses(Fronted(front), objective.to_device(batch)) for front in (3, 0))
+    assert torch.equal(there, without)
+    by_hand = torch.log_softmax(Fronted(0).table, -1)
+    before = [batch.ids[row, column] for row, column in zip(batch.rows, batch.columns, strict=True)]
+    assert torch.allclose(without, -by_hand[torch.tensor(before), torch.tensor(batch.targets)])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_tensor_of_a_batch_is_listed_for_a_captured_step(name: str, tmp_path: Path) -> None:
     """One that is not listed would keep the numbers of the batch that was captured."""

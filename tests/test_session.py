@@ -70,6 +70,7 @@ def test_the_model_is_left_as_it_was(failing: bool) -> None:
     assert dict(model.named_modules()) == before
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert model.config._attn_implementation == "sdpa"
+    assert (asked._decoder, asked._packed) == (None, []), "their memory is given back"
     with pytest.raises(RuntimeError, match="closed"):
         ask(asked, prompts)
 
@@ -81,10 +82,11 @@ def test_a_model_that_cannot_be_set_up_is_put_back(monkeypatch: pytest.MonkeyPat
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(generate, "find_fault", broken)
-    with DecoderSession(model) as asked, pytest.raises(torch.OutOfMemoryError):
-        ask(asked, draw(LENGTHS))
-    assert model.training
-    assert model.config._attn_implementation == "sdpa"
+    with DecoderSession(model) as asked:
+        with pytest.raises(torch.OutOfMemoryError):
+            ask(asked, draw(LENGTHS))
+        assert model.training, "at once, not only at the end of the session"
+        assert model.config._attn_implementation == "sdpa"
 
 
 # what stays

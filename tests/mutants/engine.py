@@ -28,9 +28,9 @@ MUTANTS = [
     ),
     Mutant(
         "attention: window forgotten in dense rows", "engine/compute/attention.py",
-        "output = _one(q, k, v, None, scaling, 0.0, sliding_window, softcap)",
-        "output = _one(q, k, v, None, scaling, 0.0, None, softcap)",
-        "where all documents have one length, windows have no effect", EDGES,
+        "_one(q, k, v, None, scaling, 0.0, sliding_window)",
+        "_one(q, k, v, None, scaling, 0.0, None)",
+        "where all documents have one length, windows have no effect", "test_kernels.py test_engine_edges.py",
     ),
     Mutant(
         "attention: heads of a group interleaved", "engine/compute/attention.py",
@@ -52,9 +52,9 @@ MUTANTS = [
     ),
     Mutant(
         "attention: dropout forgotten", "engine/compute/attention.py",
-        "_one(q, k, v, attention_mask, scaling, dropout, sliding_window, softcap)",
-        "_one(q, k, v, attention_mask, scaling, 0.0, sliding_window, softcap)",
-        "attention_dropout of a model has no effect", EDGES,
+        "_one(q, k, v, attention_mask, scaling, dropout, sliding_window)",
+        "_one(q, k, v, attention_mask, scaling, 0.0, sliding_window)",
+        "attention_dropout of a model has no effect", "test_memory_modes.py test_engine_edges.py -k dropout",
     ),
     Mutant(
         "attention: causal although a mask is given", "engine/compute/attention.py",
@@ -229,14 +229,14 @@ MUTANTS = [
     ),
     Mutant(
         "host adam: later micro-batches replace earlier ones", "engine/memory/host_adam.py",
-        "self.ferry.fetch(grad, pair.room, add=pair.master.grad is not None)",
-        "self.ferry.fetch(grad, pair.room, add=False)",
+        "self.link.to_host(grad, pair.room, add=pair.master.grad is not None)",
+        "self.link.to_host(grad, pair.room, add=False)",
         "with gradient accumulation only the last micro-batch counts", HOST,
     ),
     Mutant(
         "host adam: gradients are added for ever", "engine/memory/host_adam.py",
-        "self.ferry.fetch(grad, pair.room, add=pair.master.grad is not None)",
-        "self.ferry.fetch(grad, pair.room, add=True)",
+        "self.link.to_host(grad, pair.room, add=pair.master.grad is not None)",
+        "self.link.to_host(grad, pair.room, add=True)",
         "each step learns from the ones before as well", HOST,
     ),
     Mutant(
@@ -252,13 +252,13 @@ MUTANTS = [
     ),
     Mutant(
         "host adam: restored weights are not followed", "engine/memory/host_adam.py",
-        "                self.ferry.fetch(pair.parameter, pair.master, add=False)\n", "                pass\n",
+        "                self.link.to_host(pair.parameter, pair.master, add=False)\n", "                pass\n",
         "a resumed run goes on from the first weights", HOST,
     ),
     Mutant(
         "host adam: the first bucket alone", "engine/memory/host_adam.py",
-        "            for pair in bucket:\n                self.ferry.send(pair.master, pair.parameter)",
-        "            for pair in bucket[:1]:\n                self.ferry.send(pair.master, pair.parameter)",
+        "            for pair in bucket:\n                self.link.to_device(",
+        "            for pair in bucket[:1]:\n                self.link.to_device(",
         "most weights on the device are never updated", HOST,
     ),
     Mutant(
@@ -279,8 +279,8 @@ MUTANTS = [
     ),
     Mutant(
         "load: whet's attention for families with their own", "engine/load/load.py",
-        "    if owner is not None and not owner._supports_sdpa:\n",
-        "    if owner is not None and owner._supports_sdpa:\n",
+        "    if owner is not None and not has_sdpa(owner):\n",
+        "    if owner is not None and has_sdpa(owner):\n",
         "BLOOM loses its mask and sees the future", "test_isolation_fallback.py test_models.py",
     ),
     Mutant(

@@ -10,17 +10,17 @@ EDGES = "test_ship_edges.py"
 MUTANTS = [
     Mutant(
         "merge: the farthest candidate", "ship/merge.py",
-        "if best is None or found.order < best[0].order:", "if best is None or found.order > best[0].order:",
+        "if best is None or verdict.order < best[0].order:", "if best is None or verdict.order > best[0].order:",
         "the worst of the merged models is kept", "test_merge.py -k quantised_run",
     ),
     Mutant(
         "merge: the first that is near enough", "ship/merge.py",
-        "            if found.perfect:\n", "            if found.near:\n",
+        "        if verdict.perfect:\n", "        if verdict.near:\n",
         "answers change although an exact merge was possible", MERGE,
     ),
     Mutant(
         "merge: far ones are written", "ship/merge.py",
-        "        if not best[0].near:\n", "        if not best[0].near and not tried:\n",
+        "        if not best.near:\n", "        if not best.near and not tried:\n",
         "a merged model that answers otherwise is written", "test_merge.py -k wrong_merge",
     ),
     Mutant(
@@ -30,7 +30,7 @@ MUTANTS = [
     ),
     Mutant(
         "merge: no contract beside the model", "ship/merge.py",
-        "                write_contract(prepared.row tokenizer, directory / CONTRACT)\n", "                pass\n",
+        "                write_contract(prepared.row_tokenizer, directory / CONTRACT)\n", "                pass\n",
         "a template that drifts is not noticed with the merged model", EDGES,
     ),
     Mutant(
@@ -60,7 +60,7 @@ MUTANTS = [
     ),
     Mutant(
         "agreement: one distribution for all prompts", "ship/agreement.py",
-        "            return self.kept[index]\n", "            return next(iter(self.kept.values()))\n",
+        "            return self.remembered[index]\n", "            return next(iter(self.remembered.values()))\n",
         "candidates are held against the answer to another prompt", "test_merge.py -k quantised_run",
     ),
     Mutant(
@@ -92,68 +92,68 @@ MUTANTS = [
         "whether a value is near hangs on its unit", CERTIFICATE,
     ),
     Mutant(
-        "adapters: the one before is not put back", "ship/adapters.py",
+        "adapters: the one before is not put back", "adapters.py",
         "        finally:\n            self.use(before)", "        finally:\n            self.use(name)",
         "one request with another adapter changes all later ones", EDGES,
     ),
     Mutant(
-        "adapters: base with an adapter", "ship/adapters.py",
-        "                with self.wrapped.disable_adapter():\n                    yield self.network",
-        "                yield self.network",
+        "adapters: base with an adapter", "adapters.py",
+        "            self._switched_off.enter_context(self.wrapped.disable_adapter())\n",
+        "            pass\n",
         "the base answers with the last adapter", ADAPTERS,
     ),
     Mutant(
-        "adapters: a mean for a sum", "ship/adapters.py",
+        "adapters: a mean for a sum", "adapters.py",
         "weights = [1.0] * len(parts) if weights is None",
         "weights = [1.0 / len(parts)] * len(parts) if weights is None",
         "composed adapters act with half of their strength", EDGES,
     ),
     Mutant(
-        "adapters: renamed one falls out of use", "ship/adapters.py",
+        "adapters: renamed one falls out of use", "adapters.py",
         "        self.in_use = new if self.in_use == old else self.in_use\n", "        self.in_use = self.in_use\n",
         "after a new name the old one is asked for", ADAPTERS,
     ),
     Mutant(
-        "adapters: a deleted one stays in use", "ship/adapters.py",
-        "self.use(None if self.in_use == name else self.in_use)", "self.use(self.in_use)",
+        "adapters: a deleted one stays in use", "adapters.py",
+        "self.use(self.in_use if self.in_use in self._peft_names else None)", "self.use(self.in_use)",
         "the chat goes on with an adapter that is gone", ADAPTERS,
     ),
     Mutant(
-        "adapters: loading switches", "ship/adapters.py",
-        "        self._inside[name] = inside\n        self.use(self.in_use)\n\n    def use(",
-        "        self._inside[name] = inside\n        self.use(name)\n\n    def use(",
+        "adapters: loading switches", "adapters.py",
+        "            self._peft_names[name] = peft_name\n\n    def use(",
+        "            self._peft_names[name] = peft_name\n        self.use(name)\n\n    def use(",
         "the last adapter that was loaded answers", EDGES,
     ),
     Mutant(
-        "adapters: the smallest rank", "ship/adapters.py",
+        "adapters: the smallest rank", "adapters.py",
         "rank or max(config.r for config in configs)", "rank or min(config.r for config in configs)",
         "a composition loses what the larger adapter learned", EDGES,
     ),
     Mutant(
-        "adapters: weights forgotten on disk", "ship/adapters.py",
+        "compose: weights forgotten on disk", "ship/compose.py",
         'adapters.compose("out", names, weights, how=how,', 'adapters.compose("out", names, None, how=how,',
         "whet adapters compose ignores --weights", EDGES,
     ),
     Mutant(
-        "adapters: modules that were trained whole are lost", "ship/adapters.py",
+        "adapters: modules that were trained whole are lost", "adapters.py",
         'BESIDE = ("use_dora", "trainable_token_indices", "modules_to_save")',
         'BESIDE = ("use_dora", "trainable_token_indices")',
         "a composition drops a trained head", ADAPTERS,
     ),
     Mutant(
-        "adapters: base of any name", "ship/adapters.py",
-        "        if locate(model.path) != locate(homes[0][0].path):\n", "        if not locate(model.path):\n",
+        "compose: base of any name", "ship/compose.py",
+        "        if locate(model.path) != locate(bases[0][0].path):\n", "        if not locate(model.path):\n",
         "adapters of different models are added up", EDGES,
     ),
     Mutant(
-        "adapters: density is not passed on", "ship/adapters.py",
+        "adapters: density is not passed on", "adapters.py",
         'options["density"] = density', 'options["density"] = 0.5',
         "ties and dare thin out by half whatever is asked", EDGES,
     ),
     Mutant(
         "predict: rows cut otherwise than in training", "ship/predict.py",
-        "encoded = encode_typed(self.tokenizer, texts, pairs, self.max_length)",
-        "encoded = encode_typed(self.tokenizer, texts, pairs, None)",
+        "encode_typed(self.answerer.row_tokenizer.tokenizer, texts, pairs, self.max_length)",
+        "encode_typed(self.answerer.row_tokenizer.tokenizer, texts, pairs, None)",
         "long texts are read in another length than they were learned in", EDGES,
     ),
     Mutant(
@@ -169,15 +169,14 @@ MUTANTS = [
     ),
     Mutant(
         "predict: labels that are off", "ship/predict.py",
-        "[name for name, on in zip(names, choice, strict=True) if on]}",
-        "[name for name, on in zip(names, choice, strict=True) if not on]}",
+        "zip(task.labels, decision, strict=True) if on]",
+        "zip(task.labels, decision, strict=True) if not on]",
         "the labels that do not fit are named", "test_task_evaluation.py -k predictions_are",
     ),
     Mutant(
         "predict: answers in reverse", "ship/predict.py",
-        "            for place, row in zip(places, encoded, strict=True):\n                found[place] = row",
-        "            for place, row in zip(sorted(places, reverse=True), encoded, strict=True):\n"
-        "                found[place] = row",
+        "for index, row in zip(indices, encoded, strict=True):",
+        "for index, row in zip(reversed(indices), encoded, strict=True):",
         "rows get each other's answers", "test_task_evaluation.py -k predictions_are",
     ),
     Mutant(

@@ -20,7 +20,7 @@ MUTANTS = [
     ),
     Mutant(
         "template: end of turn before its token", "data/template/template.py",
-        "return found.end() if found else 0", "return found.start() if found else 0",
+        "return token.end() if token else 0", "return token.start() if token else 0",
         "the end of a turn is not learned: the model never stops", TABLE,
     ),
     Mutant(
@@ -30,9 +30,9 @@ MUTANTS = [
         "the model is asked without the header that it learned to answer behind", TABLE,
     ),
     Mutant(
-        "template: tools forgotten for plain turns", "data/template/template.py",
-        "roles = plain_roles(messages) if tools is None else None\n        if roles is not None:\n            contents",
-        "roles = plain_roles(messages)\n        if roles is not None:\n            contents",
+        "example: tools forgotten for plain turns", "data/example.py",
+        "    if messages is None or (isinstance(chat, Example) and chat.tools is not None):\n",
+        "    if messages is None:\n",
         "rows with tools are rendered without their definitions", TABLE,
     ),
     Mutant(
@@ -47,30 +47,30 @@ MUTANTS = [
         "what the template drops is neither said nor refused", REFUSALS,
     ),
     Mutant(
-        "plan: text behind the plan ignored", "data/template/plan.py",
-        "if len(text) == position + len(plan.literals[-1]) else None",
-        "if len(text) >= position + len(plan.literals[-1]) else None",
+        "skeleton: text behind it ignored", "data/template/skeleton.py",
+        "if len(text) == position + len(skeleton.literals[-1]) else None",
+        "if len(text) >= position + len(skeleton.literals[-1]) else None",
         "what a template writes only now and then at the end is lost", EDGES,
     ),
     Mutant(
-        "plan: turn starts at its content", "data/template/plan.py",
+        "skeleton: turn starts at its content", "data/template/skeleton.py",
         "Turn(index, role, start - ahead, start, position, position + behind, closed)",
         "Turn(index, role, start, start, position, position + behind, closed)",
         "a block before the answer is not learned", REFUSALS,
     ),
     Mutant(
-        "plan: one content that stands alone is enough", "data/template/plan.py",
-        "if not all(map(stands_alone, contents)):", "if not any(map(stands_alone, contents)):",
+        "skeleton: one content that stands alone is enough", "data/template/skeleton.py",
+        "if not all(map(stands_alone, turns.contents)):", "if not any(map(stands_alone, turns.contents)):",
         "a template that strips is not run for rows that it would strip", KNOWN,
     ),
     Mutant(
-        "plan: guards not asked", "data/template/plan.py",
+        "skeleton: guards not asked", "data/template/skeleton.py",
         "    for guard in guards:  # noqa", "    for guard in ():  # noqa",
         "a recorded run stands for rows that the template would treat otherwise", KNOWN,
     ),
     Mutant(
         "spans: nothing stands before an answer", "data/template/spans.py",
-        "at + len(found[1]) <= first:", "at + len(found[1]) < first:",
+        "if behind + len(prompt[1]) <= first:", "if behind + len(prompt[1]) < first:",
         "templates without a block before the answer are refused", TABLE,
     ),
     Mutant(
@@ -92,8 +92,8 @@ MUTANTS = [
     ),
     Mutant(
         "spans: echoes count as the answer", "data/template/spans.py",
-        "if lonely is None or again < max(1, lonely.times.get(span.source.field, 1)):",
-        "if lonely is None or again <= max(1, lonely.times.get(span.source.field, 1)):",
+        "if alone is None or again < max(",
+        "if alone is None or again <= max(",
         "a later turn that names the called tool makes rows with tools fail", TABLE,
     ),
     Mutant(
@@ -103,86 +103,84 @@ MUTANTS = [
         "answers of which the template leaves nothing are trained on as empty ones", EDGES,
     ),
     Mutant(
-        "tokenise: only unlearned turns lose their marks", "data/template/tokenise.py",
+        "row tokenizer: only unlearned turns lose their marks", "data/template/row_tokenizer.py",
         "            if chosen:\n                marks[first:last] = False",
         "            if not chosen:\n                marks[first:last] = False",
         "loss_on=all learns turns of weight 0 and leaves out the others", "test_template.py",
     ),
     Mutant(
-        "tokenise: closed is said of the last turn", "data/template/tokenise.py",
+        "row tokenizer: closed is said of the last turn", "data/template/row_tokenizer.py",
         "        closed = closed and turn.closed", "        closed = turn.closed",
         "rows whose first answers have no end are not reported", EDGES,
     ),
     Mutant(
-        "tokenise: completion begins one later", "data/template/tokenise.py",
+        "row tokenizer: completion begins one later", "data/template/row_tokenizer.py",
         "if index >= chat.completion_from]", "if index > chat.completion_from]",
         "the first answer of a completion is not learned", "test_template.py",
     ),
     Mutant(
-        "tokenise: the first answer for the last", "data/template/tokenise.py",
+        "row tokenizer: the first answer for the last", "data/template/row_tokenizer.py",
         "        answers = answers[-1:]\n", "        answers = answers[:1]\n",
         "last_assistant learns the first answer", "test_template.py",
     ),
     Mutant(
-        "tokenise: documents without an end", "data/template/tokenise.py",
+        "row tokenizer: documents without an end", "data/template/row_tokenizer.py",
         "np.array([*start, *encoding.ids, self.document_end], dtype=np.int32)",
         "np.array([*start, *encoding.ids], dtype=np.int32)",
         "raw text is learned without the token that ends a document", EDGES,
     ),
     Mutant(
-        "tokenise: stops at the first token of an answer", "data/template/tokenise.py",
-        "found.add(int(row.ids[np.flatnonzero(row.learned)[-1]]))",
-        "found.add(int(row.ids[np.flatnonzero(row.learned)[0]]))",
+        "row tokenizer: stops at the first token of an answer", "data/template/row_tokenizer.py",
+        "stops.add(int(row.ids[np.flatnonzero(row.learned)[-1]]))",
+        "stops.add(int(row.ids[np.flatnonzero(row.learned)[0]]))",
         "answers are cut where a letter comes, and not where the turn ends", EDGES,
     ),
     Mutant(
-        "tokenise: closing token with a space behind it lost", "data/template/tokenise.py",
+        "row tokenizer: closing token with a space behind it lost", "data/template/row_tokenizer.py",
         "                last, stop = last + 1, turn.stop", "                last, stop = last, turn.stop",
         "where the closing token takes a line feed along, it is not learned", TABLE,
     ),
     Mutant(
-        "tokenise: token shared with the template counted in", "data/template/tokenise.py",
+        "row tokenizer: token shared with the template counted in", "data/template/row_tokenizer.py",
         "            first += start < turn.content  # that token is partly the template's",
         "            first += 0",
         "a token of the template counts as content", "test_template.py",
     ),
     Mutant(
-        "tokenise: spelled markers overlooked", "data/template/tokenise.py",
-        "        if len(found) == row.markers:\n", "        if len(found) >= row.markers:\n",
+        "row tokenizer: spelled markers overlooked", "data/template/row_tokenizer.py",
+        "        if len(special) == row.markers:\n", "        if len(special) >= row.markers:\n",
         "a marker that a user types becomes the model's own token", "test_template.py test_template_refusals.py",
     ),
     Mutant(
-        "tokenise: prompt with the tokenizer's own start", "data/template/tokenise.py",
-        "row = self.template.prompt(chat)\n        return self._placed(row, self.backend.encode(row.text, "
-        "add_special_tokens=False)).ids",
-        "row = self.template.prompt(chat)\n        return self._placed(row, self.backend.encode(row.text, "
-        "add_special_tokens=True)).ids",
+        "row tokenizer: prompt with the tokenizer's own start", "data/template/row_tokenizer.py",
+        "return self._spans(row, self.backend.encode(row.text, add_special_tokens=False)).ids",
+        "return self._spans(row, self.backend.encode(row.text, add_special_tokens=True)).ids",
         "prompts begin with two start tokens, rows with one", EDGES,
     ),
     Mutant(
-        "between: only the beginning of a content is looked at", "data/template/between.py",
+        "literal ids: only the beginning of a content is looked at", "data/template/literal_ids.py",
         "return self._start.search(content) is None", "return self._start.match(content) is None",
         "a marker inside a content becomes a token of its own", KNOWN,
     ),
     Mutant(
-        "between: turn without its end", "data/template/between.py",
+        "literal ids: turn without its end", "data/template/literal_ids.py",
         "turns.append((start - ahead, end + behind))", "turns.append((start - ahead, end))",
         "the end of a turn is not learned", KNOWN,
     ),
     Mutant(
-        "between: first answer for the last", "data/template/between.py",
+        "literal ids: first answer for the last", "data/template/literal_ids.py",
         'answers = answers[-1:] if loss_on == "last_assistant" else answers',
         'answers = answers[:1] if loss_on == "last_assistant" else answers',
         "last_assistant learns the first answer of rows that are known", KNOWN,
     ),
     Mutant(
         "traced: a cut forgets where it begins", "data/template/traced.py",
-        "at = span.at if span.at == CHANGED else span.at + first - span.start", "at = span.at",
+        "offset = CHANGED if span.offset == CHANGED else span.offset + first - span.start", "offset = span.offset",
         "what a template cuts off in front is not noticed", REFUSALS,
     ),
     Mutant(
         "traced: lines without their ends", "data/template/traced.py",
-        "            at += len(whole)\n", "            at += len(line)\n",
+        "            start += len(whole)\n", "            start += len(line)\n",
         "in templates that go through lines the answer is placed wrong", EDGES,
     ),
     Mutant(

@@ -67,13 +67,13 @@ MUTANTS = [
     ),
     Mutant(
         "checkpoint: device weights for exact ones", "training/checkpoint.py",
-        "return {name: exact.get(p, p).detach() for name, p in model.named_parameters() if p.requires_grad}",
-        "return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}",
+        "    return trained_state(model, {} if optimiser is None else optimiser.exact_weights)\n",
+        "    return trained_state(model, {})\n",
         "halved weights lose the bits that only the host has", "test_host_adam.py",
     ),
     Mutant(
         "checkpoint: masters do not follow", "training/checkpoint.py",
-        "        optimiser.agree()\n", "        optimiser.zero_grad()\n",
+        "        optimiser.follow_weights()\n", "        optimiser.zero_grad()\n",
         "a resumed run with its optimiser on the host goes on from the first weights", "test_host_adam.py",
     ),
     Mutant(
@@ -113,30 +113,30 @@ MUTANTS = [
         "the decay phase is shorter than it was asked to be", SCHEDULE,
     ),
     Mutant(
-        "record: one offset for both files", "training/record.py",
-        "os.ftruncate(file.fileno(), offsets[name])", 'os.ftruncate(file.fileno(), offsets["metrics"])',
+        "observers: one offset for both files", "training/observers.py",
+        "os.ftruncate(file.fileno(), state.offsets[name])", 'os.ftruncate(file.fileno(), state.offsets["metrics"])',
         "after a resume the timing is cut in the middle of a line", EDGES,
     ),
     Mutant(
-        "record: nothing is forgotten", "training/record.py",
-        "            os.ftruncate(file.fileno(), offsets[name])\n", "",
+        "observers: nothing is forgotten", "training/observers.py",
+        "            os.ftruncate(file.fileno(), state.offsets[name])\n", "",
         "after a resume steps stand twice in metrics.jsonl", RESUME,
     ),
     Mutant(
-        "record: the file begins anew", "training/record.py",
-        'self._metrics = metrics.open("a", encoding="utf-8")', 'self._metrics = metrics.open("w", encoding="utf-8")',
+        "observers: the file begins anew", "training/observers.py",
+        '{"metrics": metrics.open("a", encoding="utf-8")', '{"metrics": metrics.open("w", encoding="utf-8")',
         "a resumed run loses the lines before", RESUME,
     ),
     Mutant(
-        "record: lines wait in memory", "training/record.py",
-        'self._metrics.write(json.dumps(values, allow_nan=False) + "\\n")\n        self._metrics.flush()\n',
-        'self._metrics.write(json.dumps(values, allow_nan=False) + "\\n")\n',
+        "observers: lines wait in memory", "training/observers.py",
+        "        self._files[name].flush()\n",
+        "",
         "whoever follows metrics.jsonl sees nothing for minutes",
         EDGES,
     ),
     Mutant(
-        "record: kind and step are drawn", "training/record.py",
-        'if name not in ("kind", "step"):', 'if name in ("kind", "step"):',
+        "observers: kind and step are drawn", "training/observers.py",
+        'if key not in ("kind", "step"):', 'if key in ("kind", "step"):',
         "TensorBoard shows nothing but the step", EDGES,
     ),
     Mutant(
