@@ -427,11 +427,6 @@ MUTANTS = [
         "answers change places once rows are taken out twice", "test_generate.py -k different_times",
     ),
     Mutant(
-        "rows: finished rows walk on", "engine/answer/rows.py",
-        "        tokens = tokens.masked_fill(self.finished, self.rule.pad)\n", "",
-        "an answer goes on behind its end", "test_generate.py -k different_times",
-    ),
-    Mutant(
         "rows: answers end behind the stop token", "engine/answer/rows.py",
         "return ids[: next((index for index,", "return ids[: next((index + 1 for index,",
         "answers hold the token that ends them", "test_generate.py -k different_times",
