@@ -138,15 +138,15 @@ def compared_with_itself(patch: pytest.MonkeyPatch) -> None:
     texts = agreement.Reference.compare
     patch.setattr(
         agreement.Reference, "compare",
-        lambda self, name, dtype, network, best: texts(
-            dataclasses.replace(self, network=network, kept={}), name, dtype, network, best
+        lambda self, name, dtype, candidate, best: texts(
+            dataclasses.replace(self, live=candidate, remembered={}), name, dtype, candidate, best
         ),
     )  # fmt: skip
     labels = label_agreement.LabelReference.compare
 
-    def compare(self: Any, name: str, dtype: str, network: Any, best: Any) -> Any:
-        found = label_agreement.logits(network, self.rows, self.types, batch_size=4)
-        return labels(dataclasses.replace(self, logits=found), name, dtype, network, best)
+    def compare(self: Any, name: str, dtype: str, candidate: Any, best: Any) -> Any:
+        found = label_agreement._logits(candidate, self.rows, self.types)
+        return labels(dataclasses.replace(self, logits=found), name, dtype, candidate, best)
 
     patch.setattr(label_agreement.LabelReference, "compare", compare)
 
