@@ -340,7 +340,7 @@ TABLE = [
     Row("output_dir", "elsewhere", "where", run),
 ]  # fmt: skip
 # What cannot be shown by a run in one process: where it is shown instead.
-ELSEWHERE = {"data.num_proc": "test_lay.py"}
+ELSEWHERE = {"data.num_proc": "test_row_builder.py"}
 OWNERS = {"model": Model, "base": Base, "data": Data, "train": Train, "eval": Eval}
 
 
