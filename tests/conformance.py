@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import nets
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -137,7 +138,7 @@ def steps(case: Case, model: Any, count: int, optimiser: Any = None, rate: float
     """Training steps as `training.step` makes them: loss and penalty, one update; returns the losses before each."""
     model.train()
     rate = case.method.can.learning_rate if rate is None else rate
-    optimiser = optimiser or torch.optim.AdamW(trained(model).values(), lr=rate, weight_decay=0.0)
+    optimiser = optimiser or nets.AdamW(trained(model).values(), lr=rate, weight_decay=0.0)
     seen = []
     for _ in range(count):
         value = loss(model, case.task)
@@ -337,7 +338,7 @@ def check_resume(case: Case, tamper: Tamper = nothing) -> bool:
 
     def new() -> tuple[Any, Any]:
         model = case.attached()
-        return model, torch.optim.AdamW(trained(model).values(), lr=1e-2)
+        return model, nets.AdamW(trained(model).values(), lr=1e-2)
 
     with tempfile.TemporaryDirectory() as scratch:
         model, optimiser = new()
@@ -381,7 +382,7 @@ def check_overfits(case: Case, tamper: Tamper = nothing) -> bool:
     for rate in (case.method.can.learning_rate, 2e-2):
         model = case.attached()
         tamper(model)
-        optimiser, seen = torch.optim.AdamW(trained(model).values(), lr=rate, weight_decay=0.0), []
+        optimiser, seen = nets.AdamW(trained(model).values(), lr=rate, weight_decay=0.0), []
         for _ in range(12):
             seen += steps(case, model, 5, optimiser)
             if min(seen) < enough * seen[0]:
