@@ -23,7 +23,7 @@ from whet.engine.layers import decoder_layers
 from whet.engine.weights.linear import dense_weight, linear_names
 from whet.methods.layers import state
 from whet.methods.layers.fuse import fuse
-from whet.methods.layers.group import Copies, LoraGroup
+from whet.methods.layers.group import Copies, Groups, LoraGroup
 from whet.methods.layers.state import load_trained_state, trained_state
 from whet.methods.lora import Lora
 
@@ -86,7 +86,7 @@ def whole_weight_beside(model: Any, patch: pytest.MonkeyPatch) -> None:
 def copies_not_checked(model: Any, patch: pytest.MonkeyPatch) -> None:
     """A fault: the copies are used whatever they were made of."""
     patch.setattr(Copies, "hold", lambda self: True)
-    patch.setattr(Copies, "refresh", lambda self: None)
+    patch.setattr(Groups, "refresh", lambda self: None)
     patch.setattr(LoraGroup, "_copies", lambda self: (self.copy.a, self.copy.b))
 
 
