@@ -120,7 +120,7 @@ def test_a_trained_head_stays() -> None:
     net = nets.network("Llama", tie_word_embeddings=False).eval()
     head = find_head(net)
     assert head is not None
-    with pytest.raises(UserError, match="trained"):
+    with pytest.raises(ValueError, match="trained"):
         head.on_host(net)
 
 

@@ -114,7 +114,10 @@ class TextBatches(Batches[TextBatch]):
         return less if less is None or not self.forms else less.filled(steps, most_forms=len(self.forms))
 
     def largest_tokens(self, steps: int) -> int:
-        """Tokens of the largest forward pass of the first `steps` steps, filling included where there are forms."""
+        """Tokens of the largest forward pass of the first `steps` steps, filling included where there are forms; of
+        rows with padding, the most that there can be."""
+        if not self.flat:
+            return min(self.size, len(self.units)) * int(self.lengths.max())
         if self.forms:
             return self.forms[-1].tokens
         return int(self.facts(min(steps, self.steps_per_epoch)).tokens.max())
