@@ -71,7 +71,7 @@ class Session:
     def base(self) -> AbstractContextManager[None]:
         """Answer inside the block without what was trained. RuntimeError where nothing can be switched off."""
         if self._base_only is None:
-            raise RuntimeError("this session was opened without a way to the base")
+            raise RuntimeError("nothing can be switched off here: a plain model was opened")
         return self.state(self._base_only())
 
     def _prepare(self) -> None:
@@ -80,9 +80,9 @@ class Session:
         self._set_up_once()
 
     def _check(self) -> None:
-        """Put the model back if it was switched since it was set up. RuntimeError: the session is closed."""
+        """Put the model back if it was switched since it was set up. RuntimeError after `close`."""
         if self._closed:
-            raise RuntimeError("this session is closed")
+            raise RuntimeError("the model was let go: open it again to ask it")
         if self._state is not None and self._state != state_of(self._modules()):
             self.release()
 
