@@ -266,6 +266,15 @@ def test_the_most_tokens_that_a_forward_pass_can_have(capacity: int) -> None:
     assert batches.most_tokens() == max(map(sum, itertools.combinations(tokens, 3)))
 
 
+@pytest.mark.parametrize(("size", "rows"), [(1, 1), (5, 5), (12, 12), (99, 12)])
+def test_padding_counts_in_the_largest_forward_pass(size: int, rows: int) -> None:
+    lengths = uneven(12)
+    bare, _ = batches_of(lengths, size=3, capacity=0)
+    padded = TextBatches(bare.rows, flat=False, order=Order(5), cut=Cut(size))
+    assert padded.most_tokens() == padded.largest_tokens(4) == rows * max(lengths)
+    assert max(batch.ids.size for step in range(4) for batch in padded.step(step)) <= padded.most_tokens()
+
+
 def test_facts_are_those_of_the_batches() -> None:
     for case in CASES.values():
         batches, steps = batches_of(**case)

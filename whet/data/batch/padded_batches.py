@@ -20,8 +20,16 @@ POOL_STEPS = 50
 LEAST_POOLS = 4  # few pools would put the same rows together in every epoch
 
 
+class _OfAnyShape:
+    """Padded batches have too many shapes for forms."""
+
+    @property
+    def form(self) -> None:
+        return None
+
+
 @dataclass(frozen=True)
-class LabelledBatch:
+class LabelledBatch(_OfAnyShape):
     """Texts in one forward pass. ids int64 [B, T], zeros where mask bool [B, T] is False; types: token types int64
     [B, T] or None.
 
@@ -35,18 +43,13 @@ class LabelledBatch:
     sources: tuple[int, ...]
     tokens: int
 
-    @property
-    def form(self) -> None:
-        """None: padded batches have too many shapes for forms."""
-        return None
-
     def sha256(self) -> str:
         """Hash of the model's inputs and of the targets."""
         return _sha256(self.ids, self.mask, self.types, self.targets)
 
 
 @dataclass(frozen=True)
-class SequencePairBatch:
+class SequencePairBatch(_OfAnyShape):
     """Sources and answers in one forward pass. ids int64 [B, T] and mask bool [B, T] of the sources; answers int64
     [B, S] and answer_mask bool [B, S].
 
@@ -60,11 +63,6 @@ class SequencePairBatch:
     targets: np.ndarray
     sources: tuple[int, ...]
     tokens: int
-
-    @property
-    def form(self) -> None:
-        """None: padded batches have too many shapes for forms."""
-        return None
 
     def sha256(self) -> str:
         """Hash of the model's inputs and of the targets."""

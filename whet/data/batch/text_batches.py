@@ -117,7 +117,7 @@ class TextBatches(Batches[TextBatch]):
         """Tokens of the largest forward pass of the first `steps` steps, filling included where there are forms; of
         rows with padding, the most that there can be."""
         if not self.flat:
-            return min(self.size, len(self.units)) * int(self.lengths.max())
+            return self.most_tokens()
         if self.forms:
             return self.forms[-1].tokens
         return int(self.facts(min(steps, self.steps_per_epoch)).tokens.max())
@@ -133,7 +133,9 @@ class TextBatches(Batches[TextBatch]):
         return step if max(batch.ids.size for batch in self.step(step)) > first else None
 
     def most_tokens(self) -> int:
-        """Tokens of the `size` longest units."""
+        """Tokens of the `size` longest units; with padding, as many as the longest for each."""
+        if not self.flat:  # a unit is a row: packed ones are never padded
+            return min(self.size, len(self.units)) * int(self.lengths.max())
         return int(np.sort(self.lengths)[::-1][: self.size].sum())
 
     def batch(self, units: list[int]) -> TextBatch:
