@@ -67,7 +67,7 @@ def test_a_chat_loads_its_model_once_for_all_messages(model_dir: Path, monkeypat
     with open_chat(str(model_dir), max_new_tokens=5) as chat:
         assert [api.chat(chat, message) for message in messages] == alone
     assert len(loads) == 1
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(RuntimeError, match="let go"):
         api.chat(chat, "three")
 
 
