@@ -104,14 +104,20 @@ def prepared(parsed: Parsed, *, any_model: bool = False) -> Prepared:
     """
     from dataclasses import replace
 
-    from whet.engine.load.load import load_config
+    from whet.data.row_model import remembered_row_model
     from whet.planning.asked import Asked
     from whet.planning.rules import ROWS, TASK, check, data_for_method
     from whet.runs import prepared as prepare_rows
 
-    asked = Asked.of(parsed.recipe, config=load_config(parsed.recipe.model))
+    asked = Asked.of(parsed.recipe)
     check(asked, ROWS)
-    rows = prepare_rows(replace(parsed.recipe, data=data_for_method(parsed.recipe)), any_model=any_model)
+    model = remembered_row_model(parsed.recipe.model)
+    recipe = replace(parsed.recipe, data=data_for_method(parsed.recipe))
+    rows = prepare_rows(recipe, any_model=any_model, model=model)
+    if rows.task.name not in model.tasks:  # a rule says why
+        from whet.engine.load.load import load_config
+
+        asked = replace(asked, config=load_config(parsed.recipe.model))
     check(replace(asked, task=rows.task.name), TASK)
     return rows
 

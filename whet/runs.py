@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from whet.base.errors import UserError, nearest
 from whet.base.files import read_json, write_json, write_text
-from whet.engine.task import CAUSAL, Task, TaskName, text_task
+from whet.engine.task import CAUSAL, Task, TaskName
 from whet.recipe import ON_THE_WAY, Recipe, fingerprint, parse, to_tree, to_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from whet.data.prepare import Prepared
+    from whet.data.row_model import RowModel
     from whet.engine.config import Model
 
 LABELS = "labels.json"  # beside what was trained: the task and the names of its labels
@@ -120,17 +121,19 @@ class Run:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
 
 
-def prepared(recipe: Recipe, *, any_model: bool = False) -> Prepared:
+def prepared(recipe: Recipe, *, any_model: bool = False, model: RowModel | None = None) -> Prepared:
     """The rows of a recipe, read and tokenised as training does it; any_model: whatever its model can read.
 
-    Raises UserError.
+    model: what rows need of the recipe's model, where that is known. Raises UserError.
     """
     from whet.data.prepare import prepare
-    from whet.engine.load.load import load_config, longest_input
+    from whet.data.row_model import row_model
+    from whet.data.template.template import use_template
 
-    config, tokenizer = load_config(recipe.model), chat_tokenizer(recipe.model)
-    readable = None if any_model else longest_input(config)
-    return prepare(recipe.data, tokenizer, readable, recipe.model.task, text_task(config))
+    known = row_model(recipe.model) if model is None else model
+    use_template(known.tokenizer, recipe.model.chat_template)
+    readable = None if any_model else known.readable
+    return prepare(recipe.data, known.tokenizer, readable, recipe.model.task, known.text_task)
 
 
 def chat_tokenizer(model: Model) -> PreTrainedTokenizerFast:

@@ -65,7 +65,6 @@ def data(words: argparse.Namespace) -> dict[str, Any]:
     from whet.data.loss_mask import masked_rows, print_rows
     from whet.data.quality import quality_findings
 
-    _prepare_libraries()
     source = words.target if _is_recipe(words.target) else None
     parsed = _of_data(words, "data.preference=check")
     if words.benchmark:
