@@ -1,4 +1,4 @@
-"""What rows need of a model: its tokenizer, how many tokens it reads, and what it can learn from text.
+"""The part of a model that decides about its rows: the tokenizer, how many tokens it reads, what it learns from text.
 
 All of that follows from a few small files beside the weights. It is remembered under their content and the versions of
 the libraries, so that `whet data check` of the same model imports neither torch nor transformers the next time.
