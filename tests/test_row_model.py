@@ -53,6 +53,9 @@ def test_a_remembered_tokenizer_answers_as_the_whole_one(place: Path, tmp_path: 
     shutil.copytree(place, folder)
     if not (folder / "config.json").is_file():
         shutil.copy(tiny.BUILTIN / "config.json", folder / "config.json")
+    if not (folder / "tokenizer_config.json").is_file():
+        kind = "PreTrainedTokenizerFast" if (folder / "tokenizer.json").is_file() else "GPT2Tokenizer"
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}), encoding="utf-8")
     model = Model(path=str(folder))
     whole, kept = load_tokenizer(model), remembered(model).tokenizer
     for name in ("bos_token_id", "eos_token", "pad_token_id", "all_special_tokens", "all_special_ids",
