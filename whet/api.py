@@ -36,7 +36,9 @@ def train(recipe: str | Path | None = None, /, **overrides: Any) -> Run:
 
 
 def train_parsed(parsed: Parsed) -> Run:
-    """Train a parsed recipe and write its report."""
+    """Train a parsed recipe and write its report; a finished run is left alone."""
+    if (done := already_trained(parsed)) is not None:
+        return done
     from whet.report.charts import write_loss_plot
     from whet.report.page import write_page
     from whet.training.run import train as run_training
@@ -45,6 +47,24 @@ def train_parsed(parsed: Parsed) -> Run:
     write_loss_plot(run.path, "per row" if run.task.labelled else "per supervised token")
     write_page(run.path)
     return run
+
+
+def already_trained(parsed: Parsed) -> Run | None:
+    """The run of a recipe if it is finished, which is said, or None. No model library is imported.
+
+    Raises UserError where a model or a file that the recipe names is not there.
+    """
+    from whet.base.console import say
+    from whet.data.collect import check_sources
+    from whet.engine.load.locate import locate
+    from whet.runs import finished_run
+
+    if (run := finished_run(parsed)) is not None and run.finished is not None:
+        say(f"{run.path} is finished ({run.finished['steps']} steps): nothing to do")
+        return run
+    locate(parsed.recipe.model.path)
+    check_sources(parsed.recipe.data)
+    return None
 
 
 def evaluate(

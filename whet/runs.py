@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from whet.base.errors import UserError, nearest
 from whet.base.files import read_json, write_json, write_text
 from whet.engine.task import CAUSAL, Task, TaskName
-from whet.recipe import ON_THE_WAY, Recipe, fingerprint, parse, to_tree, to_yaml
+from whet.recipe import ON_THE_WAY, Parsed, Recipe, fingerprint, parse, to_tree, to_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -193,6 +193,26 @@ def open_run(path: str | Path) -> Run:
             fix=f"did you mean {place.parent / near}?" if near else "whet train RECIPE writes one",
         )  # fmt: skip
     return Run(place, parse(place / "recipe.yaml").recipe)
+
+
+def finished_run(parsed: Parsed) -> Run | None:
+    """The run of this recipe, if it stands finished in its output directory, found without its rows or its model.
+
+    Every setting that the recipe gives must be the one of the run, and what it leaves open must have been open there.
+    """
+    path = Path(parsed.recipe.output_dir or "runs/run")
+    if not (path / "finished.json").is_file() or not (path / "recipe.yaml").is_file():
+        return None
+    run = Run(path, parse(path / "recipe.yaml").recipe)
+    origins = run.read("origins.json") or {}
+    before, now = _flat(to_tree(run.recipe)), _flat(to_tree(parsed.recipe))
+    for name, value in now.items():
+        if name.startswith(("output_dir", "eval.", "data.padding_free", *ON_THE_WAY)):
+            continue
+        was_open = origins.get(name, {}).get("origin") in ("default", "decided")
+        if name not in before or (before[name] != value and not (value is None and was_open)):
+            return None
+    return run if before.keys() == now.keys() else None
 
 
 def _check_same(run: Run) -> None:

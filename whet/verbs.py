@@ -167,14 +167,16 @@ def train(words: argparse.Namespace) -> dict[str, Any] | None:
     from whet.recipe import parse
 
     parsed = parse(words.target, words.overrides)
-    _prepare_libraries()
-    from whet.training.loop import Stopped
+    run = api.already_trained(parsed)
+    if run is None:
+        _prepare_libraries()
+        from whet.training.loop import Stopped
 
-    try:
-        run = api.train_parsed(parsed)
-    except Stopped as stopped:
-        sys.stderr.write(f"{stopped}\n")
-        raise KeyboardInterrupt from stopped
+        try:
+            run = api.train_parsed(parsed)
+        except Stopped as stopped:
+            sys.stderr.write(f"{stopped}\n")
+            raise KeyboardInterrupt from stopped
     return {"run_dir": str(run.path), **(run.finished or {})}
 
 
