@@ -35,7 +35,7 @@ COPIED = ("whet", "tests", "recipes", "examples", "docs", "bench", "pyproject.to
           "README.ko.md", "CONTRIBUTING.md", "requirements.lock")  # fmt: skip
 LONGEST_SECONDS = 600.0  # a mutant that loops for ever is noticed
 EXIT = {0: "survived", 1: "killed"}  # pytest's exit codes; others: nothing was run
-NOT_COLLECTED = re.compile(r"^ERROR tests/[^:\s]*\.py(?!::)", re.MULTILINE)  # an edit that breaks an import proves nothing
+NOT_COLLECTED = re.compile(r"^ERROR tests/[^:\s]*\.py(?!::)", re.MULTILINE)  # it cannot be imported
 
 
 def table(room: str | None = None) -> list[Mutant]:
