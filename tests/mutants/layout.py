@@ -184,7 +184,7 @@ MUTANTS = [
     Mutant(
         "apply: copies are never refreshed", "training/apply.py",
         "objective = replace(objective, refresh=groups.refresh)", "objective = replace(objective, refresh=None)",
-        "grouped LoRA answers as at the start, whatever it learns", "test_training.py -k what_they_learned",
+        "grouped LoRA answers as at the start, whatever it learns", "test_methods.py -k update_is_seen",
     ),
     Mutant(
         "apply: the recipe's cut for the layout's", "training/apply.py",
