@@ -127,7 +127,7 @@ MUTANTS = [
     Mutant(
         "loop: no save at the end", "training/loop.py",
         "return looks, last or self.interrupted or", "return looks, self.interrupted or",
-        "what was learned after the last save is lost", "test_resume.py -k 'finished_run or early_stop'",
+        "what was learned after the last save is lost", "test_training.py -k last_step_is_saved",
     ),
     Mutant(
         "loop: the state of a checkpoint is dropped", "training/loop.py",
