@@ -228,6 +228,17 @@ def test_the_update_is_scaled_by_alpha_over_rank(rslora: bool, scale: float, rec
     assert {module.shape.scale for module in model.modules() if isinstance(module, LoraGroup)} == {scale}
 
 
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_an_update_is_seen_by_the_next_forward_pass(compute: str, recipe: Make) -> None:
+    """In bf16 groups of LoRA layers compute with copies, which `before_step` brings up to date."""
+    arranged = tiny.built(recipe(base__compute=compute))
+    arranged.objective.before_step()
+    before = logits(arranged.model.eval(), IDS)
+    tiny.randomise_adapter(arranged.model)
+    arranged.objective.before_step()
+    assert not torch.equal(logits(arranged.model, IDS), before)
+
+
 def test_dropout_is_on_in_training_and_off_in_evaluation(recipe: Make) -> None:
     arranged = tiny.built(recipe(method__lora_dropout=0.5))
     model = arranged.model

@@ -330,3 +330,8 @@ def test_each_step_is_given_its_own_time(recipe: Make, monkeypatch: pytest.Monke
     tokens = np.diff([0, *(line["tokens"] for line in done.lines("metrics.jsonl") if line["kind"] == "train")])
     speeds = [round(count / second, 1) for count, second in zip(tokens, seconds, strict=True)]
     assert [line["tokens_per_second"] for line in lines] == speeds
+
+
+def test_the_last_step_is_saved_whatever_save_steps_divides(recipe: Make) -> None:
+    run = train(recipe(train__max_steps=3, train__save_steps=2))
+    assert sorted(folder.name for folder in (run.path / "checkpoints").iterdir())[-1] == "step-3"

@@ -127,7 +127,7 @@ MUTANTS = [
     Mutant(
         "loop: no save at the end", "training/loop.py",
         "return looks, last or self.interrupted or", "return looks, self.interrupted or",
-        "what was learned after the last save is lost", "test_resume.py -k 'finished_run or early_stop'",
+        "what was learned after the last save is lost", "test_training.py -k last_step_is_saved",
     ),
     Mutant(
         "loop: the state of a checkpoint is dropped", "training/loop.py",
@@ -184,7 +184,7 @@ MUTANTS = [
     Mutant(
         "apply: copies are never refreshed", "training/apply.py",
         "objective = replace(objective, refresh=groups.refresh)", "objective = replace(objective, refresh=None)",
-        "grouped LoRA answers as at the start, whatever it learns", "test_training.py -k what_they_learned",
+        "grouped LoRA answers as at the start, whatever it learns", "test_methods.py -k update_is_seen",
     ),
     Mutant(
         "apply: the recipe's cut for the layout's", "training/apply.py",
