@@ -6,10 +6,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test mutants check format bench clean
+.PHONY: help install quickstart test test-oldest test-newest mutants check format bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 install: $(READY) ## virtual environment with pinned dependencies and whet in editable mode
 
@@ -26,6 +26,12 @@ quickstart: $(READY) ## learn, score, merge and show, on the built-in model and 
 
 test: $(READY) ## all CPU tests, under 10 minutes on 2 cores, no network
 	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+test-oldest: ## the tests with the lowest versions that pyproject.toml admits, in an environment of their own
+	@$(PYTHON) tests/ranges.py oldest
+
+test-newest: ## the same with the highest
+	@$(PYTHON) tests/ranges.py newest
 
 mutants: $(READY) ## careless edits planted one at a time: every one must turn a test red (an hour)
 	@$(BIN)/python tests/mutants/run.py
@@ -45,4 +51,4 @@ bench: $(READY) ## speed on this machine against TRL and PEFT
 	@$(BIN)/python bench/cpu.py
 
 clean: ## remove the environment and caches; runs/ stays
-	@rm -rf $(VENV) .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest .pytest_cache .ruff_cache

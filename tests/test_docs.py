@@ -160,7 +160,7 @@ def test_a_readme_is_short_and_names_every_recipe(readme: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_make_targets_and_extras_exist(page: str) -> None:
-    targets = re.findall(r"(?m)^([a-z]+):", text("Makefile"))
+    targets = re.findall(r"(?m)^([a-z-]+):", text("Makefile"))
     assert {line.split()[1] for line in shell_lines(page) if line.startswith("make ")} <= set(targets)
     extras = [name for group in re.findall(r"pip install \S*\[([\w,]+)\]", text(page)) for name in group.split(",")]
     assert [name for name in extras if not re.search(rf"(?m)^{name} = \[", text("pyproject.toml"))] == []

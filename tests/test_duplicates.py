@@ -193,9 +193,3 @@ def test_long_texts_are_sampled_and_compared_whole() -> None:
 def test_a_similarity_out_of_reach_is_refused(similarity: float) -> None:
     with pytest.raises(UserError, match="similarity"):
         near_duplicates(["a"], similarity)
-
-
-def test_without_rapidfuzz_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rapidfuzz", None)
-    with pytest.raises(UserError, match="rapidfuzz"):
-        near_duplicates(["a"])

@@ -36,7 +36,9 @@ def train(recipe: str | Path | None = None, /, **overrides: Any) -> Run:
 
 
 def train_parsed(parsed: Parsed) -> Run:
-    """Train a parsed recipe and write its report."""
+    """Train a parsed recipe and write its report; a finished run is left alone."""
+    if (done := already_trained(parsed)) is not None:
+        return done
     from whet.report.charts import write_loss_plot
     from whet.report.page import write_page
     from whet.training.run import train as run_training
@@ -45,6 +47,24 @@ def train_parsed(parsed: Parsed) -> Run:
     write_loss_plot(run.path, "per row" if run.task.labelled else "per supervised token")
     write_page(run.path)
     return run
+
+
+def already_trained(parsed: Parsed) -> Run | None:
+    """The run of a recipe if it is finished, which is said, or None. No model library is imported.
+
+    Raises UserError where a model or a file that the recipe names is not there.
+    """
+    from whet.base.console import say
+    from whet.data.collect import check_sources
+    from whet.engine.load.locate import locate
+    from whet.runs import finished_run
+
+    if (run := finished_run(parsed)) is not None and run.finished is not None:
+        say(f"{run.path} is finished ({run.finished['steps']} steps): nothing to do")
+        return run
+    locate(parsed.recipe.model.path)
+    check_sources(parsed.recipe.data)
+    return None
 
 
 def evaluate(
@@ -104,14 +124,20 @@ def prepared(parsed: Parsed, *, any_model: bool = False) -> Prepared:
     """
     from dataclasses import replace
 
-    from whet.engine.load.load import load_config
+    from whet.data.row_model import remembered_row_model
     from whet.planning.asked import Asked
     from whet.planning.rules import ROWS, TASK, check, data_for_method
     from whet.runs import prepared as prepare_rows
 
-    asked = Asked.of(parsed.recipe, config=load_config(parsed.recipe.model))
+    asked = Asked.of(parsed.recipe)
     check(asked, ROWS)
-    rows = prepare_rows(replace(parsed.recipe, data=data_for_method(parsed.recipe)), any_model=any_model)
+    model = remembered_row_model(parsed.recipe.model)
+    recipe = replace(parsed.recipe, data=data_for_method(parsed.recipe))
+    rows = prepare_rows(recipe, any_model=any_model, model=model)
+    if rows.task.name not in model.tasks:  # a rule says why
+        from whet.engine.load.load import load_config
+
+        asked = replace(asked, config=load_config(parsed.recipe.model))
     check(replace(asked, task=rows.task.name), TASK)
     return rows
 

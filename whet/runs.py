@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from whet.base.errors import UserError, nearest
 from whet.base.files import read_json, write_json, write_text
-from whet.engine.task import CAUSAL, Task, TaskName, text_task
-from whet.recipe import ON_THE_WAY, Recipe, fingerprint, parse, to_tree, to_yaml
+from whet.engine.task import CAUSAL, Task, TaskName
+from whet.recipe import ON_THE_WAY, Parsed, Recipe, fingerprint, parse, to_tree, to_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from whet.data.prepare import Prepared
+    from whet.data.row_model import RowModel
     from whet.engine.config import Model
 
 LABELS = "labels.json"  # beside what was trained: the task and the names of its labels
@@ -120,17 +121,19 @@ class Run:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
 
 
-def prepared(recipe: Recipe, *, any_model: bool = False) -> Prepared:
+def prepared(recipe: Recipe, *, any_model: bool = False, model: RowModel | None = None) -> Prepared:
     """The rows of a recipe, read and tokenised as training does it; any_model: whatever its model can read.
 
-    Raises UserError.
+    model: what rows need of the recipe's model, where that is known. Raises UserError.
     """
     from whet.data.prepare import prepare
-    from whet.engine.load.load import load_config, longest_input
+    from whet.data.row_model import row_model
+    from whet.data.template.template import use_template
 
-    config, tokenizer = load_config(recipe.model), chat_tokenizer(recipe.model)
-    readable = None if any_model else longest_input(config)
-    return prepare(recipe.data, tokenizer, readable, recipe.model.task, text_task(config))
+    known = row_model(recipe.model) if model is None else model
+    use_template(known.tokenizer, recipe.model.chat_template)
+    readable = None if any_model else known.readable
+    return prepare(recipe.data, known.tokenizer, readable, recipe.model.task, known.text_task)
 
 
 def chat_tokenizer(model: Model) -> PreTrainedTokenizerFast:
@@ -190,6 +193,26 @@ def open_run(path: str | Path) -> Run:
             fix=f"did you mean {place.parent / near}?" if near else "whet train RECIPE writes one",
         )  # fmt: skip
     return Run(place, parse(place / "recipe.yaml").recipe)
+
+
+def finished_run(parsed: Parsed) -> Run | None:
+    """The run of this recipe, if it stands finished in its output directory, found without its rows or its model.
+
+    Every setting that the recipe gives must be the one of the run, and what it leaves open must have been open there.
+    """
+    path = Path(parsed.recipe.output_dir or "runs/run")
+    if not (path / "finished.json").is_file() or not (path / "recipe.yaml").is_file():
+        return None
+    run = Run(path, parse(path / "recipe.yaml").recipe)
+    origins = run.read("origins.json") or {}
+    before, now = _flat(to_tree(run.recipe)), _flat(to_tree(parsed.recipe))
+    for name, value in now.items():
+        if name.startswith(("output_dir", "eval.", "data.padding_free", *ON_THE_WAY)):
+            continue
+        was_open = origins.get(name, {}).get("origin") in ("default", "decided")
+        if name not in before or (before[name] != value and not (value is None and was_open)):
+            return None
+    return run if before.keys() == now.keys() else None
 
 
 def _check_same(run: Run) -> None:

@@ -65,7 +65,6 @@ def data(words: argparse.Namespace) -> dict[str, Any]:
     from whet.data.loss_mask import masked_rows, print_rows
     from whet.data.quality import quality_findings
 
-    _prepare_libraries()
     source = words.target if _is_recipe(words.target) else None
     parsed = _of_data(words, "data.preference=check")
     if words.benchmark:
@@ -168,14 +167,16 @@ def train(words: argparse.Namespace) -> dict[str, Any] | None:
     from whet.recipe import parse
 
     parsed = parse(words.target, words.overrides)
-    _prepare_libraries()
-    from whet.training.loop import Stopped
+    run = api.already_trained(parsed)
+    if run is None:
+        _prepare_libraries()
+        from whet.training.loop import Stopped
 
-    try:
-        run = api.train_parsed(parsed)
-    except Stopped as stopped:
-        sys.stderr.write(f"{stopped}\n")
-        raise KeyboardInterrupt from stopped
+        try:
+            run = api.train_parsed(parsed)
+        except Stopped as stopped:
+            sys.stderr.write(f"{stopped}\n")
+            raise KeyboardInterrupt from stopped
     return {"run_dir": str(run.path), **(run.finished or {})}
 
 

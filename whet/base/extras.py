@@ -11,7 +11,6 @@ EXTRAS = {
     "backports": "data",
     "bitsandbytes": "gpu",
     "pyarrow": "data",
-    "rapidfuzz": "data",
     "rouge_score": "eval",
     "sacrebleu": "eval",
     "tensorboard": "trackers",

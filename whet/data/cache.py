@@ -34,11 +34,12 @@ T = TypeVar("T")
 
 
 def cached(name: str, make: Callable[[Path], T], save: Callable[[T, Path], dict[str, Any]],
-           load: Callable[[Path, dict[str, Any]], T]) -> T:  # fmt: skip
+           load: Callable[[Path, dict[str, Any]], T], worth_seconds: float | None = None) -> T:  # fmt: skip
     """Load the entry `name`, or else make its value in a new directory and store it.
 
     make: gets the directory, in which it may write files already. save: writes the rest of the value there and returns
     plain values for the manifest. load: gets a directory and those plain values, and gives the value back.
+    worth_seconds: what took less to make is not stored (KEEP_SECONDS).
     """
     root = _root()
     if root is not None and (facts := _facts(root / name)) is not None:
@@ -47,7 +48,8 @@ def cached(name: str, make: Callable[[Path], T], save: Callable[[T, Path], dict[
     with tempfile.TemporaryDirectory(prefix=NEW, dir=root, ignore_cleanup_errors=True) as folder:
         start = time.monotonic()
         value = make(Path(folder))
-        if root is not None and time.monotonic() - start >= KEEP_SECONDS:
+        worth = KEEP_SECONDS if worth_seconds is None else worth_seconds
+        if root is not None and time.monotonic() - start >= worth:
             with contextlib.suppress(OSError):  # a full disk costs the entry and nothing else
                 return load(root / name, _keep(root / name, Path(folder), save(value, Path(folder))))
         return value

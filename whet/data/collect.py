@@ -25,7 +25,7 @@ from whet.data.example import Example
 from whet.data.format.recognise import Format, recognise
 from whet.data.format.standardise import Dropped, standardise
 from whet.data.judge.added import source_id
-from whet.data.read.read import Fingerprint, Record, check_unchanged, fingerprint, read_files, sha256
+from whet.data.read.read import Fingerprint, Record, check_unchanged, data_files, fingerprint, read_files, sha256
 from whet.data.removed import Removed
 from whet.data.sides.benchmark import Asked, asked_rows
 from whet.data.sides.select import Pool, check_pairs, learned, sides_of
@@ -258,6 +258,18 @@ def _builtin_file(name: str) -> str:
     folder, file = BUILTIN[name]
     installed, checkout = PACKAGE / "builtin" / folder / file, PACKAGE.parent / "examples" / folder / file
     return str(installed if installed.exists() else checkout)
+
+
+def check_sources(data: Data) -> None:
+    """Raise UserError where a file or folder that `data` names is not there; nothing is read, the hub is not asked."""
+    for dataset in (data.dataset, data.eval_dataset, data.test_dataset, data.replay_dataset, data.added_dataset,
+                    data.benchmarks):  # fmt: skip
+        for path in [] if dataset is None else dataset_paths(dataset):
+            if not path.startswith("hub:"):
+                data_files(path)
+    for path in [*listed(data.blocklist), *listed(data.scores)]:
+        if not Path(path).is_file():
+            sha256(path)  # says why it cannot be read
 
 
 def fingerprints(data: Data) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from whet.data.cache import cached, name_of
 from whet.data.collect import Sides, collect, fingerprints
 from whet.data.config import Data
 from whet.data.example import Example
+from whet.data.template.remembered import kind_of_tokenizer
 from whet.data.template.row_tokenizer import RowTokenizer
 from whet.engine.task import CAUSAL, Task, TaskName
 
@@ -98,7 +99,7 @@ def _identity(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
     """All parts of a tokenizer that decide which tokens come out."""
     state = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return [state, tokenizer.chat_template, tokenizer.all_special_tokens, ends, type(tokenizer).__name__]
+    return [state, tokenizer.chat_template, tokenizer.all_special_tokens, ends, kind_of_tokenizer(tokenizer)]
 
 
 def _prepare_anew(data: Data, model: ModelInput, folder: Path, files: list[dict[str, Any]]) -> Prepared:

@@ -1,8 +1,8 @@
 """Find rows that deserve a second look, among those that are learned from and those that are held out.
 
 One pass over the examples counts personal data, odd answers and languages; repeated rows, leaks and contradictions are
-found from hashes of the texts, near ones by sketches and exact edit distances (`duplicates`), which takes a package
-and some minutes for a million short rows. Nothing is changed here: that is what data.duplicates, data.leakage,
+found from hashes of the texts, near ones by sketches and exact edit distances (`duplicates`), which takes some
+minutes for a million short rows. Nothing is changed here: that is what data.duplicates, data.leakage,
 data.personal and data.blocklist are for.
 """
 
@@ -27,10 +27,7 @@ SHOWN, TEXT_CHARACTERS = 10, 300
 
 
 def quality_findings(prepared: Prepared, *, near: bool = True) -> dict[str, Any]:
-    """Findings by kind, as `--json` and the HTML page show them. near: look for near duplicates and near leaks too.
-
-    Raises UserError where near ones are asked for and the package for them is missing.
-    """
+    """Findings by kind, as `--json` and the HTML page show them. near: look for near duplicates and near leaks too."""
     sides = {"train": prepared.train_examples, "held out": prepared.held_out, "test": prepared.test_examples}
     sides = {name: side for name, side in sides.items() if len(side)}
     findings: dict[str, Any] = _row_by_row(sides)

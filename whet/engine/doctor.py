@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,10 +16,11 @@ from whet.engine.device import device_name, resolve_placement
 NEEDED = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pydantic", "ruamel.yaml")
 OPTIONAL = {
     "bitsandbytes": ("gpu", "no nf4 storage (QLoRA), no 8-bit optimisers"),
+    "pyarrow": ("data", "no Parquet and Arrow files"),
     "sacrebleu": ("eval", "no BLEU and chrF"),
     "rouge-score": ("eval", "no ROUGE-L"),
     "tensorboard": ("trackers", "no TensorBoard logs"),
-}
+} | ({"backports.zstd": ("data", "no .zst files")} if sys.version_info < (3, 14) else {})
 
 
 def examine() -> dict[str, Any]:

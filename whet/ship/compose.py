@@ -9,7 +9,7 @@ from pathlib import Path
 
 from whet.adapters import CONFIG, NOTE, WEIGHTS, Adapters, How, adapter_directory, base_of
 from whet.base.errors import UserError
-from whet.engine.load.load import locate
+from whet.engine.load.locate import locate
 from whet.opening import open_plain
 
 

@@ -102,7 +102,7 @@ def near_duplicates(
     """Exact and near duplicates among `texts`, which are read in order and then by index where two may be alike.
 
     keys: `text_keys(texts)`, where they are known. Near-linear in rows; about 400 bytes a row besides the texts. Raises
-    UserError where rapidfuzz is missing or the similarity is out of reach.
+    UserError where the similarity is out of reach.
     """
     return _near(texts, text_keys(texts) if keys is None else keys, similarity, None, 2)[0]
 
@@ -259,10 +259,3 @@ def _check(similarity: float) -> None:
             "near duplicates are not found at this similarity", field="similarity", found=str(similarity),
             expected=f"{LEAST_SIMILARITY} to 1: the share of characters that stay", fix=f"write {SIMILARITY}",
         )  # fmt: skip
-    try:
-        import rapidfuzz  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "near duplicates are compared with rapidfuzz, which is not installed",
-            fix='pip install "whet[data]", or look for exact duplicates only',
-        ) from None

@@ -27,7 +27,7 @@ ASKED = "its question is held out, or one much like it"
 
 
 def asked_too(examples: Examples, kept_apart: Mapping[str, Examples]) -> np.ndarray:
-    """Rows whose question, or one much like it, stands in `kept_apart`, bool [N]. Raises UserError (no rapidfuzz)."""
+    """Rows whose question, or one much like it, stands in `kept_apart`, bool [N]."""
     asked = np.zeros(len(examples), bool)
     others = {name: Wording(side, "user") for name, side in kept_apart.items() if len(side)}
     for leak in leaks_of_first({"": Wording(examples, "user"), **others}, SIMILARITY) if len(examples) else ():

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from whet.base.errors import UserError, nearest
+from whet.base.errors import UserError
 from whet.base.private import has_sdpa, takes_attention
 from whet.engine.compute import attention
 from whet.engine.config import Model
 from whet.engine.device import DTYPES, PACKED, Placement
+from whet.engine.load.locate import locate
 from whet.engine.load.new_tokens import add_tokens, grow
 from whet.engine.task import CAUSAL, Task, set_pad
 
@@ -25,46 +26,6 @@ _POSITIONS_AFTER_PAD = frozenset((
     "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text", "xmod",
     "longformer", "mpnet", "ibert", "esm", "luke",
 ))  # fmt: skip
-BUILTIN = {"builtin:tiny": Path(__file__).parents[2] / "builtin" / "tiny"}
-
-
-def locate(path: str, field: str = "model.path") -> str:
-    """What transformers should open: a directory for local and built-in models, the name for the hub.
-
-    field: the setting that says so. Raises UserError for an unknown built-in name and a path that is no directory of
-    a model.
-    """
-    if path.startswith("builtin:"):
-        if path not in BUILTIN:
-            raise UserError(
-                "there is no such built-in model",
-                field=field,
-                found=path,
-                expected=", ".join(BUILTIN),
-                fix=f"write {nearest(path, BUILTIN) or 'builtin:tiny'}",
-            )
-        return str(BUILTIN[path])
-    here = Path(path).expanduser()
-    if here.is_dir():
-        if not (here / "config.json").is_file():
-            raise UserError(
-                "the directory holds no config.json, so it is no model",
-                file=str(here),
-                field=field,
-                expected="config.json, model.safetensors and tokenizer files",
-                fix="give the directory that save_pretrained wrote",
-            )
-        return str(here.resolve())
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
-    if looks_local or (here.exists() and here.suffix != ".json"):
-        raise UserError(
-            "this is no model directory",
-            field=field,
-            found=path,
-            expected="a directory with config.json, a hub name like Qwen/Qwen3-0.6B, or builtin:tiny",
-            fix=_neighbour(here),
-        )
-    return path
 
 
 def load_config(model: Model) -> PreTrainedConfig:
@@ -230,9 +191,3 @@ def _opened(open_it, source: str, what: str, field: str = "model.path"):
             expected="a directory written by save_pretrained, or a hub name that this machine can reach",
             fix="check the name; without a network, give a local directory or builtin:tiny",
         ) from error
-
-
-def _neighbour(path: Path) -> str:
-    names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    near = nearest(path.name, names)
-    return f"did you mean {path.parent / near}?" if near else "check the path"
