@@ -27,13 +27,13 @@ def inputs_of_recipe(parsed: Parsed) -> list[Input]:
 
 def inputs_of_run(run: Run) -> list[Input]:
     """The files of a run, what it trained, its checkpoints, and every path that its recipe names."""
-    folders = [Input(path, "the run", closed=True) for path in (run.trained, run.checkpoints)]
+    folders = [Input(path, "the run", closed="all") for path in (run.trained, run.checkpoints)]
     return [Input(run.path, "the run"), *folders, *_named_by(run.recipe)]
 
 
 def inputs_of_adapter(directory: Path, model: str) -> list[Input]:
     """The folder of an adapter and the model that it belongs to."""
-    return [Input(directory, "the adapter", closed=True), *_inputs(model, "model")]
+    return [Input(directory, "the adapter", closed="all"), *_inputs(model, "model")]
 
 
 def _named_by(recipe: Recipe) -> list[Input]:
@@ -64,6 +64,6 @@ def _inputs(text: str, section: str, *, closed: bool = False) -> Iterator[Input]
         try:
             path = Path(name).expanduser()
             if path.exists() or (closed and glob.has_magic(name)):
-                yield Input(path, _WHAT.get(section, "what the recipe names"), closed)
+                yield Input(path, _WHAT.get(section, "what the recipe names"), "files" if closed else "no")
         except (OSError, RuntimeError):  # no path at all, then
             continue

@@ -15,6 +15,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from whet.base.disk import disk_fault
 from whet.base.errors import UserError
@@ -26,12 +27,12 @@ _VARIABLE = re.compile(r"\$(?:\w|\{)")
 class Input:
     """A file or directory that a call reads, or a glob of such. what: for the error, "the data".
 
-    closed: nothing may be added to the directory, because that would be read the next time.
+    closed: what may not be added to the directory: files, because they would be read the next time; or anything.
     """
 
     path: Path
     what: str
-    closed: bool = False
+    closed: Literal["no", "files", "all"] = "no"
 
 
 def output_path(text: str | Path, field: str | None = None) -> Path:
@@ -57,7 +58,7 @@ def output_path(text: str | Path, field: str | None = None) -> Path:
 def output_file(
     text: str | Path, inputs: Iterable[Input], field: str | None = None, ours: Callable[[bytes], bool] | None = None
 ) -> Path:
-    """The file to write: as it was given, or where a link leads. Raises UserError where it is an input, or no file can be written there.
+    """The file to write: as it was given, or where a link leads. Raises UserError where it is an input, or none can be.
 
     ours: told from the first line of a file that stands there, whether the same command wrote it; another one is
     refused.
@@ -75,7 +76,7 @@ def output_file(
         for real in _files(one):
             if path == real or (state is not None and _same(state, real)):
                 raise _taken(text, field, one, real)
-        if one.closed and _would_be_read(path, one):
+        if one.closed != "no" and _would_be_read(path, one):
             raise UserError(
                 f"the output would lie among {one.what}, and be read as such the next time", file=str(text),
                 field=field, found=str(one.path), expected="a path elsewhere", fix="name a file in another directory",
@@ -103,7 +104,7 @@ def output_directory(text: str | Path, inputs: Iterable[Input], field: str | Non
             above = [real, *real.parents]
             if path in above or (state is not None and any(_same(state, place) for place in above)):
                 raise _taken(text, field, one, real)
-        if one.closed and _would_be_read(path, one):
+        if one.closed == "all" and _would_be_read(path, one):
             raise UserError(
                 f"the output would lie inside of {one.what}", file=str(text), field=field, found=str(one.path),
                 expected="a path elsewhere", fix="name a directory elsewhere",
@@ -157,11 +158,11 @@ def _matches(one: Input) -> Iterator[Path]:
     import glob
 
     try:
-        if one.path.exists():
+        if one.path.exists() or not glob.has_magic(str(one.path)):
             yield one.path.resolve()
-        elif glob.has_magic(str(one.path)):
+        else:
             yield from (Path(name).resolve() for name in glob.iglob(str(one.path), recursive=True))  # noqa: PTH207
-    except OSError:  # whoever reads it says what is wrong
+    except (OSError, RuntimeError):  # whoever reads it says what is wrong
         return
 
 

@@ -25,7 +25,8 @@ from whet.data.labels import labels_text
 from whet.data.prepare import Prepared, prepare
 from whet.data.read.read import check_unchanged
 from whet.engine.device import Hardware, Placement
-from whet.engine.load.load import load_config, longest_input
+from whet.engine.load.headers import check_checkpoint
+from whet.engine.load.load import checkpoint_storage, load_config, longest_input
 from whet.engine.task import text_task
 from whet.inputs import inputs_of_recipe
 from whet.planning.asked import Asked
@@ -85,6 +86,7 @@ def get_ready(parsed: Parsed, lock: DirectoryLock | None = None) -> Ready:
         "data.json": prepared.ledger.as_dict(),
         "plan.json": plan.as_dict(),
     }
+    check_checkpoint(recipe.model, config, prepared.task, plain=checkpoint_storage(recipe.model) is None)
     run = runs.start(resolved, parsed.origins, decided, facts, lock)
     _check_same_rows(run, prepared.ledger)
     return Ready(run, prepared, plan)
