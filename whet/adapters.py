@@ -23,6 +23,7 @@ from whet.base.errors import UserError, nearest
 from whet.base.files import read_json, whole_directory
 from whet.base.outputs import output_path
 from whet.engine.config import Base, Model
+from whet.engine.load.headers import adapter_weights
 from whet.engine.load.identity import check_sealed, seal, seal_digest
 from whet.engine.load.load import load_tokenizer
 from whet.methods.layers.adapter import attach_adapter
@@ -68,6 +69,7 @@ def describe(target: str | Path) -> Described:
     from safetensors import SafetensorError, safe_open
 
     directory = adapter_directory(target)
+    adapter_weights(directory)
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         with safe_open(str(directory / WEIGHTS), "np") as file:

@@ -51,12 +51,15 @@ def evaluate(
     run: str | Path, *, max_rows: int | None = None, split: Literal["eval", "test"] = "eval"
 ) -> dict[str, Any]:
     """Score base and tuned model of a run on its held-out rows, or those kept for a test; updates its report."""
+    from whet.base.lock import DirectoryLock
     from whet.evaluation.run import evaluate as run_evaluation
     from whet.report.page import write_page
 
     opened = open_run(run)
-    result = run_evaluation(opened, max_rows=max_rows, split=split)
-    write_page(opened.path)
+    with DirectoryLock(opened.path) as lock:
+        lock.take()
+        result = run_evaluation(opened, max_rows=max_rows, split=split)
+        write_page(opened.path)
     return result
 
 

@@ -29,6 +29,7 @@ def compose_on_disk(
     if os.path.lexists(output_path(out)):
         raise UserError("the output is in the way", file=str(out), fix="give a new directory")
     folders = [adapter_directory(part) for part in parts]
+    recorded = [check_adapter(folder) for folder in folders]
     bases = [base_of(part) for part in parts]
     for folder, (model, _) in zip(folders[1:], bases[1:], strict=True):
         if locate(model.path) != locate(bases[0][0].path):
@@ -37,7 +38,6 @@ def compose_on_disk(
                 expected=bases[0][0].path, fix="compose adapters of one base",
             )  # fmt: skip
     model, base = bases[0]
-    recorded = [check_adapter(folder) for folder in folders]
     for one in recorded:
         check_base(model, one)
     for folder, (named, _) in zip(folders, bases, strict=True):

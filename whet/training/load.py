@@ -38,6 +38,7 @@ def load(ready: Ready) -> tuple[Loaded, Ready]:
     network = load_model(recipe.model, home, ready.plan.task)
     if not known:  # it was fetched just now
         _check_base(ready)
+    _check_ends(ready, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
     model = recipe.method.attach(network, ready.plan.task)
     masters = shorten_weights(network, placement.device, placement.compute) if layout.short_weights else {}
     if not ready.plan.facts.padded_task:
@@ -58,6 +59,17 @@ def _check_base(ready: Ready) -> bool:
     if found is not None:
         run.write(IDENTITY, found)
     return found is not None
+
+
+def _check_ends(ready: Ready, rows: int) -> None:
+    """Refuse a tokenizer whose end of an answer is no token of the model."""
+    tokenizer = ready.prepared.row_tokenizer
+    beyond = [one for one in (tokenizer.stop_ids() if tokenizer.template is not None else []) if one >= rows]
+    if beyond:
+        raise UserError(
+            "the token that ends an answer is none of the model's", field="model.tokenizer", found=str(beyond[0]),
+            expected=f"0 to {rows - 1}", fix="give the tokenizer that belongs to the model",
+        )  # fmt: skip
 
 
 def _with_proven_attention(ready: Ready, model: torch.nn.Module, vocabulary: int) -> Ready:

@@ -86,7 +86,7 @@ def get_ready(parsed: Parsed, lock: DirectoryLock | None = None) -> Ready:
         "data.json": prepared.ledger.as_dict(),
         "plan.json": plan.as_dict(),
     }
-    check_checkpoint(recipe.model, config, prepared.task, plain=checkpoint_storage(recipe.model) is None)
+    check_checkpoint(recipe.model, prepared.task, plain=checkpoint_storage(recipe.model) is None)
     run = runs.start(resolved, parsed.origins, decided, facts, lock)
     _check_same_rows(run, prepared.ledger)
     return Ready(run, prepared, plan)

@@ -23,7 +23,7 @@ from whet.engine.load.identity import INDEX, folder_of, weight_files
 from whet.engine.task import CAUSAL, Task, head_names
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 LONGEST_HEADER = 100 << 20  # bytes; safetensors' own limit
 BYTES = {
@@ -91,7 +91,7 @@ def _damaged(path: Path, found: str, fix: str = _FETCH) -> UserError:
     )
 
 
-def check_checkpoint(model: Model, config: PreTrainedConfig, task: Task = CAUSAL, *, plain: bool = True) -> None:
+def check_checkpoint(model: Model, task: Task = CAUSAL, *, plain: bool = True) -> None:
     """Hold the files of a model's weights against its config. UserError for the first fault; reads headers only.
 
     plain: no format of quantised weights. A model of the hub that is not on this machine yet is left to the loader.
@@ -114,32 +114,17 @@ def check_checkpoint(model: Model, config: PreTrainedConfig, task: Task = CAUSAL
             expected=f"every file that {INDEX} names", fix="fetch the model again, whole",
         )  # fmt: skip
     key = tuple((name, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for name, state in states)
-    _check_once(folder, key, replace(model, new_tokens=[]).path, model.revision, task, plain, _eos_of(config))
-
-
-def _eos_of(config: PreTrainedConfig) -> tuple[int, ...]:
-    text = config.get_text_config()
-    given = getattr(text, "eos_token_id", None)
-    return tuple(given) if isinstance(given, list | tuple) else () if given is None else (given,)
+    _check_once(folder, key, replace(model, new_tokens=[]).path, model.revision, task, plain)
 
 
 @lru_cache(maxsize=64)
-def _check_once(
-    folder: Path, state: Any, path: str, revision: str | None, task: Task, plain: bool, ends: tuple[int, ...]
-) -> None:
+def _check_once(folder: Path, state: Any, path: str, revision: str | None, task: Task, plain: bool) -> None:
     """The check of files that are in a `state`: a model is opened many times, and its files read once."""
     from whet.engine.load.load import empty_model
 
     headers = [read_header(folder / name) for name, *_ in state if name.endswith(".safetensors")]
     stored = {name: tensor for header in headers for name, tensor in header.items()}
     network = empty_model(Model(path=path, revision=revision), task=task)
-    rows = int(network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr,arg-type]
-    beyond = [one for one in ends if one >= rows]
-    if beyond:
-        raise UserError(
-            "the token that ends an answer is none of the model's", file=str(folder / "config.json"),
-            field="eos_token_id", found=str(beyond[0]), expected=f"0 to {rows - 1}", fix="correct it there",
-        )  # fmt: skip
     if plain and stored:
         _check_tensors(folder, network, stored)
 
@@ -215,12 +200,11 @@ def check_trained_tensors(path: Path, *, numbers: bool = True) -> None:
                 )  # fmt: skip
 
 
-def check_adapter_weights(directory: Path) -> None:
-    """UserError for an adapter whose weights are absent, a pickle, damaged, or no numbers."""
+def adapter_weights(directory: Path) -> Path:
+    """The weights of an adapter. Raises UserError where they are absent or a pickle."""
     weights = directory / "adapter_model.safetensors"
     if weights.is_file():
-        check_trained_tensors(weights)
-        return
+        return weights
     pickled = (directory / "adapter_model.bin").is_file()
     raise UserError(
         "the adapter is a pickle, which may run any program when it is opened" if pickled else

@@ -133,7 +133,7 @@ def _stored_model(
     if placement.device.type != "cpu":
         options["device_map"] = {"": placement.device}
     stored = stored_as(config, source)
-    check_checkpoint(model, config, task, plain=stored is None)
+    check_checkpoint(model, task, plain=stored is None)
     if stored is not None:
         return _opened(
             lambda: load_quantised(source, stored, storage, placement.double_quant, options, task), source, "model"
