@@ -139,7 +139,13 @@ def _check_tensors(folder: Path, network: PreTrainedModel, stored: Mapping[str, 
         if not name.startswith(new)
     }  # fmt: skip
     prefix = f"{network.base_model_prefix}."
-    names = {one: name for name in wanted for one in (name, prefix + name, name.removeprefix(prefix)) if one in stored}
+    doubled = sorted(one for one in stored if one.startswith(2 * prefix) and one.removeprefix(prefix) in wanted)
+    if doubled:
+        raise UserError(
+            f"{len(doubled)} tensors have their prefix twice", file=str(folder), field="model.path", found=doubled[0],
+            expected=doubled[0].removeprefix(prefix), fix="save the model again from where it was loaded right",
+        )  # fmt: skip
+    names = {one: name for name in wanted for one in _spellings(name, prefix) if one in stored}
     shapes = {names[one]: (stored[one].shape, tuple(wanted[names[one]].shape)) for one in names}
     kinds = {_kind(name) for name in names.values()}
     tied = {*network.all_tied_weights_keys, *network.all_tied_weights_keys.values()}
@@ -153,23 +159,26 @@ def _check_tensors(folder: Path, network: PreTrainedModel, stored: Mapping[str, 
             fix="give the model that it was made from",
         )  # fmt: skip
     extra = sorted(set(stored) - set(names) - set(network.state_dict()))
-    _check_extra(folder, network, [one for one in extra if not one.startswith(new)], kinds, prefix)
+    _check_layers(folder, network, [one for one in extra if not one.startswith(new)], kinds)
 
 
-def _check_extra(folder: Path, network: PreTrainedModel, extra: Iterable[str], kinds: set[str], prefix: str) -> None:
+def _spellings(name: str, prefix: str) -> tuple[str, ...]:
+    """A weight's name in checkpoints of the model with its head, and without."""
+    return (name, name.removeprefix(prefix)) if name.startswith(prefix) else (name, prefix + name)
+
+
+def _check_layers(folder: Path, network: PreTrainedModel, extra: Iterable[str], kinds: set[str]) -> None:
+    """Refuse tensors of layers beyond those of the config; an architecture may leave some out on purpose."""
     ignored = ignored_extras(network)
     if getattr(network.config.get_text_config(), "num_nextn_predict_layers", None):
         ignored.append(r"\.layers\.\d+\.")  # layers that guess further tokens stand behind the others
+    prefix = f"{network.base_model_prefix}."
     for one in extra:
-        if any(re.search(pattern, one) for pattern in ignored):
-            continue
-        bare = one.removeprefix(prefix) if one.startswith(2 * prefix) else one
-        if _kind(bare) in kinds or _kind(bare.removeprefix(prefix)) in kinds or _kind(prefix + bare) in kinds:
-            doubled = bare != one
+        known = any(_kind(spelt) in kinds for spelt in _spellings(one, prefix))
+        if known and not any(re.search(pattern, one) for pattern in ignored):
             raise UserError(
-                "a tensor has its prefix twice" if doubled else "the weights have layers that the config does not know",
-                file=str(folder), field="model.path", found=one,
-                expected=bare if doubled else "as many layers as config.json says",
+                "the weights have layers that the config does not know", file=str(folder), field="model.path",
+                found=one, expected="as many layers as config.json says",
                 fix="fetch the model again: its config and its weights are of one kind",
             )  # fmt: skip
 
