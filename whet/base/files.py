@@ -1,7 +1,7 @@
 """Write files so that they are either there whole or not at all, also after a power cut.
 
 A file or directory is written under a hidden name beside its own, flushed, and renamed; the directory above is flushed
-last. Hidden directories are locked while they are filled, so that what a killed process left behind is told from what
+last. The hidden one is locked meanwhile, so that what a killed process left behind is told from what
 another one is writing, and is removed by whoever writes there next. Files get the permissions that the umask says,
 whatever the library that wrote them chose.
 """
@@ -43,9 +43,11 @@ def hidden_beside(path: Path, suffix: str = ".tmp") -> Path:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file beside `path`, flush it and rename it: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
     beside = hidden_beside(path)
     try:
         with beside.open("wb") as file:
+            _lock(file.fileno())
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -119,15 +121,11 @@ def sweep(directory: Path, name: str = "") -> None:
     """Remove what killed writes left behind in `directory`: it never got its name, so nobody can miss it.
 
     name: only what was to become this entry; without it the caller has the directory to himself, and what cannot be
-    locked goes as well. Directories that another process is filling stay.
+    locked goes as well. What another process is writing stays.
     """
     for path in directory.glob(".*"):
         whole, _, _ = path.stem[1:].rpartition(".")
         if path.suffix not in TEMPORARY or (name and whole != name[:HIDDEN_NAME_CHARACTERS]):
-            continue
-        if not path.is_dir() or path.is_symlink():
-            if not name:
-                path.unlink(missing_ok=True)
             continue
         with contextlib.suppress(BlockingIOError):
             held = _locked(path)
@@ -147,23 +145,33 @@ def remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _locked(directory: Path) -> int | None:
-    """An open handle that locks a directory until it is closed; None where there are no such locks (NFS, Windows).
+def _locked(path: Path) -> int | None:
+    """An open handle that locks a file or directory until it is closed; None where there are no such locks.
 
     Raises BlockingIOError where another process holds it.
     """
-    if fcntl is None:
-        return None
     try:
-        handle = os.open(directory, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     except OSError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _lock(handle):
+            return handle
     except BlockingIOError:
         os.close(handle)
         raise
+    os.close(handle)
+    return None
+
+
+def _lock(handle: int) -> bool:
+    """Lock what is open; False where there are no such locks (NFS, Windows). BlockingIOError where it is locked."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
     except OSError:
-        os.close(handle)
-        return None
-    return handle
+        return False
+    return True

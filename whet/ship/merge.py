@@ -63,6 +63,8 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
     origin = _origin(run)
     if (earlier := _earlier(target, origin)) is not None:
         say(f"{out} holds this merge already: nothing to do")
+        if run.read("results/merge.json") != earlier:  # killed between the two
+            run.write("results/merge.json", earlier)
         return earlier
     prepared = runs.rows_of(run)
     live = open_answerer(run, row_tokenizer=prepared.row_tokenizer).opened
