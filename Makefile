@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-oldest test-newest mutants check format bench clean
+.PHONY: help install quickstart test test-oldest test-newest mutants faults check format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -35,6 +35,9 @@ test-newest: ## the same with the highest
 
 mutants: $(READY) ## careless edits planted one at a time: every one must turn a test red (an hour)
 	@$(BIN)/python tests/mutants/run.py
+
+faults: $(READY) ## every file operation of every command that writes fails once, in five ways (half an hour; needs gcc)
+	@$(BIN)/python tests/faults/proof.py
 
 check: $(READY) ## lint, types, import contract, no patching, budgets: under a minute
 	@$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,45 @@ def test_a_file_in_the_place_of_the_output_is_refused(trained: dict[str, Run], t
     with pytest.raises(UserError, match="in the way"):
         merge(trained["fp32"], tmp_path / "out")
     assert (tmp_path / "out").read_text(encoding="utf-8") == "mine"
+
+
+def test_the_same_merge_is_not_made_again(
+    trained: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    certificate = merge(trained["fp32"], out)
+    (out / "notes.txt").write_text("mine", encoding="utf-8")
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    monkeypatch.setattr("whet.ship.merge._best_candidate", None)
+    assert merge(trained["fp32"], out) == json.loads(json.dumps(certificate))
+    assert "holds this merge already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_a_merge_of_another_run_or_one_that_was_changed_is_never_replaced(
+    trained: dict[str, Run], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    merge(trained["fp32"], out)
+    with pytest.raises(UserError, match="in the way"):
+        merge(trained["bf16"], out)
+    (out / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="in the way") as caught:
+        merge(trained["fp32"], out)
+    assert caught.value.found == "config.json has 2 bytes instead of " + str(
+        read(out / CERTIFICATE)["files"]["config.json"]["bytes"]
+    )
+    assert (out / "config.json").read_text(encoding="utf-8") == "{}"
+
+
+def test_a_merged_model_has_the_permissions_of_the_umask(trained: dict[str, Run], tmp_path: Path) -> None:
+    mask = os.umask(0o027)
+    try:
+        merge(trained["fp32"], tmp_path / "out")
+    finally:
+        os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_an_empty_directory_is_taken(trained: dict[str, Run], tmp_path: Path) -> None:

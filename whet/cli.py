@@ -7,13 +7,14 @@ error, Ctrl-C with 130. Nothing heavy is imported before a verb needs it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from whet import verbs as do
+from whet.base.console import complain, drop_answer, flush_answer, print_json, readable_streams
+from whet.base.disk import disk_fault
 from whet.base.errors import UserError, nearest
 
 DESCRIPTION = "Fine-tune a language model on your own data, fast, and prove that it worked."
@@ -34,35 +35,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one verb; returns the exit code."""
+    readable_streams()
     words = _parser().parse_args(_normalised(list(arguments)))
     if words.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         answer = words.call(words)
+        if words.json and answer is not None:
+            print_json(answer)
+        flush_answer()
     except UserError as error:
         return _refused(error, words.json)
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
+        complain("\ninterrupted")
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # who read the answer had enough of it
+        drop_answer()
         return 0
     except Exception as error:  # the one place that may catch everything
         if words.traceback:
             raise
+        fault = disk_fault(error)
+        if fault is not None:
+            return _refused(fault, words.json)
         problem = f"{type(error).__name__}: {error}"
-        sys.stderr.write(
-            f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where\n"
-        )
+        complain(f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where")
         return 1
-    if words.json and answer is not None:
-        sys.stdout.write(json.dumps(answer, ensure_ascii=False, indent=1, default=str) + "\n")
     return 0
 
 
 def _refused(error: UserError, as_json: bool) -> int:
-    sys.stderr.write(f"error: {error}\n")
+    complain(f"error: {error}")
     if as_json:
-        sys.stdout.write(json.dumps({"error": error.as_dict()}, ensure_ascii=False, indent=1) + "\n")
+        try:
+            print_json({"error": error.as_dict()})
+            flush_answer()
+        except (OSError, UserError):  # it is said on stderr already
+            drop_answer()
     return 2
 
 
@@ -215,8 +224,8 @@ def _normalised(arguments: list[str]) -> list[str]:
     )  # fmt: skip
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
         near = nearest(arguments[0], verbs)
-        sys.stderr.write(f"error: there is no verb {arguments[0]}\n  expected: {', '.join(verbs)}\n")
-        sys.stderr.write(f"  fix:      whet {near or '--help'}\n")
+        complain(f"error: there is no verb {arguments[0]}\n  expected: {', '.join(verbs)}")
+        complain(f"  fix:      whet {near or '--help'}")
         sys.exit(2)
     return arguments
 

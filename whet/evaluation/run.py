@@ -37,7 +37,7 @@ def evaluate(run: Run, *, max_rows: int | None = None, split: Split = "eval") ->
     the tokenizer or the labels are not the trained ones.
     """
     recipe = run.recipe
-    prepared = runs.prepared(recipe)
+    prepared = runs.rows_of(run)
     if split == "test":
         if not prepared.test_examples:
             raise UserError(

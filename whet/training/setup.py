@@ -7,15 +7,19 @@ loaded, and a run directory appears only when all of them are good.
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from whet import runs
-from whet.base.console import say
+from whet.base.console import bytes_text, say
 from whet.base.errors import UserError
+from whet.base.lock import DirectoryLock
+from whet.base.outputs import output_directory
 from whet.data.batch.batches import Batches, Cut
 from whet.data.batch.ledger import Ledger
 from whet.data.batch.make import make_batches
@@ -23,10 +27,13 @@ from whet.data.labels import labels_text
 from whet.data.prepare import Prepared, prepare
 from whet.data.read.read import check_unchanged
 from whet.engine.device import Hardware, Placement
-from whet.engine.load.load import load_config, longest_input
+from whet.engine.load.headers import check_checkpoint
+from whet.engine.load.load import checkpoint_storage, load_config, longest_input
 from whet.engine.task import text_task
+from whet.inputs import inputs_of_recipe
 from whet.planning.asked import Asked
 from whet.planning.facts import Work
+from whet.planning.memory import OPTIMISER_BYTES
 from whet.planning.plan import Plan, plan_run, resolve_base
 from whet.planning.rules import check, data_for_method
 from whet.recipe import Parsed, Recipe, resolve
@@ -59,9 +66,13 @@ class Ready:
         return "; ".join(f"{example.file} row {example.row}" for example in examples)
 
 
-def get_ready(parsed: Parsed) -> Ready:
-    """Check everything, decide what is open, and make the run directory. Raises UserError; loads no model."""
+def get_ready(parsed: Parsed, lock: DirectoryLock | None = None) -> Ready:
+    """Check everything, decide what is open, and make the run directory. Raises UserError; loads no model.
+
+    lock: as in `runs.start`.
+    """
     recipe = parsed.recipe
+    _check_output(parsed)
     config = load_config(recipe.model)
     hardware, placement = resolve_base(recipe, config)
     asked = Asked.of(recipe, config=config, task=recipe.model.task).on(hardware, placement)
@@ -73,14 +84,40 @@ def get_ready(parsed: Parsed) -> Ready:
     decided = decide_settings(recipe, prepared, placement)
     resolved = resolve(recipe, {path: value for path, (value, _) in decided.items()})
     plan = plan_of(resolved, prepared, hardware, placement)
+    _check_disk(plan, runs.run_directory(recipe))
     facts = {
         "environment.json": environment(hardware, placement),
         "data.json": prepared.ledger.as_dict(),
         "plan.json": plan.as_dict(),
     }
-    run = runs.start(resolved, parsed.origins, decided, facts)
+    check_checkpoint(recipe.model, prepared.task, plain=checkpoint_storage(recipe.model) is None)
+    run = runs.start(resolved, parsed.origins, decided, facts, lock)
     _check_same_rows(run, prepared.ledger)
     return Ready(run, prepared, plan)
+
+
+def _check_output(parsed: Parsed) -> None:
+    """Refuse an output_dir that is, or lies above, something that the recipe reads; its own recipe.yaml may be."""
+    directory, inputs = runs.run_directory(parsed.recipe), inputs_of_recipe(parsed)
+    if (directory / "origins.json").is_file():
+        own = (directory / "recipe.yaml").absolute()
+        inputs = [one for one in inputs if one.path.absolute() != own]
+    output_directory(directory, inputs, "output_dir")
+
+
+def _check_disk(plan: Plan, directory: Path) -> None:
+    """Refuse a disk without room for one checkpoint and the result; a finished run writes nothing more."""
+    if (directory / "finished.json").is_file():
+        return
+    above = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    needed = int((8 + OPTIMISER_BYTES[plan.layout.optim]) * plan.facts.model.trainable)
+    free = shutil.disk_usage(above).free
+    if free < needed:
+        raise UserError(
+            "the disk has no room for a checkpoint and the result", file=str(directory), field="output_dir",
+            found=f"{bytes_text(free)} free", expected=f"at least {bytes_text(needed)}",
+            fix="free some space, or give an output_dir on another disk",
+        )  # fmt: skip
 
 
 def plan_of(recipe: Recipe, prepared: Prepared, hardware: Hardware, placement: Placement) -> Plan:

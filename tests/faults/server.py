@@ -1,0 +1,79 @@
+"""Run commands of whet in children of one process that has imported everything, with a fault in a file operation.
+
+Started with `shim.c` in front of libc. Reads a JSON object a line: {"words": [...], "place": DIRECTORY, "kind": the
+fault as the shim numbers it, "at": N, "stay": bool, "log": FILE}; the command runs in `place`, and operations below it
+count. Answers {"status": exit status, "operations": count}.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def child(order: dict[str, Any], counted: int) -> None:
+    import torch
+
+    from whet import cli
+
+    torch.set_num_threads(1)
+    shim = ctypes.CDLL(None)
+    os.chdir(order["place"])
+    shim.fault_arm(os.fsencode(order["place"]), order["kind"], order["at"], int(order["stay"]))
+    try:
+        status = cli.run(order["words"])
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    count = shim.fault_count()
+    shim.fault_arm(b"", 0, 0, 0)
+    os.write(counted, str(count).encode())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def answer(order: dict[str, Any]) -> dict[str, int]:
+    read, counted = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        with Path(order["log"]).open("wb") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        try:
+            child(order, counted)
+        finally:
+            sys.excepthook(*sys.exc_info())
+            sys.stderr.flush()
+            os._exit(70)
+    os.close(counted)
+    with os.fdopen(read, "rb") as pipe:
+        said = pipe.read()
+    return {"status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), "operations": int(said or 0)}
+
+
+def serve() -> None:
+    import peft  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import torch  # noqa: F401
+
+    import whet.report.charts
+    import whet.report.data_page
+    import whet.report.page
+    import whet.ship.compose
+    import whet.ship.merge
+    import whet.training.run  # noqa: F401
+    from whet.base.console import quiet_libraries
+
+    quiet_libraries()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
