@@ -48,39 +48,49 @@ def train_parsed(parsed: Parsed) -> Run:
 
 
 def evaluate(
-    run: str | Path, *, max_rows: int | None = None, split: Literal["eval", "test"] = "eval"
+    run: str | Path | Run, *, max_rows: int | None = None, split: Literal["eval", "test"] = "eval"
 ) -> dict[str, Any]:
     """Score base and tuned model of a run on its held-out rows, or those kept for a test; updates its report."""
     from whet.evaluation.run import evaluate as run_evaluation
     from whet.report.page import write_page
 
-    opened = open_run(run)
+    opened = _opened(run)
     result = run_evaluation(opened, max_rows=max_rows, split=split)
     write_page(opened.path)
     return result
 
 
-def merge(run: str | Path, out: str | Path) -> dict[str, Any]:
+def merge(run: str | Path | Run, out: str | Path) -> dict[str, Any]:
     """Fold a run's adapter into a plain model in `out`; returns the certificate of agreement."""
     from whet.report.page import write_page
     from whet.ship.merge import merge as run_merge
 
-    opened = open_run(run)
+    opened = _opened(run)
     certificate = run_merge(opened, Path(out))
     write_page(opened.path)
     return certificate
 
 
-def predict(run: str | Path, texts: Iterable[Any]) -> list[dict[str, Any]]:
-    """The answer of a run with labels, or of an encoder-decoder, for each text: label and probabilities, value or text.
+def predict(
+    run: str | Path | Run, rows: str | Iterable[Any], *, top: int | None = None, max_new_tokens: int = 256
+) -> list[dict[str, Any]]:
+    """The answer of a run to each row: label and probabilities, value, or text.
 
-    texts: strings, pairs of strings, or objects with `text` and `text_pair`. Raises UserError for bad rows.
+    rows: strings, pairs of strings, lists of messages, or objects as in a data file; one string is one row. top: the
+    likeliest classes alone. Raises UserError for bad rows.
     """
-    from whet.ship.predict import given, open_predictor
+    from whet.ship.predict import Wanted, open_predictor
     from whet.ship.predict import predict as run_prediction
+    from whet.ship.questions import Asks, given
 
-    with open_predictor(open_run(run)) as predictor:
-        return list(run_prediction(predictor, given(texts)))
+    opened = _opened(run)
+    questions = list(given([rows] if isinstance(rows, str) else rows, Asks.of(opened)))
+    with open_predictor(opened, Wanted(top, max_new_tokens)) as predictor:
+        return [answer for _, answer in run_prediction(predictor, questions)]
+
+
+def _opened(run: str | Path | Run) -> Run:
+    return run if isinstance(run, Run) else open_run(run)
 
 
 def plan(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:

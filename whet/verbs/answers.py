@@ -46,13 +46,18 @@ def _named(pairs: list[str]) -> dict[str, str]:
 
 
 def predict(words: argparse.Namespace) -> dict[str, Any]:
+    from whet.base.console import say
     from whet.runs import open_run
 
     run = open_run(words.target)
     prepare_libraries()
-    from whet.ship.predict import predict_file
+    from whet.ship.predict import Wanted, predict_file
 
-    return {"predictions": predict_file(run, words.file, quiet=words.json)}
+    wanted = Wanted(words.top, words.max_new_tokens)
+    answers = predict_file(run, words.file, quiet=words.json, out=words.out, table=words.csv, wanted=wanted)
+    if words.out:
+        say(f"answers -> {words.out}")
+    return {"predictions": answers}
 
 
 def merge(words: argparse.Namespace) -> dict[str, Any]:
