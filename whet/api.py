@@ -18,6 +18,7 @@ from whet.runs import Run, open_run
 if TYPE_CHECKING:
     from whet.data.judge.endpoint import Endpoint
     from whet.data.prepare import Prepared
+    from whet.evaluation.custom import ComputeMetrics
     from whet.ship.chat import Chat
 
 PACKAGE = Path(__file__).parent
@@ -48,14 +49,18 @@ def train_parsed(parsed: Parsed) -> Run:
 
 
 def evaluate(
-    run: str | Path | Run, *, max_rows: int | None = None, split: Literal["eval", "test"] = "eval"
-) -> dict[str, Any]:
-    """Score base and tuned model of a run on its held-out rows, or those kept for a test; updates its report."""
+    run: str | Path | Run, *, max_rows: int | None = None, split: Literal["eval", "test"] = "eval",
+    data: str | Sequence[str] = (), compute_metrics: ComputeMetrics | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Score base and tuned model of a run on its held-out rows, those kept for a test, or the rows of other files.
+
+    compute_metrics: a function of predictions and references that gives more metrics by name. Updates the report.
+    """
     from whet.evaluation.run import evaluate as run_evaluation
     from whet.report.page import write_page
 
-    opened = _opened(run)
-    result = run_evaluation(opened, max_rows=max_rows, split=split)
+    opened, files = _opened(run), [data] if isinstance(data, str) else list(data)
+    result = run_evaluation(opened, max_rows=max_rows, split=split, data=files, compute_metrics=compute_metrics)
     write_page(opened.path)
     return result
 

@@ -17,7 +17,7 @@ Decay = Annotated[float, Ge(0), Lt(1)]
 SEEDS = 2**63  # torch and numpy take a seed as a 64-bit number
 TILE_TOKENS = 4096  # of a tiled MLP, where its size is not chosen: by whet, or by a recipe of another tool
 
-MetricName = Literal["exact_match", "token_f1", "rouge_l", "bleu", "chrf"]
+MetricName = Literal["loss", "perplexity", "exact_match", "token_f1", "rouge_l", "bleu", "chrf"]
 LabelMetricName = Literal[
     "accuracy", "macro_f1", "micro_f1", "mcc", "mse", "mae", "pearson", "spearman", "r2",
 ]  # fmt: skip

@@ -14,8 +14,8 @@ def evaluate(words: argparse.Namespace) -> dict[str, Any]:
 
     open_run(words.target)
     prepare_libraries()
-    result = api.evaluate(words.target, max_rows=words.max_rows, split=words.split)
-    from whet.evaluation.run import print_scores
+    result = api.evaluate(words.target, max_rows=words.max_rows, split=words.split, data=words.data)
+    from whet.evaluation.printed import print_scores
 
     if not words.json:
         print_scores(result)
