@@ -37,7 +37,7 @@ class Train:
     per_device_train_batch_size: Count = setting(8, "Rows in one forward pass.")
     gradient_accumulation_steps: Count = setting(1, "Forward passes in one optimiser step.")
     learning_rate: Annotated[float, Gt(0)] | None = setting(
-        None, "Peak learning rate; auto = the method's usual one (lora 2e-4, full 2e-5)."
+        None, "Peak learning rate; auto = the method's usual one (lora 2e-4, full 2e-5), more for narrow models."
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "warmup_stable_decay"] = setting(
         "cosine", "Shape of the learning rate after warm-up."

@@ -109,7 +109,8 @@ def scored_rows(data: Data, tokenizer: PreTrainedTokenizerFast, readable: int | 
         sides = replace(sides, train=sides.train[:0], evaluation=sides.train, test=sides.train[:0])
         decided: dict[str, tuple[object, str]] = {}
         unlabelled = task.name if not task.labelled else CAUSAL.name
-        task_for(sides.kind.name, sides.evaluation[:1], (), task.name, unlabelled, {})
+        if not (task.labelled and sides.kind.name == "classification"):  # else the labels are compared below
+            task_for(sides.kind.name, sides.evaluation, (), task.name, unlabelled, {})
         model = ModelInput(tokenizer, readable, task.name, unlabelled)
         if task.name == "causal":
             yield _conversations(data, model, sides, Path(folder), ledger, decided)
