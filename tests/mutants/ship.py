@@ -200,14 +200,18 @@ MUTANTS = [
         "--top names the classes that fit least", "test_predict.py -k likeliest",
     ),
     Mutant(
-        "chat: system message forgotten", "ship/chat.py",
-        'messages = [Message("system", system)] if system else []', "messages: list[Message] = []",
+        "chat: system message forgotten", "ship/talk.py",
+        'Talk(chat, [Message("system", system)] if system else [])', "Talk(chat, [])",
         "--system has no effect", EDGES,
     ),
     Mutant(
-        "chat: no memory of the conversation", "ship/chat.py",
-        'messages.append(Message("assistant", chat.reply(messages, streamer)))',
-        'messages.append(Message("assistant", chat.reply(messages[-1:], streamer)))',
+        "chat: no memory of the conversation", "ship/talk.py",
+        'messages = [*conversation.messages, Message("user", text)]', 'messages = [Message("user", text)]',
         "each message is answered as if it were the first", EDGES,
+    ),
+    Mutant(
+        "chat: an error ends the conversation", "ship/talk.py",
+        '        sys.stderr.write(f"error: {error}\\n")\n', "        raise\n",
+        "a typo in a command costs the conversation", "test_chat.py -k typo",
     ),
 ]  # fmt: skip

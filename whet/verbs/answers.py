@@ -24,7 +24,8 @@ def evaluate(words: argparse.Namespace) -> dict[str, Any]:
 
 def chat(words: argparse.Namespace) -> dict[str, Any]:
     prepare_libraries()
-    from whet.ship.chat import open_chat, talk
+    from whet.ship.chat import open_chat
+    from whet.ship.talk import talk
 
     with open_chat(words.target, max_new_tokens=words.max_new_tokens, beside=_named(words.adapter)) as opened:
         return {"messages": talk(opened, words.message, words.system, quiet=words.json)}
@@ -62,11 +63,14 @@ def predict(words: argparse.Namespace) -> dict[str, Any]:
 
 def merge(words: argparse.Namespace) -> dict[str, Any]:
     from whet import api
-    from whet.base.console import say
+    from whet.base.console import answer
     from whet.runs import open_run
 
     open_run(words.target)
     prepare_libraries()
     certificate = api.merge(words.target, words.out)
-    say(f"{certificate['chosen']}, on {certificate['prompts']} held-out rows: {certificate['summary']} -> {words.out}")
+    if not words.json:
+        answer(
+            f"{certificate['chosen']}, on {certificate['prompts']} held-out rows: {certificate['summary']} -> {words.out}"
+        )
     return certificate
