@@ -75,7 +75,7 @@ def train_parsed(parsed: Parsed, callbacks: Sequence[Callback] = ()) -> Run:
 
 def evaluate(
     run: str | Path | Run, *, max_rows: int | None = None, split: Literal["eval", "test"] = "eval",
-    data: Any = (), compute_metrics: ComputeMetrics | None = None,
+    data: Any = None, compute_metrics: ComputeMetrics | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score base and tuned model of a run on its held-out rows, those kept for a test, or other rows.
 
@@ -88,7 +88,7 @@ def evaluate(
 
     _quiet()
     opened = _opened(run)
-    files = files_of_rows(data, opened.path)
+    files = [] if data is None else files_of_rows(data, opened.path)
     result = run_evaluation(opened, max_rows=max_rows, split=split, data=files, compute_metrics=compute_metrics)
     write_page(opened.path)
     return result

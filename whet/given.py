@@ -94,7 +94,7 @@ def rows_of(value: Any, field: str) -> Iterable[Mapping[str, Any]] | None:
     if isinstance(value, str | Path):
         return None
     if isinstance(value, list | tuple):
-        if all(isinstance(one, str | Path) for one in value):
+        if value and all(isinstance(one, str | Path) for one in value):
             return None
         return value
     if library == "datasets" and isinstance(value, Mapping):

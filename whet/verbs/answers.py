@@ -14,7 +14,7 @@ def evaluate(words: argparse.Namespace) -> dict[str, Any]:
 
     open_run(words.target)
     prepare_libraries()
-    result = api.evaluate(words.target, max_rows=words.max_rows, split=words.split, data=words.data)
+    result = api.evaluate(words.target, max_rows=words.max_rows, split=words.split, data=words.data or None)
     from whet.evaluation.printed import print_scores
 
     if not words.json:
@@ -70,7 +70,6 @@ def merge(words: argparse.Namespace) -> dict[str, Any]:
     prepare_libraries()
     certificate = api.merge(words.target, words.out)
     if not words.json:
-        answer(
-            f"{certificate['chosen']}, on {certificate['prompts']} held-out rows: {certificate['summary']} -> {words.out}"
-        )
+        rows = f"on {certificate['prompts']} held-out rows"
+        answer(f"{certificate['chosen']}, {rows}: {certificate['summary']} -> {words.out}")
     return certificate
