@@ -177,7 +177,7 @@ def test_the_data_are_never_written_over(verb: str, capsys: pytest.CaptureFixtur
     with serving(score if verb == "judge" else paraphrase) as fake:
         assert run(verb, path, fake, "--out", path) == 2
         assert fake.asked == []
-    assert "would be lost" in capsys.readouterr().err
+    assert "would overwrite the data" in capsys.readouterr().err
     assert Path(path).read_bytes() == before
 
 

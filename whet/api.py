@@ -197,11 +197,17 @@ def judge_parsed(
     parsed: Parsed, endpoint: Endpoint, out: str | Path, rubric: Literal["quality", "harm"], least: int
 ) -> dict[str, Any]:
     """The same for a parsed recipe."""
+    from whet.base.outputs import output_file
     from whet.data.collect import candidates
+    from whet.data.judge.output import replies_beside
     from whet.data.judge.scores import judge_rows
+    from whet.inputs import inputs_of_recipe
 
+    inputs = inputs_of_recipe(parsed)
+    target = output_file(out, inputs, "--out")
+    output_file(replies_beside(target), inputs, "--out")
     with candidates(parsed.recipe.data, paraphrase=False) as sides:
-        return judge_rows(sides.train, endpoint, Path(out).expanduser(), rubric, least)
+        return judge_rows(sides.train, endpoint, target, rubric, least)
 
 
 def augment(
@@ -214,12 +220,19 @@ def augment(
 
 def augment_parsed(parsed: Parsed, endpoint: Endpoint, out: str | Path, copies: int) -> dict[str, Any]:
     """The same for a parsed recipe."""
+    from whet.base.outputs import output_file
     from whet.data.collect import candidates
-    from whet.data.judge.added import augment_rows
+    from whet.data.judge.added import augment_rows, refused_beside
+    from whet.data.judge.output import replies_beside
+    from whet.inputs import inputs_of_recipe
 
+    inputs = inputs_of_recipe(parsed)
+    target = output_file(out, inputs, "--out")
+    for beside in (replies_beside(target), refused_beside(target)):
+        output_file(beside, inputs, "--out")
     with candidates(parsed.recipe.data, paraphrase=True) as sides:
         held_out = {f"{number:016x}" for side in (sides.evaluation, sides.test) for number in side.ids.tolist()}
-        return augment_rows(sides.train, held_out, endpoint, Path(out).expanduser(), copies)
+        return augment_rows(sides.train, held_out, endpoint, target, copies)
 
 
 def open(target: str | Path | Run) -> Handle:

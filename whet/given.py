@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.base.errors import UserError
-from whet.base.files import sync, whole_directory
+from whet.base.files import hidden_beside, sync, whole_directory
 
 _ROWS = "a list of dicts, a datasets.Dataset, a pandas DataFrame or a pyarrow Table"
 DATASETS = ("dataset", "eval_dataset", "test_dataset", "replay_dataset", "added_dataset", "benchmarks")
@@ -133,7 +133,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], beside: Path, field: str) -> P
     folder = beside.with_name(f"{beside.name}.rows")
     folder.mkdir(parents=True, exist_ok=True)
     digest, count = hashlib.sha256(), 0
-    unfinished = folder / f".{field}.{os.getpid()}.tmp"
+    unfinished = hidden_beside(folder / field)
     try:
         with unfinished.open("wb") as file:
             for count, row in enumerate(rows, 1):

@@ -191,7 +191,8 @@ MUTANTS = [
     ),
     Mutant(
         "predict: an input is written over", "ship/answer_file.py",
-        "if path.exists() and any(", "if not path.exists() and any(",
+        'return output_file(out, [*rows, Input(run, "the run", "all")], "--out")',
+        'return output_file(out, [Input(run, "the run", "all")], "--out")',
         "the rows of the user are lost", "test_predict.py -k never_written",
     ),
     Mutant(

@@ -182,15 +182,14 @@ def predict_file(
     same terminal. Raises UserError.
     """
     check_trained(run.trained)
-    if out is not None:
-        check_out(out, source, run.path)
+    target = None if out is None else check_out(out, source, run.path)
     asks, person = Asks.of(run), source == STANDARD_INPUT and sys.stdin.isatty()
     total = None if source == STANDARD_INPUT else sum(1 for _ in in_file(source, asks))
     shown = total is not None and (quiet or out is not None or not sys.stdout.isatty())
     answers, cut = [], 0
     with (
         open_predictor(run, wanted) as predictor,
-        writer(out, asks.task, table=table, top=wanted.top) as sink,
+        writer(target, asks.task, table=table, top=wanted.top) as sink,
         Progress("predicting", total or 0) if shown else nullcontext() as bar,
     ):
         if person:

@@ -71,5 +71,5 @@ def merge(words: argparse.Namespace) -> dict[str, Any]:
     certificate = api.merge(words.target, words.out)
     if not words.json:
         rows = f"on {certificate['prompts']} held-out rows"
-        answer(f"{certificate['chosen']}, {rows}: {certificate['summary']} -> {words.out}")
+        answer(f"merged on {certificate['chosen']}; {rows}: {certificate['summary']} -> {words.out}")
     return certificate
