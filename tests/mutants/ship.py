@@ -191,8 +191,7 @@ MUTANTS = [
     ),
     Mutant(
         "predict: an input is written over", "ship/answer_file.py",
-        'return output_file(out, [*rows, Input(run, "the run", "all")], "--out")',
-        'return output_file(out, [Input(run, "the run", "all")], "--out")',
+        "[*rows, *inputs_of_run(run), ", "[*inputs_of_run(run), ",
         "the rows of the user are lost", "test_predict.py -k never_written",
     ),
     Mutant(

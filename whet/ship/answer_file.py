@@ -19,6 +19,8 @@ from whet.base.errors import UserError
 from whet.base.files import hidden_beside, sync
 from whet.base.outputs import Input, output_file
 from whet.engine.task import Task
+from whet.inputs import inputs_of_run
+from whet.runs import Run
 from whet.ship.questions import STANDARD_INPUT, Question
 
 SUFFIXES = (".jsonl", ".csv")
@@ -65,16 +67,22 @@ def _cells(task: Task, question: Question, answer: dict[str, Any], top: int | No
     return cells
 
 
-def check_out(out: str, source: str, run: Path) -> Path:
-    """The file to write. Raises UserError for a suffix that says no format, and for an output that is an input."""
+def check_out(out: str, source: str, run: Run) -> Path:
+    """The file to write. Raises UserError for an output that is an input, and for a suffix that says no format."""
+    rows = [] if source == STANDARD_INPUT else [Input(Path(source).expanduser(), "the rows to answer", "files")]
+    path = output_file(out, [*rows, *inputs_of_run(run), Input(run.path, "the run", "all")], "--out", _is_ours)
     suffix = Path(out).suffix
     if suffix.lower() not in SUFFIXES:
         raise UserError(
             "the suffix says no format for answers", file=out, field="--out", found=suffix or "no suffix",
             expected=" or ".join(SUFFIXES), fix=f"--out {Path(out).with_suffix('.jsonl')}",
         )  # fmt: skip
-    rows = [] if source == STANDARD_INPUT else [Input(Path(source).expanduser(), "the rows to answer", "files")]
-    return output_file(out, [*rows, Input(run, "the run", "all")], "--out")
+    return path
+
+
+def _is_ours(line: bytes) -> bool:
+    """True if the first line of a file is one of answers."""
+    return line.startswith((b'{"row": ', b"row,", b"file,row,"))
 
 
 @contextmanager

@@ -182,7 +182,7 @@ def predict_file(
     same terminal. Raises UserError.
     """
     check_trained(run.trained)
-    target = None if out is None else check_out(out, source, run.path)
+    target = None if out is None else check_out(out, source, run)
     asks, person = Asks.of(run), source == STANDARD_INPUT and sys.stdin.isatty()
     total = None if source == STANDARD_INPUT else sum(1 for _ in in_file(source, asks))
     shown = total is not None and (quiet or out is not None or not sys.stdout.isatty())
