@@ -142,7 +142,8 @@ def test_a_file_that_is_read_is_never_written(
     verb: str, name: str, world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused(FILES[verb](world, str(world / name)), world, capsys)
-    assert "would overwrite the " in said
+    read = (verb, name) != ("predict --out", "recipe.yaml")  # the run has a recipe of its own
+    assert ("would overwrite the " if read else "would be lost") in said
     assert str(world / name) in said
 
 

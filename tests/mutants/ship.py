@@ -206,7 +206,7 @@ MUTANTS = [
     ),
     Mutant(
         "chat: no memory of the conversation", "ship/talk.py",
-        'messages = [*conversation.messages, Message("user", text)]', 'messages = [Message("user", text)]',
+        'asked = [*conversation.messages, Message("user", text)]', 'asked = [Message("user", text)]',
         "each message is answered as if it were the first", EDGES,
     ),
     Mutant(

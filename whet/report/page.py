@@ -139,7 +139,7 @@ def others(run: RunFiles) -> str:
 
 def _other(evaluation: Evaluation) -> str:
     said = sentence(evaluation)
-    text = "" if said is None else f'<p class="small {said[0]}-text">{said[1]}</p>'
+    text = "" if said is None else f'<p class="said">{said[1]}</p>'
     answers = sample_section(evaluation.answers, SAMPLES_OF_OTHERS) if evaluation.answers else ""
     body = f"{text}{score_section(evaluation)}{answers}"
     return f'<section id="{evaluation.key}"><h2>{safe(evaluation.title, 120)}</h2>{body}</section>'

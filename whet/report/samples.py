@@ -35,8 +35,12 @@ def _is_exact(row: JsonObject) -> bool:
 def _sample(row: JsonObject) -> str:
     css, badge = ("good", "✓ exact") if _is_exact(row) else ("bad", "✗ differs")
     reference = text_of(row.get("reference"))
+
+    def shown(key: str) -> str:
+        return _marked(row.get(key), reference) if key == "tuned" else excerpt(row.get(key))
+
     answers = "".join(
-        f'<div class="{key} {css}"><h4>{label_of(key)}</h4><p dir="auto">{_answer(row.get(key), reference)}</p></div>'
+        f'<div class="{key} {css}"><h4>{label_of(key)}</h4><p dir="auto">{shown(key)}</p></div>'
         for key in ("base", "tuned", "reference")
     )
     title = f'<header><b>{safe(row.get("id"), 80)}</b><span class="tag {css}">{badge}</span></header>'
@@ -59,7 +63,7 @@ def _prompt(prompt: object) -> str:
     return f'{cut}<div class="dialogue">{lines}</div>'
 
 
-def _answer(value: object, reference: str) -> str:
+def _marked(value: object, reference: str) -> str:
     """An answer; of answers in fields (`Key: value` lines), the lines that differ from the reference are marked."""
     text, expected = text_of(value), _fields(reference)
     if len(expected) < 2 or not text or len(text) > LONGEST_FIELD or text == reference:

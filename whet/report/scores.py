@@ -74,12 +74,21 @@ def sentence(evaluation: Evaluation) -> tuple[str, str] | None:
     if score.base == score.tuned:
         return "", f"{title} is {after}{where}, before training and after."
     moved = "rose" if score.tuned > score.base else "fell"
-    text = f"{title} {moved} from <b>{score_text(score.base, score.rate)}</b> to {after}{where}"
+    before, beside = score_text(score.base, score.rate), _perplexity(evaluation, score)
+    text = f"{title} {moved} from <b>{before}</b> to {after}{beside}{where}"
     if not score.span:
         return "", f"{text}. No confidence interval was computed, so this may be chance."
     if not score.sure:
         return "", f"{text}, but the confidence interval of the change, {score.span}, includes no change: not proven."
     return "good" if score.better else "bad", f"{text}. The confidence interval of the change is {score.span}."
+
+
+def _perplexity(evaluation: Evaluation, score: Score) -> str:
+    """ " (perplexity 22 to 3.3)" beside a loss."""
+    other = Score(evaluation.scores, "perplexity")
+    if score.name != "loss" or other.base is None or other.tuned is None:
+        return ""
+    return f" (perplexity {plain(other.base, 3)} to {plain(other.tuned, 3)})"
 
 
 def _against_baseline(score: Score, text: str) -> tuple[str, str]:

@@ -45,9 +45,9 @@ def _turn(conversation: Talk, line: str, streamer: Any) -> None:
 
 
 def _ask(conversation: Talk, text: str, streamer: Any) -> None:
-    messages = [*conversation.messages, Message("user", text)]
-    messages.append(Message("assistant", conversation.chat.reply(messages, streamer)))
-    conversation.messages = messages
+    asked = [*conversation.messages, Message("user", text)]
+    answer = conversation.chat.reply(asked, streamer)
+    conversation.messages = [*asked, Message("assistant", answer)]
 
 
 def _lines() -> Iterator[str]:

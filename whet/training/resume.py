@@ -54,8 +54,9 @@ class Checkpoints:
             )  # fmt: skip
         say(f"continuing {self.run.path} after step {state.step} of {self.settings.max_steps}")
         if goes_on:
-            say(f"the run was finished; its learning rate goes on as the schedule of {self.settings.max_steps} steps has "
-                "it, so the result is not that of one run of this length", style="yellow")  # fmt: skip
+            say("the run was finished; its learning rate goes on as the schedule of "
+                f"{self.settings.max_steps} steps has it, so the result is not that of one run of this length",
+                style="yellow")  # fmt: skip
         return state
 
     def damage(self, step: int) -> str | None:
