@@ -1,4 +1,4 @@
-"""What Python gives in place of files: rows, and a model that is loaded already, written where a recipe can name them.
+"""Write what Python gives in place of files where a recipe can name it: rows, and a model that is loaded already.
 
 A run has to be able to go on tomorrow, and to know its data and its base by content; so what is given is written once,
 beside the run directory, under a name that holds the hash of its content. The same call finds the same names and

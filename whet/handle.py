@@ -51,7 +51,7 @@ class Handle:
     def predict(
         self, rows: str | Iterable[Any], *, top: int | None = None, max_new_tokens: int = 256
     ) -> list[dict[str, Any]]:
-        """The answer to each row, as `whet.predict` gives it. Raises UserError."""
+        """The answer to each row, as `predict` of the API gives it. Raises UserError."""
         if self.run is None:
             asks, size, longest = Asks(self.answerer.opened.task, {}), 32, None
         else:

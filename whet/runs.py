@@ -275,7 +275,7 @@ def _check_same(run: Run) -> bool:
 
 
 def _why_no_more(old: Run, wanted: Recipe) -> str | None:
-    """Why a run cannot go on to more steps; None where it can."""
+    """The reason that a run cannot go on to more steps; None where it can."""
     done = old.finished
     if done is None:
         return "finish it first, then it can go on"
