@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 
-from whet import cli
+from whet import arguments, cli
 from whet.base.outputs import Input, output_directory, output_file
 from whet.recipe import parse
 from whet.training.run import train
@@ -24,6 +24,7 @@ from whet.training.run import train
 OUTPUTS = {
     ("data check", "--html"), ("data check", "--removed"), ("data judge", "--out"), ("data augment", "--out"),
     ("merge", "out"), ("adapters", "targets"), ("train", "overrides"), ("quickstart", "overrides"),
+    ("predict", "--out"),
 }  # fmt: skip
 OTHERS = {
     ("init", "name"), ("data check", "target"), ("data check", "overrides"), ("data check", "--benchmark"),
@@ -34,6 +35,7 @@ OTHERS = {
     ("plan", "target"), ("plan", "overrides"), ("train", "target"), ("eval", "target"), ("eval", "--split"),
     ("eval", "--max-rows"), ("chat", "target"), ("chat", "--message"), ("chat", "--adapter"), ("chat", "--system"),
     ("chat", "--max-new-tokens"), ("predict", "target"), ("predict", "file"), ("merge", "target"),
+    ("predict", "--top"), ("predict", "--max-new-tokens"), ("eval", "--data"),
     ("adapters", "what"), ("adapters", "--how"), ("adapters", "--weights"), ("adapters", "--rank"),
     ("adapters", "--density"), ("bench", "what"), ("bench", "target"), ("bench", "overrides"), ("bench", "--rows"),
     ("bench", "--length"), ("bench", "--accumulation"), ("bench", "--steps"), ("bench", "--warm"),
@@ -52,7 +54,7 @@ def options(parser: argparse.ArgumentParser, verb: str = "") -> Iterator[tuple[s
 
 def test_every_option_is_known_as_an_output_or_not() -> None:
     """A new option that takes a value fails here until somebody says what it is; an output then needs its case."""
-    found = set(options(cli._parser()))
+    found = set(options(arguments.parser_of_words()))
     assert found - OUTPUTS - OTHERS == set(), "an option that writes goes into OUTPUTS, with a case in COMMANDS"
     assert found == OUTPUTS | OTHERS
 
@@ -92,6 +94,7 @@ FILES: dict[str, Callable[[Path, str], list[str]]] = {
     "data check --html": lambda w, out: ["data", "check", f"{w}/recipe.yaml", "--html", out],
     "data check --removed": lambda w, out: ["data", "check", f"{w}/recipe.yaml", "--removed", out],
     "data judge --out": lambda w, out: ["data", "judge", f"{w}/recipe.yaml", "--out", out, *ENDPOINT],
+    "predict --out": lambda w, out: ["predict", f"{w}/run", f"{w}/held.jsonl", "--out", out],
     "data augment --out": lambda w, out: ["data", "augment", f"{w}/recipe.yaml", "--out", out, *ENDPOINT],
 }
 DIRECTORIES: dict[str, Callable[[Path, str], list[str]]] = {
@@ -139,7 +142,8 @@ def test_a_file_that_is_read_is_never_written(
     verb: str, name: str, world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused(FILES[verb](world, str(world / name)), world, capsys)
-    assert "would overwrite the " in said
+    read = (verb, name) != ("predict --out", "recipe.yaml")  # the run has a recipe of its own
+    assert ("would overwrite the " if read else "would be lost") in said
     assert str(world / name) in said
 
 

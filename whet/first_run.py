@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from whet.base.console import say
-from whet.evaluation.run import evaluate, print_scores
+from whet.evaluation.printed import print_scores
+from whet.evaluation.run import evaluate
 from whet.recipe import parse
 from whet.report.charts import write_loss_plot
 from whet.report.page import write_page
@@ -33,7 +34,6 @@ def run_quickstart(recipe: Path, overrides: Sequence[str]) -> dict[str, Any]:
     A finished run in the same directory is used again.
     """
     began = time.perf_counter()
-    say("train: builtin:tiny learns to triage support tickets", style="bold")
     run = train(parse(recipe, overrides))
     say("evaluate: the same prompts, adapter off and on", style="bold")
     evaluation = evaluate(run)

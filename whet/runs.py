@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from whet.engine.config import Model
 
 IDENTITY = "identity.json"  # the base by content, as it was when the run began
+LENGTH = {"train.num_train_epochs", "train.max_steps"}  # what a finished run may be given more of
 LABELS = "labels.json"  # beside what was trained: the task and the names of its labels
 
 
@@ -97,9 +98,13 @@ class Run:
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """How training ended, or None while it has not."""
+        """How training ended, or None while it has not, also where the recipe asks for more steps than it had."""
         path = self.path / "finished.json"
-        return read_json(path) if path.is_file() else None
+        found = read_json(path) if path.is_file() else None
+        wanted = self.recipe.train.max_steps
+        if found is None or (found.get("stopped") == "completed" and (wanted or 0) > found.get("steps", 0)):
+            return None
+        return found
 
     def read(self, name: str) -> Any | None:
         """A JSON file of the run, or None when it is not there."""
@@ -192,7 +197,9 @@ def start(
     with contextlib.ExitStack() as stack:
         (lock or stack.enter_context(DirectoryLock(run.path))).take()
         if _is_run(run):  # it may have come meanwhile
-            _check_same(run)
+            if _check_same(run):
+                run.write("origins.json", _origins(recipe, origins, decided))
+                write_text(run.path / "recipe.yaml", to_yaml(recipe))  # the last thing: from now on it goes on
         else:  # first of all: it makes the directory ours, so a start that is killed here can be repeated
             write_text(run.path / "recipe.yaml", to_yaml(recipe))
         for name, value in {**facts, "origins.json": _origins(recipe, origins, decided)}.items():
@@ -268,21 +275,43 @@ def finished_run(parsed: Parsed) -> Run | None:
     return run if before.keys() == now.keys() else None
 
 
-def _check_same(run: Run) -> None:
+def _check_same(run: Run) -> bool:
+    """Raise UserError where the directory holds a run of another recipe; returns True for one that asks the finished
+    run for more steps alone."""
     old = parse(run.path / "recipe.yaml").recipe
     if fingerprint(old) == fingerprint(run.recipe):
-        return
+        return False
     before, now = _flat(to_tree(old)), _flat(to_tree(run.recipe))
     ignored = ("output_dir", "eval.", "data.padding_free", *ON_THE_WAY)
-    path = next(p for p in now if before.get(p) != now[p] and not p.startswith(ignored))
+    differing = [p for p in now if before.get(p) != now[p] and not p.startswith(ignored)]
+    fix = f"output_dir={run.path}-2 starts a new run; the old one is left as it is"
+    if set(differing) <= LENGTH:
+        problem = _why_no_more(Run(run.path, old), run.recipe)
+        if problem is None:
+            return True
+        fix = f"{problem}; {fix}"
+    path = differing[0]
     raise UserError(
-        "the output directory holds a run of another recipe",
-        file=str(run.path),
-        field=path,
-        found=str(now[path]),
-        expected=f"{before.get(path)}, as in the run that is there",
-        fix=f"output_dir={run.path}-2 starts a new run; the old one is left as it is",
-    )
+        "the output directory holds a run of another recipe", file=str(run.path), field=path, found=str(now[path]),
+        expected=f"{before.get(path)}, as in the run that is there", fix=fix,
+    )  # fmt: skip
+
+
+def _why_no_more(old: Run, wanted: Recipe) -> str | None:
+    """The reason that a run cannot go on to more steps; None where it can."""
+    done = old.finished
+    if done is None:
+        return "finish it first, then it can go on"
+    steps = done.get("steps", 0)
+    if done.get("stopped") != "completed":
+        return "it stopped early, and would stop again"
+    if (wanted.train.max_steps or 0) <= steps:
+        return f"it has {steps} steps already"
+    if wanted.method.follows_share:
+        return f"{wanted.method.name} follows the share of the run that is done, and cannot be given more"
+    if not (old.checkpoints / f"step-{steps}" / "manifest.json").is_file():
+        return f"its last checkpoint, step-{steps}, is gone"
+    return None
 
 
 def _origins(recipe: Recipe, given: Mapping[str, str], decided: Mapping[str, tuple[object, str]]) -> dict[str, Any]:

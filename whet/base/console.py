@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 PLAIN_EVERY_SECONDS = 5.0
+WIDE = 400  # characters of a line that goes to no terminal
 _consoles: dict[bool, Console] = {}
 
 
@@ -33,13 +34,21 @@ def console(*, stdout: bool = False) -> Console:
     from rich.console import Console
 
     if stdout not in _consoles:
-        _consoles[stdout] = Console(stderr=not stdout, highlight=False, soft_wrap=True)
+        found = Console(stderr=not stdout, highlight=False, soft_wrap=True)
+        if not found.is_terminal:  # a file or a pipe has no width, so nothing is cut or broken
+            found = Console(stderr=not stdout, highlight=False, soft_wrap=True, width=WIDE)
+        _consoles[stdout] = found
     return _consoles[stdout]
 
 
 def say(text: str, style: str | None = None) -> None:
     """Print one line to stderr."""
     console().print(text, style=style, markup=False)
+
+
+def answer(text: str, style: str | None = None) -> None:
+    """Print one line of an answer that is meant for people to stdout."""
+    console(stdout=True).print(text, style=style, markup=False)
 
 
 def readable_streams() -> None:

@@ -136,6 +136,8 @@ def _best_candidate(
         verdict = judge.compare(base_kind, dtype, candidate, best[0] if best else None)
         del candidate
         tried.append(verdict)
+        if not verdict.perfect:  # the one that is kept is said at the end
+            say(f"tried {base_kind} base in {dtype}: {verdict.summary}", style="dim")
         if best is None or verdict.order < best[0].order:
             best = (verdict, folder)
         if verdict.perfect:

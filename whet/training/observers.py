@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from whet.base.console import Progress, bytes_text, say
+from whet.base.errors import UserError
 from whet.base.extras import require
 from whet.runs import record
 from whet.training.state import EvaluationReport, State, StepReport
@@ -31,6 +32,49 @@ class Observer:
 
     def close(self) -> None:
         """Training ended, well or not."""
+
+
+Callback = Callable[[dict[str, Any]], object] | Observer
+
+
+class Told(Observer):
+    """Hands each record of metrics.jsonl to a function, every step, whatever `logging_steps` is."""
+
+    def __init__(self, tell: Callable[[dict[str, Any]], object]) -> None:
+        self.tell = tell
+
+    def step_done(self, report: StepReport) -> None:
+        self.tell(_of_step(report))
+
+    def evaluated(self, report: EvaluationReport) -> None:
+        self.tell(_of_evaluation(report))
+
+
+def observer_of(callback: Callback) -> Observer:
+    """An observer of a callback. Raises UserError for what is neither observer nor function."""
+    if isinstance(callback, Observer):
+        return callback
+    if not callable(callback):
+        raise UserError(
+            "a callback is a function", field="callbacks", found=type(callback).__name__,
+            expected="a function of a dict with kind, step and loss, or an Observer", fix="callbacks=[print]",
+        )  # fmt: skip
+    return Told(callback)
+
+
+def _of_step(report: StepReport) -> dict[str, Any]:
+    return {
+        "kind": "train", "step": report.step, "epoch": report.epoch, "loss": report.loss,
+        "learning_rate": report.learning_rate, "grad_norm": report.grad_norm, "tokens": report.tokens,
+        "supervised_tokens": report.targets,
+    }  # fmt: skip
+
+
+def _of_evaluation(report: EvaluationReport) -> dict[str, Any]:
+    return {
+        "kind": "eval", "step": report.step, "epoch": report.epoch, "eval_loss": report.loss,
+        "supervised_tokens": report.targets,
+    }  # fmt: skip
 
 
 class MetricsLog(Observer):
@@ -65,21 +109,14 @@ class MetricsLog(Observer):
     def step_done(self, report: StepReport) -> None:
         if report.step % self.logging_steps and report.step != self.total:
             return
-        self._write("metrics", {
-            "kind": "train", "step": report.step, "epoch": report.epoch, "loss": report.loss,
-            "learning_rate": report.learning_rate, "grad_norm": report.grad_norm, "tokens": report.tokens,
-            "supervised_tokens": report.targets,
-        })  # fmt: skip
+        self._write("metrics", _of_step(report))
         self._write("timing", {
             "step": report.step, "seconds": round(report.total_seconds, 4),
             "tokens_per_second": round(report.step_tokens / report.seconds, 1), "memory_bytes": report.memory_bytes,
         })  # fmt: skip
 
     def evaluated(self, report: EvaluationReport) -> None:
-        self._write("metrics", {
-            "kind": "eval", "step": report.step, "epoch": report.epoch, "eval_loss": report.loss,
-            "supervised_tokens": report.targets,
-        })  # fmt: skip
+        self._write("metrics", _of_evaluation(report))
 
     def before_save(self, state: State) -> None:
         offsets = {}
@@ -125,15 +162,25 @@ class ProgressBar(Observer):
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
+        self._lowest: float | None = None
 
     def begin(self, state: State, total: int) -> None:
+        self._lowest = state.best_loss
         self._bar = Progress("training", total, state.step)
         self._bar.__enter__()
 
     def step_done(self, report: StepReport) -> None:
         assert self._bar is not None
         speed = report.tokens / max(report.total_seconds, 1e-9)
-        self._bar.advance(f"loss {report.loss:.4f}  {speed:,.0f} tok/s  {bytes_text(report.memory_bytes)}")
+        self._bar.advance(
+            f"epoch {report.epoch:.2f}  loss {report.loss:.4f}  {speed:,.0f} tok/s  {bytes_text(report.memory_bytes)}"
+        )
+
+    def evaluated(self, report: EvaluationReport) -> None:
+        lowest = self._lowest is None or report.loss < self._lowest
+        note = "the lowest so far" if lowest else f"above the lowest, {self._lowest:.4f}"
+        self._lowest = report.loss if lowest else self._lowest
+        say(f"step {report.step} (epoch {report.epoch:.2f}): held-out loss {report.loss:.4f}, {note}")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -31,8 +31,9 @@ from whet.training.start import start_from_rows
 from whet.training.step import NotFinite
 
 
-def train(parsed: Parsed) -> Run:
-    """Train what the recipe says; returns the run. Raises UserError, NotFinite (as UserError) and Stopped."""
+def train(parsed: Parsed, more: Sequence[Observer] = ()) -> Run:
+    """Train what the recipe says; returns the run. more: observers of the caller's. Raises UserError, NotFinite (as
+    UserError) and Stopped."""
     for note in parsed.notes:
         say(note, style="dim")
     keep_freed_memory()
@@ -43,7 +44,7 @@ def train(parsed: Parsed) -> Run:
             return ready.run
         print_ledger(ready.prepared.ledger)
         arranged, ready = build(ready)
-        with watching(ready) as observers, _naming_rows(ready), arranged.running():
+        with watching(ready, more) as observers, _naming_rows(ready), arranged.running():
             loop = make_loop(ready, arranged, observers)
             reason = loop.fit()
         finish(ready, arranged, loop.checkpoints, loop.state, reason)
@@ -79,11 +80,11 @@ def make_loop(ready: Ready, arranged: Arranged, observers: Sequence[Observer]) -
 
 
 @contextlib.contextmanager
-def watching(ready: Ready) -> Iterator[list[Observer]]:
+def watching(ready: Ready, more: Sequence[Observer] = ()) -> Iterator[list[Observer]]:
     """The observers of a run, closed at the end of the block."""
     train, run = ready.recipe.train, ready.run
     log = MetricsLog(run.metrics, run.timing, logging_steps=train.logging_steps, report_to=train.report_to)
-    observers = [log, ProgressBar()]
+    observers = [log, ProgressBar(), *more]
     try:
         yield observers
     finally:

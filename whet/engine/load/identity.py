@@ -16,7 +16,7 @@ from whet.base.content import difference, digest_of, files_in
 from whet.base.errors import UserError
 from whet.base.files import read_json, write_json
 from whet.engine.config import Model
-from whet.engine.load.load import locate
+from whet.engine.load.locate import locate
 
 SEAL = "whet_files.json"  # in the folder of what was trained
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -191,5 +191,18 @@ def _opened(open_it, source: str, what: str, field: str = "model.path"):
             field=field,
             found=source,
             expected="a directory written by save_pretrained, or a hub name that this machine can reach",
-            fix="check the name; without a network, give a local directory or builtin:tiny",
+            fix=_fix_of_hub(error, source),
         ) from error
+
+
+def _fix_of_hub(error: BaseException, source: str) -> str:
+    """What to do about a model that the hub does not give away; it says so in the causes of an error."""
+    from huggingface_hub.errors import GatedRepoError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, GatedRepoError):
+            return f"accept its terms at https://huggingface.co/{source}, then set HF_TOKEN or run hf auth login"
+        cause = cause.__cause__ or cause.__context__
+    return ("check the name; a private model needs HF_TOKEN; without a network, give a local directory or "
+            "builtin:tiny")  # fmt: skip
