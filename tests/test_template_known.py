@@ -247,8 +247,8 @@ class InThisProcess:
     """Runs templates here, where a test may break what they are given."""
 
     def ask(self, name: str, definition: str, requests: list[str], seconds: float) -> list[dict[str, Any]]:
-        source, variables = json.loads(definition)
-        return [render_process.run((source, variables), json.loads(request)) for request in requests]
+        template = render_process.Definition(*json.loads(definition))
+        return [render_process.run(template, json.loads(request)) for request in requests]
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last_assistant", "completion", "all"])

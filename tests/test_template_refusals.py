@@ -207,7 +207,11 @@ WITHIN = r"does not come to an end|writes too much|refuses this conversation"
 def test_a_template_that_never_ends_or_fills_the_memory_is_refused_in_time(name: str, tokenizer: Any) -> None:
     """Also where only long contents reach the place, which no look at the template beforehand would tell."""
     short, long = chat("u:one", "a:two"), chat("u:" + "one " * 50, "a:two")
-    guarded = "{% if messages[0].content | length > 99 %}{% set n = 10 ** 9 + messages | length %}" + BOMBS[name] + "{% endif %}"
+    guarded = (
+        "{% if messages[0].content | length > 99 %}{% set n = 10 ** 9 + messages | length %}"
+        + BOMBS[name]
+        + "{% endif %}"
+    )
     tokenizer.chat_template = guarded + LOOP.replace("BODY", "{{ m.content }}")
     found = RowTokenizer(tokenizer, chat=True)
     assert found.template is not None

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from whet.base.secrets import hide
+
 
 @dataclass(eq=False)
 class UserError(Exception):
@@ -46,14 +48,14 @@ class UserError(Exception):
             lines.append(f"  expected: {self.expected}")
         if self.fix:
             lines.append(f"  fix:      {self.fix}")
-        return "\n".join(lines)
+        return hide("\n".join(lines))
 
     def __reduce__(self) -> tuple[Any, ...]:  # from one process to another, with every part
         return UserError, (self.problem, self.fix, self.file, self.row, self.field, self.found, self.expected)
 
     def as_dict(self) -> dict[str, str | int | None]:
         """The error as plain values for `--json`."""
-        return {
+        values = {
             "problem": self.problem,
             "file": self.file,
             "row": self.row,
@@ -62,6 +64,7 @@ class UserError(Exception):
             "expected": self.expected,
             "fix": self.fix or None,
         }
+        return {name: hide(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def shorten(text: object, limit: int = 120) -> str:

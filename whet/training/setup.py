@@ -27,6 +27,7 @@ from whet.engine.load.load import load_config, longest_input
 from whet.engine.task import text_task
 from whet.planning.asked import Asked
 from whet.planning.facts import Work
+from whet.planning.idle import idle
 from whet.planning.plan import Plan, plan_run, resolve_base
 from whet.planning.rules import check, data_for_method
 from whet.recipe import Parsed, Recipe, resolve
@@ -72,6 +73,8 @@ def get_ready(parsed: Parsed) -> Ready:
     check(replace(asked, task=prepared.task.name, held_out_rows=len(prepared.evaluation)))
     decided = decide_settings(recipe, prepared, placement)
     resolved = resolve(recipe, {path: value for path, (value, _) in decided.items()})
+    for sentence in idle(recipe, resolved, len(prepared.evaluation), prepared.task.name):
+        say(f"! {sentence}", style="yellow")
     plan = plan_of(resolved, prepared, hardware, placement)
     facts = {
         "environment.json": environment(hardware, placement),

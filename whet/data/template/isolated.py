@@ -100,8 +100,9 @@ class IsolatedTemplate:
             raise TemplateRefusal(reply["refused"])
         if "limit" in reply:
             what = reply["limit"]
+            endless = what.endswith("seconds")
             raise TemplateLimit(
-                "the chat template does not come to an end" if "second" in what else "the chat template writes too much",
+                "the chat template does not come to an end" if endless else "the chat template writes too much",
                 field="model.chat_template", found=f"{_counted(run.messages)}, {what}",
                 expected=f"a text, within {self.seconds:g} seconds", fix="use model.chat_template=chatml or alpaca",
             )  # fmt: skip

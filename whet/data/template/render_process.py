@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from whet.data.template.sandbox import compiled, template_errors, watching
 from whet.data.template.traced import TOOLS, Source, spans_of, traced_value
@@ -29,11 +29,17 @@ MOST_TIMES = 20
 Request = dict[str, Any]
 
 
-def run(template: tuple[str, dict[str, Any]], request: Request) -> dict[str, Any]:
+class Definition(NamedTuple):
+    """A template: its source, and the variables that it may use."""
+
+    source: str
+    variables: dict[str, Any]
+
+
+def run(template: Definition, request: Request) -> dict[str, Any]:
     """The reply to one request: a rendered text, perhaps with the sources of its characters, or why there is none.
 
-    template: its source, and the variables that it may use. request: kind (plain, traced or watched), messages, tools
-    (JSON text or None) and prompt.
+    request: kind (plain, traced or watched), messages, tools (JSON text or None) and prompt.
     """
     source, variables = template
     messages, tools = request["messages"], request["tools"]
@@ -86,21 +92,21 @@ def serve() -> None:
     `[name, requests]`, which a line with as many replies answers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     _limit_memory()
-    templates: dict[str, tuple[str, dict[str, Any]]] = {}
+    templates: dict[str, Definition] = {}
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     answers.write("{}\n")  # ready
     answers.flush()
     for line in sys.stdin.buffer:
         name, *rest = json.loads(line)
         if len(rest) == 2:
-            templates[name] = (rest[0], rest[1])
+            templates[name] = Definition(*rest)
             continue
         _limit_time()
         answers.write(json.dumps([_answer(templates[name], request) for request in rest[0]]) + "\n")
         answers.flush()
 
 
-def _answer(template: tuple[str, dict[str, Any]], request: Request) -> dict[str, Any]:
+def _answer(template: Definition, request: Request) -> dict[str, Any]:
     try:
         return run(template, request)
     except MemoryError:

@@ -90,9 +90,7 @@ class SkeletonLookup:
     It counts what it is asked, so a row is to be asked for once, and the answer passed on.
     """
 
-    def __init__(
-        self, template: IsolatedTemplate, skeletons: Callable[[tuple[str, ...]], Skeleton | None]
-    ) -> None:
+    def __init__(self, template: IsolatedTemplate, skeletons: Callable[[tuple[str, ...]], Skeleton | None]) -> None:
         self._template, self._skeletons = template, skeletons
         self._known: dict[tuple[str, ...], _Runs] = {}
 

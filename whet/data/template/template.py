@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from whet.base.errors import UserError
 from whet.data.example import Example, Message, PlainTurns, Role, plain_turns_of
-from whet.data.template.named import LARGEST, NAMED, use_template
 from whet.data.template.isolated import SECONDS, IsolatedTemplate, Run, TemplateLimit, TemplateRefusal
+from whet.data.template.named import LARGEST, NAMED, use_template
 from whet.data.template.render_process import REASONING
 from whet.data.template.sandbox import attributes
 from whet.data.template.skeleton import Skeleton, SkeletonLookup, filled, follow
@@ -80,8 +80,8 @@ class Template:
         """Refuse a template that is too large, or does not come to an end on two short messages."""
         if max(len(self._plain_source), len(self._tool_source)) > LARGEST:
             raise UserError(
-                "the chat template is too large", field="model.chat_template", expected=f"at most {LARGEST:,} characters",
-                fix="use model.chat_template=chatml or alpaca",
+                "the chat template is too large", field="model.chat_template",
+                expected=f"at most {LARGEST:,} characters", fix="use model.chat_template=chatml or alpaca",
             )  # fmt: skip
         with contextlib.suppress(TemplateRefusal):  # it will be said of the row that it concerns
             self._plain_run.run(Run("plain", [self._plain(Message(*turn)) for turn in _SHORT], None, False))
@@ -152,7 +152,7 @@ class Template:
         self._tool_run.ask_ahead(others)
 
     def _of_row(self, chat: Chat, turns: PlainTurns | None, skeleton: Skeleton | None) -> Rendered:
-        """As `_rendered`; an error names the row that the conversation comes from."""
+        """The result of `_rendered`; an error names the row that the conversation comes from."""
         try:
             return self._rendered(chat, turns, skeleton)
         except UserError as error:
