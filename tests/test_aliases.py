@@ -15,11 +15,8 @@ from whet.base.errors import UserError
 from whet.methods.all import METHODS
 from whet.recipe import parse, to_tree, to_yaml
 
-KNOWN = {
-    "method.rank_pattern", "method.alpha_pattern",
-    *(
-    path for name in METHODS for path in flat(to_tree(parse(None, [f"method={name}"]).recipe))
-}
+KNOWN = {path for name in METHODS for path in flat(to_tree(parse(None, [f"method={name}"]).recipe))}
+KNOWN |= {"method.rank_pattern", "method.alpha_pattern"}
 SAMPLES = {
     "method.name": "lora", "method.target_modules": ["q_proj"], "data.columns": {"prompt": "q"}, "train.optim": "sgd",
     "train.lr_scheduler_type": "linear", "data.dataset": "a.jsonl", "data.eval_dataset": "b.jsonl",

@@ -22,6 +22,9 @@ _PREFERENCE = frozenset(
 )
 
 
+MOST_SHOWN = 20
+
+
 class RecipeProblems(UserError):
     """Several faults of one recipe; as an error it is the first of them, and its text and `--json` hold all."""
 
@@ -33,7 +36,8 @@ class RecipeProblems(UserError):
         self.problems = tuple(problems)
 
     def __str__(self) -> str:
-        return f"{len(self.problems)} problems in one recipe\n\n" + "\n\n".join(map(str, self.problems))
+        shown = list(map(str, self.problems[:MOST_SHOWN]))
+        return "\n\n".join([*shown, f"{len(self.problems)} problems in all"])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RecipeProblems, (self.problems,)
