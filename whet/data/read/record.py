@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from whet.base.errors import shorten
 
-MAX_ROW_BYTES = 1 << 28  # a longer row is a damaged file or a decompression bomb, not a training row
+MAX_ROW_BYTES = 1 << 26  # a longer row is a damaged file or a decompression bomb, not a training row
 MAX_WHOLE_BYTES = 2 << 30
 TURN_FIELDS = ("messages", "conversations", "conversation")
 OBJECT_PER_LINE = 'one JSON object per line, such as {"prompt": "…", "completion": "…"}'
