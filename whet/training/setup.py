@@ -138,6 +138,8 @@ def print_ledger(ledger: Ledger) -> None:
         say(f"task: {ledger.task}, {labels_text(ledger.task, ledger.labels)}")
     else:
         say(f"learned: {ledger.supervised_tokens:,} of {ledger.tokens:,} tokens ({share:.0f} %)")
+    for note in ledger.notes:
+        say(f"! {note}", style="yellow")
     if ledger.added:
         say(f"added: {ledger.added['rows']:,} of the rows to learn from")
     for name, benchmark in ledger.benchmarks.items():

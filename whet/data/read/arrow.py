@@ -94,7 +94,7 @@ def _records(schema: pa.Schema, batches: Iterator[pa.RecordBatch], size: int, fi
                 value = dict(zip(names, cells, strict=True))
                 if floats:
                     _check_numbers(value, floats, file, row)
-                yield Record(value, file, row)
+                yield Record(value, file, row, columnar=True)
 
 
 def _validate(part: pa.RecordBatch, names: list[str], row: int, file: str) -> None:
