@@ -14,9 +14,8 @@ from typing import Any
 
 from whet.base.config import field_docs
 from whet.base.errors import UserError
-from whet.methods.all import METHODS
 from whet.sections import SECTION_CLASSES, SECTIONS
-from whet.translations import shown, translated
+from whet.translations import method_name, shown, translated
 
 # A peer's name, alone or inside a section, to ours.
 NAMES = {
@@ -109,7 +108,7 @@ OVERRULED = {
 # Words that are ours in their section and another tool's outside of it.
 _OF_OTHERS = ("chat_template", "bias", "task")
 
-Rewritten = list[tuple[str, Any, str | None]]
+Rewritten = list[tuple[str | None, Any, str | None]]  # no path: the setting is left out
 
 
 @dataclass(frozen=True)
@@ -150,20 +149,21 @@ def canonical_tree(tree: dict[str, Any], said: Said, bridged: bool = False) -> d
             said.problems.append(problem)
             continue
         for new_path, new_value, note in rewritten:
+            if note:
+                said.notes.append(note)
+            if new_path is None:
+                continue
             if bridged and new_path not in TOP_LEVEL and "." not in new_path:
                 new_path = f"method.{new_path}"
-            if new_path and values.setdefault(new_path, new_value) != new_value:
+            if values.setdefault(new_path, new_value) != new_value:
                 said.problems.append(UserError(
                     "the same setting twice, with two values", file=said.file, row=line, field=new_path,
                     found=f"{path}: {new_value}", expected=f"{values[new_path]}, as said before",
                     fix="remove one of them",
                 ))  # fmt: skip
-            if note:
-                said.notes.append(note)
             if line is not None:
                 said.lines.setdefault(new_path, line)
-            if new_path:
-                _put(result, new_path.split("."), new_value)
+            _put(result, new_path.split("."), new_value)
     return result
 
 
@@ -217,7 +217,7 @@ def canonical(path: str, value: Any, file: str | None, line: int | None) -> Rewr
         if turned is not None:
             settings, note = turned
             if not settings:
-                return [("", None, f"{word}: {note}")]
+                return [(None, None, f"{word}: {note}")]
             return [(new, item, f"{word}: read as {new}={shown(item)}") for new, item in settings]
     target = LOCAL.get(path) or (path if inside and _ours(path) else NAMES.get(word, path))
     if inside and word in AT_HOME and target.partition(".")[0] != section:
@@ -232,8 +232,8 @@ def canonical(path: str, value: Any, file: str | None, line: int | None) -> Rewr
         new_value = OPTIMISERS.get(value, value)
     if target == "train.lr_scheduler_type" and isinstance(value, str):
         new_value = SCHEDULES.get(value, value)
-    if target == "method.name" and isinstance(value, str) and value not in METHODS and value.lower() in METHODS:
-        new_value = value.lower()
+    if target == "method.name" and isinstance(value, str):
+        new_value = method_name(value)
     if target == "method.target_modules" and value in ("all", "all_linear"):
         new_value = "all-linear"
     if target == "method.target_modules" and isinstance(value, str) and re.fullmatch(r"\w+(\s*,\s*\w+)+", value):

@@ -7,13 +7,13 @@ error, Ctrl-C with 130. Nothing heavy is imported before a verb needs it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from whet import verbs as do
+from whet.base.console import write_error, write_json
 from whet.base.errors import UserError, nearest
 
 DESCRIPTION = "Fine-tune a language model on your own data, fast, and prove that it worked."
@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     except UserError as error:
         return _refused(error, words.json)
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
+        write_error("\ninterrupted\n")
         return 130
     except BrokenPipeError:
         return 0
@@ -50,19 +50,17 @@ def run(arguments: Sequence[str]) -> int:
         if words.traceback:
             raise
         problem = f"{type(error).__name__}: {error}"
-        sys.stderr.write(
-            f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where\n"
-        )
+        write_error(f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where\n")
         return 1
     if words.json and answer is not None:
-        sys.stdout.write(json.dumps(answer, ensure_ascii=False, indent=1, default=str) + "\n")
+        write_json(answer, indent=1)
     return 0
 
 
 def _refused(error: UserError, as_json: bool) -> int:
-    sys.stderr.write(f"error: {error}\n")
+    write_error(f"error: {error}\n")
     if as_json:
-        sys.stdout.write(json.dumps({"error": error.as_dict()}, ensure_ascii=False, indent=1) + "\n")
+        write_json({"error": error.as_dict()}, indent=1)
     return 2
 
 
@@ -215,8 +213,8 @@ def _normalised(arguments: list[str]) -> list[str]:
     )  # fmt: skip
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
         near = nearest(arguments[0], verbs)
-        sys.stderr.write(f"error: there is no verb {arguments[0]}\n  expected: {', '.join(verbs)}\n")
-        sys.stderr.write(f"  fix:      whet {near or '--help'}\n")
+        write_error(f"error: there is no verb {arguments[0]}\n  expected: {', '.join(verbs)}\n")
+        write_error(f"  fix:      whet {near or '--help'}\n")
         sys.exit(2)
     return arguments
 

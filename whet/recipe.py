@@ -34,6 +34,7 @@ from whet.recipe_problems import complaints, raise_all
 from whet.recipe_text import override, read_file, read_yaml, written
 from whet.sections import SECTION_CLASSES, SECTIONS
 from whet.settings import Eval, Train
+from whet.translations import method_name
 from whet.without_effect import without_effect
 
 METHOD_PATHS = ("method", "method.name")
@@ -171,9 +172,9 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _named_method(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]]) -> Any:
     """The method that the recipe will have, by any of the names of the setting."""
-    said = [tree.get("method"), *(value for path, value in overrides if path in METHOD_PATHS)]
+    said = [tree.get("peft_type"), tree.get("method"), *(value for path, value in overrides if path in METHOD_PATHS)]
     named = [one.get("name") if isinstance(one, dict) else one for one in said]
-    return next((str(one) for one in reversed(named) if one), None)
+    return next((method_name(str(one)) for one in reversed(named) if one), None)
 
 
 def _gathered(tree: dict[str, Any], origins: Mapping[str, str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 from whet.base.errors import UserError
 from whet.data.template.named import NAMED
 from whet.engine.config import Base
+from whet.methods.all import METHODS
 from whet.settings import TILE_TOKENS
 from whet.unneeded import NOT_THERE, OFF, REASONS, SECRETS, SERVICES
 
@@ -29,6 +30,7 @@ TASKS = {
     "sequence_classification": None, "text-classification": None, "single_label_classification": "classification",
     "multi_label_classification": "multi_label", "regression": "regression",
 }  # fmt: skip
+PEFT_NAMES = {"prompt_tuning": "prompt", "prefix_tuning": "prefix", "ptuning": "p_tuning"}
 COMPUTE = {"bfloat16": "bf16", "bf16": "bf16", "float32": "fp32", "fp32": "fp32", "float": "fp32", "float16": "fp16",
            "fp16": "fp16", "half": "fp16"}  # fmt: skip
 
@@ -69,7 +71,7 @@ def _of_model(word: str, value: Any, inside: bool, where: dict[str, Any]) -> Fou
         file = value.endswith(".jinja")
         return None if value in NAMED or file else "the model's own template is used"
     if word == "peft_type" and isinstance(value, str):
-        return [("method.name", value.lower().removeprefix("pefttype."))]
+        return [("method.name", method_name(value))]
     if word == "full_finetuning" and isinstance(value, bool):
         return [("method.name", "full")] if value else []
     if word == "bias" and not inside and value in OFF:
@@ -81,6 +83,13 @@ def _of_model(word: str, value: Any, inside: bool, where: dict[str, Any]) -> Fou
     if word == "use_dora" and not inside and value is False:
         return []
     return None
+
+
+def method_name(name: str) -> str:
+    """Our name of a method that PEFT writes otherwise (PROMPT_TUNING), any other name as it is."""
+    known = name.lower().removeprefix("pefttype.").replace("-", "_")
+    known = PEFT_NAMES.get(known, known)
+    return name if name in METHODS or known not in METHODS else known
 
 
 def _of_storage(word: str, value: Any, inside: bool, where: dict[str, Any]) -> Found:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from whet.base.console import write_answer, write_error
 
 ROWS_ON_PAGE = 12  # whose masks the page of `whet data check` shows
 # Columns of the capability matrix as the terminal shows them.
@@ -40,7 +41,7 @@ def init(words: argparse.Namespace) -> dict[str, Any] | None:
 
     text = api.init(words.name)
     if not words.json:
-        sys.stdout.write(text)
+        write_answer(text)
     return {"name": words.name, "recipe": text}
 
 
@@ -175,7 +176,7 @@ def train(words: argparse.Namespace) -> dict[str, Any] | None:
     try:
         run = api.train_parsed(parsed)
     except Stopped as stopped:
-        sys.stderr.write(f"{stopped}\n")
+        write_error(f"{stopped}\n")
         raise KeyboardInterrupt from stopped
     return {"run_dir": str(run.path), **(run.finished or {})}
 

@@ -5,12 +5,17 @@ On a terminal there is a live progress bar; elsewhere (a log file, CI) a plain l
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
+
+from whet.base.visible import visible, visible_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,11 +28,53 @@ _consoles: dict[bool, Console] = {}
 
 def console(*, stdout: bool = False) -> Console:
     """The rich console of stderr, or of stdout for an answer that is meant for people."""
-    from rich.console import Console
-
     if stdout not in _consoles:
-        _consoles[stdout] = Console(stderr=not stdout, highlight=False, soft_wrap=True)
+        _consoles[stdout] = _console(stdout)
     return _consoles[stdout]
+
+
+def _console(stdout: bool) -> Console:
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class SafeConsole(Console):
+        """rich's console, whose own control sequences reach the terminal and nobody else's."""
+
+        def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+            for segment in super().render(*args, **kwargs):
+                text = segment.text if segment.control else visible(segment.text)
+                yield segment if text is segment.text else Segment(text, segment.style)
+
+    if (sys.stdout if stdout else sys.stderr) is None:  # a program without a terminal, as pythonw
+        return SafeConsole(file=io.StringIO(), highlight=False, soft_wrap=True)
+    return SafeConsole(stderr=not stdout, highlight=False, soft_wrap=True)
+
+
+def write_error(text: str) -> None:
+    """Write to stderr as it is, but safe to show; for what is no line of its own, as errors and prompts."""
+    _write(sys.stderr, visible(text))
+
+
+def write_answer(text: str) -> None:
+    """Write to stdout as it is, but safe to show."""
+    _write(sys.stdout, visible(text))
+
+
+def write_json(value: Any, indent: int | None = None) -> None:
+    """Write a value to stdout as JSON, where what a terminal would obey is escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+    _write(sys.stdout, visible_json(text) + "\n")
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    if stream is None:
+        return
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:  # a terminal of ASCII
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
 
 
 def say(text: str, style: str | None = None) -> None:

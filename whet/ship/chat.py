@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.adapters import CONFIG, Adapters
+from whet.base.console import write_answer, write_error
 from whet.base.errors import UserError
 from whet.data.example import Message
 from whet.data.labels import encode_texts
@@ -108,9 +109,15 @@ def talk(chat: Chat, first: str | None, system: str | None, *, quiet: bool) -> l
     """Answer `first`, or read lines until they end, streaming to stdout unless `quiet`; returns the conversation."""
     from transformers import TextStreamer
 
+    class SafeStreamer(TextStreamer):
+        """transformers' streamer, whose text is safe to show."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write_answer(text + "\n" * stream_end)
+
     messages = [Message("system", system)] if system else []
     options = {"skip_prompt": True, "skip_special_tokens": True}
-    streamer = None if quiet else TextStreamer(chat.answerer.row_tokenizer.tokenizer, **options)  # type: ignore[arg-type]
+    streamer = None if quiet else SafeStreamer(chat.answerer.row_tokenizer.tokenizer, **options)  # type: ignore[arg-type]
     for text in [first] if first is not None else _lines():
         if text.startswith("/use ") and chat.adapters is not None:
             chat.use(text.removeprefix("/use ").strip())
@@ -124,11 +131,10 @@ def _lines() -> Iterator[str]:
     """Lines typed by a person, or piped in; empty ones are passed over."""
     person = sys.stdin.isatty()
     if person:
-        sys.stderr.write("Type a message; an empty line or Ctrl-D ends the conversation.\n")
+        write_error("Type a message; an empty line or Ctrl-D ends the conversation.\n")
     while True:
         if person:
-            sys.stderr.write("\n> ")
-            sys.stderr.flush()
+            write_error("\n> ")
         try:
             line = sys.stdin.readline()
         except UnicodeDecodeError as error:

@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.base.console import Progress
+from whet.base.console import Progress, write_error, write_json
 from whet.base.errors import UserError, shorten
 from whet.data.labels import encode_typed
 from whet.engine.answer.encoder_decoder import EncoderDecoderSession
@@ -173,15 +173,14 @@ def predict_file(run: Run, source: str, *, quiet: bool) -> list[dict[str, Any]]:
         Progress("predicting", total or 0) if shown else nullcontext() as bar,
     ):
         if person:
-            sys.stderr.write("One text a line; Ctrl-D ends.\n")
+            write_error("One text a line; Ctrl-D ends.\n")
             predictor = replace(predictor, batch_size=1)
         inputs = read_inputs(_decoded(lines, source), source)
         for answer in predict(predictor, inputs, 1 if person else BATCHES_TOGETHER):
             if quiet:
                 answers.append(answer)
             else:
-                sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
-                sys.stdout.flush()
+                write_json(answer)
             if bar is not None:
                 bar.advance()
     return answers
