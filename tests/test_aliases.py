@@ -16,13 +16,18 @@ from whet.methods.all import METHODS
 from whet.recipe import parse, to_tree, to_yaml
 
 KNOWN = {path for name in METHODS for path in flat(to_tree(parse(None, [f"method={name}"]).recipe))}
+KNOWN |= {"method.rank_pattern", "method.alpha_pattern"}
 SAMPLES = {
     "method.name": "lora", "method.target_modules": ["q_proj"], "data.columns": {"prompt": "q"}, "train.optim": "sgd",
     "train.lr_scheduler_type": "linear", "data.dataset": "a.jsonl", "data.eval_dataset": "b.jsonl",
     "model.chat_template": "chatml", "model.tokenizer": "t", "model.path": "m", "data.max_length": 64,
     "base.double_quant": True, "data.packing": True, "data.padding_free": False, "base.keep_transposed": True,
     "train.gradient_checkpointing": True, "train.activation_offload": True, "train.compile": True,
-    "train.cuda_graphs": True, "model.task": "seq2seq",
+    "train.cuda_graphs": True, "model.task": "seq2seq", "model.revision": "main", "data.test_dataset": "c.jsonl",
+    "method.bias": "all", "method.modules_to_save": ["lm_head"], "method.init_lora_weights": "pissa",
+    "method.layers_to_transform": [1], "method.rank_pattern": {"q": 3}, "method.alpha_pattern": {"q": 3},
+    "method.exclude_modules": ["q"], "method.trainable_token_indices": [3], "train.report_to": ["tensorboard"],
+    "train.adam_beta1": 0.5, "train.adam_beta2": 0.5,
 }  # fmt: skip
 
 
@@ -160,7 +165,7 @@ def test_a_recipe_of_a_peer_means_the_same_here(text: str, meant: dict[str, Any]
 
 
 def test_a_word_is_never_guessed_and_never_taken_twice(tmp_path: Path) -> None:
-    for text in ("model: {dropout: 0.1}", "eval: {seed: 3}", "data: {rank: 3}", "train: {alpha: 3}", "quant_bits: 8"):
+    for text in ("model: {dropout: 0.1}", "eval: {seed: 3}", "data: {rank: 3}", "train: {alpha: 3}", "quant_bits: 3"):
         with pytest.raises(UserError, match="no such setting"):
             read(text, tmp_path)
     with pytest.raises(UserError, match="twice") as caught:

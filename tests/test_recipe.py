@@ -91,14 +91,16 @@ def test_a_byte_order_mark_an_anchor_and_a_merge_are_read(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# nothing yet\n", "---\n", "{}\n", "null\n", "---\n...\n"])
-def test_an_empty_recipe_is_all_defaults(text: str, tmp_path: Path) -> None:
-    assert read(text, tmp_path).recipe == parse(None, ["output_dir=runs/tickets"]).recipe
+def test_an_empty_recipe_is_refused_at_once(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the recipe says nothing") as caught:
+        read(text, tmp_path)
+    assert "whet init" in caught.value.fix
 
 
 @pytest.mark.parametrize("section", ["model", "base", "method", "data", "train", "eval", "output_dir"])
 def test_an_empty_section_is_one_left_out(section: str, tmp_path: Path) -> None:
     for text in (f"{section}:\n", f"{section}: auto\n", f"# {section} later\n{section}:\n  # r: 8\n"):
-        assert read(text, tmp_path).recipe == read("", tmp_path).recipe
+        assert read(text, tmp_path).recipe == parse(None, ["output_dir=runs/tickets"]).recipe
 
 
 def test_overrides_win_the_last_of_them_most(tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_overrides_win_the_last_of_them_most(tmp_path: Path) -> None:
 
 
 def test_the_run_directory_is_named_after_the_recipe(tmp_path: Path) -> None:
-    assert read("", tmp_path).recipe.output_dir == "runs/tickets"
+    assert read("train: {}", tmp_path).recipe.output_dir == "runs/tickets"
     assert read("output_dir: here", tmp_path).recipe.output_dir == "here"
     for override in ("output_dir=auto", "output_dir="):
         assert read("output_dir: here", tmp_path, override).recipe.output_dir == "runs/tickets"

@@ -19,7 +19,7 @@ from mask_table import FAMILIES, SHARED, Table
 from whet.base.errors import UserError
 from whet.data.batch.row_builder import RowBuilder, RowSettings
 from whet.data.example import Example, Message, PlainTurns, plain_turns, plain_turns_of, to_json
-from whet.data.template import literal_ids, skeleton, watched
+from whet.data.template import isolated, literal_ids, render_process, skeleton, watched
 from whet.data.template.row_tokenizer import RowTokenizer, Tokens, _marked, marked
 from whet.data.template.template import Template
 
@@ -238,8 +238,17 @@ def test_most_that_is_asked_can_be_repeated() -> None:
 def test_an_answer_that_is_not_noted_shows(
     snippet: str, owner: Any, attribute: str, broken: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(isolated, "_process", InThisProcess)
     monkeypatch.setattr(owner, attribute, broken)
     assert different_texts(snippet)[0]
+
+
+class InThisProcess:
+    """Runs templates here, where a test may break what they are given."""
+
+    def ask(self, name: str, definition: str, requests: list[str], seconds: float) -> list[dict[str, Any]]:
+        template = render_process.Definition(*json.loads(definition))
+        return [render_process.run(template, json.loads(request)) for request in requests]
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last_assistant", "completion", "all"])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,10 @@ import pytest
 from chats import chat
 
 from whet.base.errors import UserError
+from whet.data.example import Example
+from whet.data.template import isolated
 from whet.data.template.row_tokenizer import RowTokenizer
-from whet.data.template.template import LARGEST, use_template
+from whet.data.template.template import LARGEST, Template, use_template
 
 TINY = Path(__file__).parents[1] / "whet" / "builtin" / "tiny"
 HEAD = "{{ '<|im_start|>' + m.role + '\\n' }}"
@@ -189,23 +190,64 @@ def test_a_template_has_a_limit_of_size(tokenizer: Any, tmp_path: Path) -> None:
     assert learned(RowTokenizer(tokenizer, chat=True), ONE_TURN) == ["two"]
 
 
-def test_a_template_that_never_ends_is_refused_in_time() -> None:
-    """In a process of its own: the thread that is stuck in the template ends with it."""
-    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    code = (
-        "import sys\n"
-        "from transformers import AutoTokenizer\n"
-        "from whet.base.errors import UserError\n"
-        "from whet.data.template.template import Template\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "tokenizer.chat_template = sys.argv[2]\n"
-        "try:\n    Template(tokenizer, slowest_seconds=0.5)\n"
-        "except UserError as error:\n    print(error.problem)\n"
+NESTED = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+TWICE = "{% set ns = namespace(x=START) %}{% for i in range(40) %}{% set ns.x = AGAIN %}{% endfor %}{{ ns.x }}"
+BOMBS = {
+    "loops": NESTED, "calls_itself": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f(60) }}", "list": "{{ ([0] * 10 ** 10) | length }}", "text": "{{ 'a' * 10 ** 11 }}",
+    "power": "{{ (7 ** n) % 10 }}", "wide": "{{ 'a' | center(10 ** 10) }}",
+    "list_of_itself": TWICE.replace("START", "[1]").replace("AGAIN", "[ns.x, ns.x]"),
+    "doubled": TWICE.replace("START", "'ab'").replace("AGAIN", "ns.x + ns.x"),
+    "spaces": "{{ ('%0' ~ n ~ 'd') % 1 }}", "lines": "{{ '\n' * 10 ** 6 | indent(10 ** 6) }}",
+}  # fmt: skip
+WITHIN = r"does not come to an end|writes too much|refuses this conversation"
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_template_that_never_ends_or_fills_the_memory_is_refused_in_time(name: str, tokenizer: Any) -> None:
+    """Also where only long contents reach the place, which no look at the template beforehand would tell."""
+    short, long = chat("u:one", "a:two"), chat("u:" + "one " * 50, "a:two")
+    guarded = (
+        "{% if messages[0].content | length > 99 %}{% set n = 10 ** 9 + messages | length %}"
+        + BOMBS[name]
+        + "{% endif %}"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(TINY), loops], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout == "the chat template does not come to an end\n"
+    tokenizer.chat_template = guarded + LOOP.replace("BODY", "{{ m.content }}")
+    found = RowTokenizer(tokenizer, chat=True)
+    assert found.template is not None
+    found.template._plain_run.seconds = 0.5
+    assert len(found.conversations([short, short, short], "assistant")) == 3
+    start = time.monotonic()
+    with pytest.raises(UserError, match=WITHIN) as caught:
+        found.conversations([short, Example("", tuple(long), None, "rows.jsonl", 7)], "assistant")
+    assert (caught.value.file, caught.value.row) == ("rows.jsonl", 7)
+    assert time.monotonic() - start < 15
+    assert len(found.conversations([short], "assistant")) == 1, "the next row has a new process"
+
+
+def test_a_template_that_always_runs_on_is_refused_at_once(tokenizer: Any) -> None:
+    tokenizer.chat_template = NESTED + LOOP
+    with pytest.raises(UserError, match="does not come to an end") as caught:
+        Template(tokenizer, slowest_seconds=0.3)
+    assert caught.value.found == "2 messages, 0.3 seconds"
+
+
+def test_a_long_conversation_may_take_longer_and_write_more(tokenizer: Any) -> None:
+    found = row_tokenizer(tokenizer, LOOP.replace("BODY", "{{ m.content }}"))
+    assert len(found.conversations([chat("u:" + "word " * 60_000, "a:yes")] * 3, "assistant")) == 3
+
+
+def test_an_interrupted_run_leaves_no_reply_for_the_next(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = row_tokenizer(tokenizer, LOOP.replace("BODY", "{{ m.content }}"))
+    with monkeypatch.context() as broken:
+        broken.setattr(isolated._RenderProcess, "_line", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            found.conversations([ONE_TURN], "assistant")
+    assert learned(found, ONE_TURN) == ["two"]
+
+
+def _interrupted(*_: object) -> bytes:
+    raise KeyboardInterrupt
 
 
 def test_a_named_template_is_checked_against_the_vocabulary(tokenizer: Any, tmp_path: Path) -> None:

@@ -8,27 +8,40 @@ opposite value; one that would mean something else here is refused, never guesse
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from whet.base.config import field_docs
 from whet.base.errors import UserError
 from whet.sections import SECTION_CLASSES, SECTIONS
-from whet.settings import TILE_TOKENS
+from whet.translations import method_name, shown, translated
 
 # A peer's name, alone or inside a section, to ours.
 NAMES = {
     "model_name_or_path": "model.path", "base_model": "model.path", "model_id": "model.path",
-    "name_or_path": "model.path", "task_type": "model.task", "problem_type": "model.task", "task": "model.task",
+    "name_or_path": "model.path", "model_name": "model.path", "pretrained_model_name_or_path": "model.path",
+    "tokenizer": "model.tokenizer", "tokenizer_name": "model.tokenizer", "revision": "model.revision",
+    "model_revision": "model.revision", "task_type": "model.task", "problem_type": "model.task", "task": "model.task",
     "tokenizer_name_or_path": "model.tokenizer", "template": "model.chat_template",
     "bnb_4bit_use_double_quant": "base.double_quant", "use_double_quant": "base.double_quant",
     "double_quantization": "base.double_quant", "keep_fp8_transpose_cache": "base.keep_transposed",
     "peft": "method.name", "adapter": "method.name", "finetuning_type": "method.name", "tuner_type": "method.name",
     "fine_tune_type": "method.name",
+    "r": "method.r", "bias": "method.bias", "modules_to_save": "method.modules_to_save", "use_dora": "method.use_dora",
+    "lora_modules_to_save": "method.modules_to_save", "init_lora_weights": "method.init_lora_weights",
+    "layers_to_transform": "method.layers_to_transform", "lora_layers_to_transform": "method.layers_to_transform",
+    "rank_pattern": "method.rank_pattern", "alpha_pattern": "method.alpha_pattern",
+    "exclude_modules": "method.exclude_modules", "loraplus_lr_ratio": "method.loraplus_lr_ratio",
+    "trainable_token_indices": "method.trainable_token_indices",
     "lora_r": "method.r", "lora_rank": "method.r", "rank": "method.r", "alpha": "method.lora_alpha",
     "lora_alpha": "method.lora_alpha", "lora_dropout": "method.lora_dropout", "dropout": "method.lora_dropout",
     "target_modules": "method.target_modules", "lora_target_modules": "method.target_modules",
     "lora_target": "method.target_modules", "use_rslora": "method.use_rslora", "peft_use_rslora": "method.use_rslora",
     "dataset_name": "data.dataset", "datasets": "data.dataset", "path": "data.dataset", "train_file": "data.dataset",
+    "train_dataset": "data.dataset", "test_size": "data.test_size", "test_file": "data.test_dataset",
+    "train_data": "data.dataset", "dataset_num_proc": "data.num_proc", "preprocessing_num_workers": "data.num_proc",
+    "dataset_processes": "data.num_proc", "max_train_samples": "data.max_rows",
     "dataset_path": "data.dataset", "dataset": "data.dataset", "val_size": "data.val_size",
     "val_set_size": "data.val_size", "split_dataset_ratio": "data.val_size", "validation_size": "data.val_size",
     "val_split": "data.val_size", "eval_file": "data.eval_dataset", "eval_dataset": "data.eval_dataset",
@@ -40,6 +53,9 @@ NAMES = {
     "micro_batch_size": "train.per_device_train_batch_size", "batch_size": "train.per_device_train_batch_size",
     "local_batch_size": "train.per_device_train_batch_size",
     "per_device_train_batch_size": "train.per_device_train_batch_size",
+    "train_batch_size": "train.per_device_train_batch_size", "warmup_steps": "train.warmup_steps",
+    "num_warmup_steps": "train.warmup_steps", "adam_beta1": "train.adam_beta1", "adam_beta2": "train.adam_beta2",
+    "adam_epsilon": "train.adam_epsilon", "report_to": "train.report_to", "random_state": "train.seed",
     "grad_accumulation": "train.gradient_accumulation_steps",
     "gradient_accumulation_steps": "train.gradient_accumulation_steps",
     "num_train_epochs": "train.num_train_epochs", "num_epochs": "train.num_train_epochs",
@@ -73,58 +89,114 @@ OPTIMISERS = {
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw_bnb_8bit": "adamw_8bit",
     "adamw8bit": "adamw_8bit", "paged_adamw8bit": "paged_adamw_8bit",
 }  # fmt: skip
-# PEFT's and ms-swift's names of tasks, and transformers' of problems; a head for labels leaves the kind to the rows.
-TASKS = {
-    "causal_lm": "causal", "seq_2_seq_lm": "seq2seq", "seq2seq_lm": "seq2seq", "seq_cls": None,
-    "sequence_classification": None, "text-classification": None, "single_label_classification": "classification",
-    "multi_label_classification": "multi_label", "regression": "regression",
-}  # fmt: skip
 SCHEDULES = {"wsd": "warmup_stable_decay", "constant_with_warmup": "constant"}
 SHORTHANDS = {"model": "path", "method": "name", "data": "dataset"}
 TOP_LEVEL = (*SECTIONS, "output_dir")
 # Words that mean something else in another section (model.dropout, eval.seed): no alias may move them from there.
 AT_HOME = ("path", "rank", "alpha", "dropout", "seed", "columns", "max_length")
 
-Rewritten = list[tuple[str, Any, str | None]]
+# Mappings under these names hold settings as if they stood at the top.
+WRAPPERS = ("args", "training_args", "training_arguments", "trainer_args", "sft_config", "sft_args", "lora_config",
+            "peft_config", "bnb_config", "quantization_config", "model_args", "data_args",
+            "generation_args")  # fmt: skip
+# Where both are said the first is left out, since in other tools the second decides.
+OVERRULED = {
+    "random_state": ("seed",), "torch_dtype": ("bf16", "fp16"), "dtype": ("bf16", "fp16"),
+    "bnb_4bit_compute_dtype": ("bf16", "fp16"), "compute_dtype": ("bf16", "fp16"), "bf16": ("fp16",),
+}  # fmt: skip
+
+# Words that are ours in their section and another tool's outside of it.
+_OF_OTHERS = ("chat_template", "bias", "task")
+
+Rewritten = list[tuple[str | None, Any, str | None]]  # no path: the setting is left out
 
 
-def canonical_tree(
-    tree: dict[str, Any], notes: list[str], file: str | None, lines: dict[str, int], bridged: bool = False
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Said:
+    """All that is said about a recipe while it is read. file, lines: where each path stands; notes: names that were
+    rewritten; problems: faults, raised together at the end."""
+
+    file: str | None
+    lines: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+    problems: list[UserError] = field(default_factory=list)
+
+    def of_override(self) -> Said:
+        """The same for a setting of the command line, which stands in no file."""
+        return replace(self, file=None, lines={})
+
+
+def canonical_tree(tree: dict[str, Any], said: Said, bridged: bool = False) -> dict[str, Any]:
     """The tree with other tools' names and shorthands rewritten to ours, each with a note. An empty section is left
     out.
 
-    bridged: the method's options are PEFT's, whose names are left as they are. Raises UserError for a setting that is
-    given twice, once under another name.
+    bridged: the method's options are PEFT's, whose names are left as they are. A setting that is refused, or is given
+    twice with two values, becomes a problem.
     """
     result: dict[str, Any] = {}
-    said: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    written = list(_written(tree, result, said.lines))
+    overruled = _overruled({path.rpartition(".")[2]: item for path, item, _ in written})
+    for path, item, line in written:
+        word = path.rpartition(".")[2]
+        if word in overruled and not _ours(path):
+            said.notes.append(f"{word}={shown(item)}: ignored, {overruled[word]} decides")
+            continue
+        theirs = bridged and path.startswith("method.") and path != "method.name"
+        try:
+            rewritten = [(path, item, None)] if theirs else canonical(path, item, said.file, line)
+        except UserError as problem:
+            said.problems.append(problem)
+            continue
+        for new_path, new_value, note in rewritten:
+            if note:
+                said.notes.append(note)
+            if new_path is None:
+                continue
+            if bridged and new_path not in TOP_LEVEL and "." not in new_path:
+                new_path = f"method.{new_path}"
+            if values.setdefault(new_path, new_value) != new_value:
+                said.problems.append(UserError(
+                    "the same setting twice, with two values", file=said.file, row=line, field=new_path,
+                    found=f"{path}: {new_value}", expected=f"{values[new_path]}, as said before",
+                    fix="remove one of them",
+                ))  # fmt: skip
+            if line is not None:
+                said.lines.setdefault(new_path, line)
+            _put(result, new_path.split("."), new_value)
+    return result
+
+
+def _written(
+    tree: Mapping[str, Any], result: dict[str, Any], lines: Mapping[str, int]
+) -> Iterator[tuple[str, Any, int | None]]:
+    """Each setting as it is written: its path, value and line. result: gets the sections that are there."""
     for key, value in tree.items():
         if key in SECTIONS and value is None:
             continue
         if key in SHORTHANDS and not isinstance(value, dict):
             value = {SHORTHANDS[key]: value}
         if isinstance(value, dict) and key in TOP_LEVEL:
-            pairs = [(f"{key}.{name}", item) for name, item in value.items()]
             result.setdefault(key, {})
+            yield from (
+                (f"{key}.{name}", item, lines.get(f"{key}.{name}", lines.get(key))) for name, item in value.items()
+            )
+        elif isinstance(value, dict) and key in WRAPPERS:
+            yield from ((name, item, lines.get(f"{key}.{name}", lines.get(key))) for name, item in value.items())
         else:
-            pairs = [(key, value)]
-        for path, item in pairs:
-            line = lines.get(path, lines.get(key))
-            theirs = bridged and path.startswith("method.") and path != "method.name"
-            for new_path, new_value, note in [(path, item, None)] if theirs else canonical(path, item, file, line):
-                if said.setdefault(new_path, new_value) != new_value:
-                    raise UserError(
-                        "the same setting twice, with two values", file=file, row=line, field=new_path,
-                        found=f"{path}: {new_value}", expected=f"{said[new_path]}, as said before",
-                        fix="remove one of them",
-                    )  # fmt: skip
-                if note:
-                    notes.append(note)
-                if line is not None:
-                    lines.setdefault(new_path, line)
-                _put(result, new_path.split("."), new_value)
-    return result
+            yield key, value, lines.get(key)
+
+
+def _overruled(words: Mapping[str, Any]) -> dict[str, str]:
+    """The words that another one makes void, with that one."""
+    void = {
+        word: next(one for one in by if words.get(one))
+        for word, by in OVERRULED.items()
+        if word in words and any(words.get(one) for one in by) and not (word == "bf16" and words[word])
+    }
+    if "load_in_4bit" in words and not words["load_in_4bit"]:
+        void |= dict.fromkeys((word for word in words if word.startswith("bnb_4bit_")), "load_in_4bit")
+    return void
 
 
 def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
@@ -140,10 +212,13 @@ def canonical(path: str, value: Any, file: str | None, line: int | None) -> Rewr
     section, _, name = path.partition(".")
     inside = bool(name) and section in TOP_LEVEL
     word = name if inside else path
-    turned = _task(word, value, file, line)
-    turned = _turned(word, value, file, line) if turned is None else turned
-    if turned is not None:
-        return [(new, item, f"{word}: read as {new}={_shown(item)}") for new, item in turned]
+    if not (inside and (word in AT_HOME or (_ours(path) and word in _OF_OTHERS))):
+        turned = translated(word, value, inside=inside, where={"file": file, "row": line, "field": word})
+        if turned is not None:
+            settings, note = turned
+            if not settings:
+                return [(None, None, f"{word}: {note}")]
+            return [(new, item, f"{word}: read as {new}={shown(item)}") for new, item in settings]
     target = LOCAL.get(path) or (path if inside and _ours(path) else NAMES.get(word, path))
     if inside and word in AT_HOME and target.partition(".")[0] != section:
         target = path
@@ -157,65 +232,18 @@ def canonical(path: str, value: Any, file: str | None, line: int | None) -> Rewr
         new_value = OPTIMISERS.get(value, value)
     if target == "train.lr_scheduler_type" and isinstance(value, str):
         new_value = SCHEDULES.get(value, value)
-    if target == "method.target_modules" and value == "all":
+    if target == "method.name" and isinstance(value, str):
+        new_value = method_name(value)
+    if target == "method.target_modules" and value in ("all", "all_linear"):
         new_value = "all-linear"
     if target == "method.target_modules" and isinstance(value, str) and re.fullmatch(r"\w+(\s*,\s*\w+)+", value):
         new_value = [name.strip() for name in value.split(",")]
     changed = target != path or new_value != value
-    note = f"{word}={_shown(value)}: read as {target}={_shown(new_value)}" if changed else None
+    note = f"{word}={shown(value)}: read as {target}={shown(new_value)}" if changed else None
     return [(target, new_value, note)]
-
-
-def _task(word: str, value: Any, file: str | None, line: int | None) -> list[tuple[str, Any]] | None:
-    """Another tool's name for the task, rewritten; labels are refused, since they come from the data."""
-    if word in ("task_type", "problem_type", "task") and isinstance(value, str) and value.lower() in TASKS:
-        return [("model.task", TASKS[value.lower()])]
-    if word in ("num_labels", "id2label", "label2id"):
-        raise UserError(
-            "labels come from the data", file=file, row=line, field=word, found=_shown(value),
-            expected="rows with text and label", fix="remove the line; whet data check shows the labels",
-        )  # fmt: skip
-    return None
-
-
-def _turned(word: str, value: Any, file: str | None, line: int | None) -> list[tuple[str, Any]] | None:
-    """Other tools' names whose value must be translated too, rewritten; None for any other name."""
-    if word in ("load_in_4bit", "q_lora") and isinstance(value, bool):
-        return [("base.storage", "nf4")] if value else []
-    if word == "bnb_4bit_quant_type" and value == "nf4":
-        return [("base.storage", "nf4")]
-    if word in ("quantization_bit", "quant_bits") and value == 4:
-        return [("base.storage", "nf4")]
-    if word in ("train_on_inputs", "train_on_prompt") and isinstance(value, bool):
-        return [("data.loss_on", "all" if value else "assistant")]
-    if word in ("assistant_only_loss", "completion_only_loss", "mask_prompt") and isinstance(value, bool):
-        return [("data.loss_on", "assistant" if value else "all")]
-    if word == "lora_target_linear" and isinstance(value, bool):
-        return [("method.target_modules", "all-linear")] if value else []
-    if word in ("tiled_mlp", "unsloth_tiled_mlp") and isinstance(value, bool):
-        return [("train.tile_mlp", TILE_TOKENS)] if value else []
-    if word in ("gradient_checkpointing", "use_gradient_checkpointing") and value in ("unsloth", "offload"):
-        return [("train.gradient_checkpointing", True), ("train.activation_offload", True)]
-    if word == "activation_offloading" and value == "hidden_states":
-        return [("train.activation_offload", True)]
-    if word == "bf16" and isinstance(value, bool | None):
-        return [("base.compute", {True: "bf16", False: "fp32", None: None}[value])]
-    if word in ("trust_remote_code", "hf_token", "token", "api_key", "wandb_api_key"):
-        raise UserError(
-            "whet never runs a model's own code" if word == "trust_remote_code" else "a recipe holds no secrets",
-            file=file,
-            row=line,
-            field=word,
-            fix="remove the line" if word == "trust_remote_code" else "set it in the environment (HF_TOKEN)",
-        )
-    return None
 
 
 def _ours(path: str) -> bool:
     """True if a path inside a section is already one of our names (so that no alias may move it)."""
     section, _, name = path.partition(".")
     return any(name in field_docs(cls) for cls in SECTION_CLASSES.get(section, ()))
-
-
-def _shown(value: Any) -> str:
-    return "auto" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -80,7 +80,7 @@ def already_trained(parsed: Parsed) -> Run | None:
     Raises UserError where a model or a file that the recipe names is not there.
     """
     from whet.base.console import say
-    from whet.data.collect import check_sources
+    from whet.data.named_files import check_sources
     from whet.engine.load.locate import locate
     from whet.runs import finished_run
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from whet.arguments import parse_words
-from whet.base.console import complain, drop_answer, flush_answer, print_json, readable_streams
+from whet.base.console import drop_answer, flush_answer, readable_streams, write_error, write_json
 from whet.base.disk import disk_fault
 from whet.base.errors import UserError
 
@@ -33,12 +33,12 @@ def run(arguments: Sequence[str]) -> int:
     try:
         answer = words.call(words)
         if words.json and answer is not None:
-            print_json(answer)
+            write_json(answer, indent=1)
         flush_answer()
     except UserError as error:
         return _refused(error, words.json)
     except KeyboardInterrupt:
-        complain("\ninterrupted")
+        write_error("\ninterrupted\n")
         return 130
     except BrokenPipeError:  # who read the answer had enough of it
         drop_answer()
@@ -50,16 +50,16 @@ def run(arguments: Sequence[str]) -> int:
         if fault is not None:
             return _refused(fault, words.json)
         problem = f"{type(error).__name__}: {error}"
-        complain(f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where")
+        write_error(f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where\n")
         return 1
     return 0
 
 
 def _refused(error: UserError, as_json: bool) -> int:
-    complain(f"error: {error}")
+    write_error(f"error: {error}\n")
     if as_json:
         try:
-            print_json({"error": error.as_dict()})
+            write_json({"error": error.as_dict()}, indent=1)
             flush_answer()
         except (OSError, UserError):  # it is said on stderr already
             drop_answer()

@@ -1,18 +1,17 @@
 """Parse recipes, here and nowhere else: YAML 1.2 and `key=value` in, one frozen `Recipe` out.
 
-YAML 1.2 makes `1e-4` a number and a repeated key an error. An unknown key is an error with its line and the nearest
-name; a peer's name for a setting is accepted and reported. `auto` (or null) leaves a decision to whet; the decided
-value is written back through `resolve`, so a run directory holds no `auto`.
+`recipe_text` reads the text, `aliases` rewrites other tools' names, and here the tree becomes a `Recipe`. An unknown
+key is an error with its line and the nearest name; all that is wrong is said at once (`recipe_problems`). `auto` (or
+null) leaves a decision to whet; the decided value is written back through `resolve`, so a run directory holds no
+`auto`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -21,24 +20,27 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from whet.aliases import canonical_tree
+from whet.aliases import Said, canonical_tree
 from whet.base.config import config, field_docs, setting
-from whet.base.errors import UserError, nearest
+from whet.base.errors import UserError
+from whet.base.secrets import hide, holds_secret
 from whet.data.config import Data
 from whet.engine.config import Base, Model
-from whet.methods.all import METHODS, Method
+from whet.methods.all import Method
 from whet.methods.bridge import Bridge
-from whet.methods.bridged import BRIDGED, LEFT_OUT
+from whet.methods.bridged import BRIDGED
 from whet.methods.lora import Lora
+from whet.recipe_problems import complaints, raise_all
+from whet.recipe_text import override, read_file, read_yaml, written
 from whet.sections import SECTION_CLASSES, SECTIONS
 from whet.settings import Eval, Train
+from whet.translations import method_name
+from whet.without_effect import without_effect
 
 METHOD_PATHS = ("method", "method.name")
-MOST_VALUES = 10_000
 NAMES = ("model.path", "model.tokenizer", "output_dir")
 # They change the records and checkpoints of a run, and not its weights; metrics.jsonl may have fewer lines.
 ON_THE_WAY = ("train.report_to", "train.logging_steps", "train.save_total_limit")
-KINDS = (bool, int, float, str)
 
 
 @config
@@ -75,14 +77,14 @@ def parse(source: str | Path | None, overrides: Sequence[str] = ()) -> Parsed:
     file = None
     if source is not None:
         file = str(source)
-        tree, lines = _read_yaml(_read_text(Path(source)), file)
-    notes: list[str] = []
-    bridged = _named_method(tree, overrides) in BRIDGED
-    tree = canonical_tree(tree, notes, file, lines, bridged)
+        tree, lines = read_yaml(read_file(Path(source)), file)
+    said = Said(file, lines)
+    pairs = [override(text) for text in overrides]
+    bridged = _named_method(tree, pairs) in BRIDGED
+    tree = canonical_tree(tree, said, bridged)
     origins = dict.fromkeys(_leaves(tree), "recipe")
-    for override in overrides:
-        path, value = _override(override)
-        one = canonical_tree(_nested(path, value), notes, None, {}, bridged)
+    for path, value in pairs:
+        one = canonical_tree(_nested(path, value), said.of_override(), bridged)
         origins |= dict.fromkeys(_leaves(one), "command line")
         if path in ("columns", "data.columns") and isinstance(tree.get("data"), dict):
             tree["data"].pop("columns", None)  # a whole mapping replaces the one below; one name is laid over it
@@ -92,12 +94,13 @@ def parse(source: str | Path | None, overrides: Sequence[str] = ()) -> Parsed:
     overridden = [path for path, origin in origins.items() if origin == "command line"]
     if (tree.get("method") or {}).get("name") in BRIDGED:
         origins = _gathered(tree, origins)
-    return Parsed(_validated(tree, file, lines, overridden), origins, notes, file)
+    recipe = _validated(tree, said, overridden)
+    return Parsed(recipe, origins, [*said.notes, *without_effect(tree, origins)], file)
 
 
 def from_tree(tree: Mapping[str, Any]) -> Recipe:
     """A recipe from a plain nested dict, as `to_tree` made it."""
-    return _validated(dict(tree), None, {}, [])
+    return _validated(dict(tree), Said(None, {}), [])
 
 
 def to_tree(recipe: Recipe) -> dict[str, Any]:
@@ -107,9 +110,7 @@ def to_tree(recipe: Recipe) -> dict[str, Any]:
 
 def to_yaml(recipe: Recipe) -> str:
     """YAML 1.2 text that parses to an equal recipe."""
-    out = io.StringIO()
-    _yaml().dump(to_tree(recipe), out)
-    return out.getvalue()
+    return written(to_tree(recipe))
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -153,113 +154,6 @@ def _as_written(owner: str, field: str, schema: dict[str, Any]) -> dict[str, Any
     return schema
 
 
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml") if p.is_file()])
-        raise UserError(
-            "there is no such recipe", file=str(path),
-            fix=f"did you mean {path.parent / near}?" if near else "whet init lora > recipe.yaml writes one",
-        )  # fmt: skip
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"the recipe is not UTF-8: byte {error.start}", file=str(path), fix="save it as UTF-8"
-        ) from error
-
-
-def _yaml():
-    from ruamel.yaml import YAML
-
-    reader = YAML(typ="rt", pure=True)
-    reader.default_flow_style = False
-    return reader
-
-
-def _read_yaml(text: str, file: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """(the recipe as a plain nested dict, the line of each dotted path)."""
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-    lines: dict[str, int] = {}
-    try:
-        loaded = _yaml().load(text)
-        if isinstance(loaded, Mapping):
-            return _plain(loaded, "", lines, file), lines
-    except RecursionError as error:
-        raise UserError("nested too deeply", file=file, fix="sections and their settings, nothing deeper") from error
-    except ValueError as error:  # a date that does not exist, a number of thousands of digits
-        raise UserError(f"a value cannot be read: {error}", file=file, fix="put it in quotes") from error
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        problem = " ".join((error.problem or str(error)).split())
-        raise UserError(
-            f"not valid YAML: {problem}",
-            file=file,
-            row=mark.line + 1 if mark is not None else None,
-            fix="each setting once, `key: value`, sections indented by two spaces",
-        ) from error
-    except YAMLError as error:
-        raise UserError(
-            f"not valid YAML: {str(error).splitlines()[0]}", file=file, fix="save it as plain text"
-        ) from error
-    if loaded is None:
-        return {}, {}
-    raise UserError(
-        "a recipe is a mapping of sections",
-        file=file,
-        found="a list" if isinstance(loaded, list) else f"{loaded!r} ({type(loaded).__name__})",
-        expected="model:, method:, data:, train: ...",
-        fix="whet init lora prints one to start from",
-    )
-
-
-def _plain(node: Any, path: str, lines: dict[str, int], file: str | None) -> Any:
-    """ruamel's containers and scalars as plain Python, noting lines; tags such as !!python are refused."""
-    from ruamel.yaml.scalarbool import ScalarBoolean
-
-    tagged = isinstance(node, Mapping | list) and getattr(getattr(node, "tag", None), "value", None)
-    if isinstance(node, Mapping | list) and not tagged:
-        positions = getattr(getattr(node, "lc", None), "data", None) or {}
-        plain: dict[Any, Any] = {}
-        for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
-            here = f"{path}.{key}" if path else str(key)
-            lines[here] = positions[key][0] + 1 if key in positions else lines.get(path, 1)  # merged in by `<<`
-            if len(lines) > MOST_VALUES:  # aliases of aliases grow without end
-                raise UserError(
-                    f"the recipe holds over {MOST_VALUES} values", file=file, fix="write them without aliases"
-                )
-            plain[str(key)] = _plain(value, here, lines, file)
-        return plain if isinstance(node, Mapping) else list(plain.values())
-    if node is None:
-        return None
-    kind = bool if isinstance(node, ScalarBoolean) else next((k for k in KINDS if isinstance(node, k)), None)
-    if kind is None or (kind is float and not math.isfinite(node)):  # type: ignore[arg-type]
-        raise UserError(
-            "a setting is text, a finite number, true, false, a list or a mapping",
-            file=file,
-            row=lines.get(path),
-            field=path,
-            found=f"the tag {tagged}" if tagged else str(node) if kind else type(node).__name__,
-            fix="write a finite number" if kind else "remove the tag, or put the value in quotes",
-        )
-    return None if node == "auto" else kind(node)  # type: ignore[arg-type]
-
-
-def _override(text: str) -> tuple[str, Any]:
-    from ruamel.yaml.error import YAMLError
-
-    path, equals, value = text.partition("=")
-    if not equals or not path.strip():
-        raise UserError(
-            "not an override", found=text, expected="section.key=value", fix="for instance train.learning_rate=1e-4"
-        )
-    try:
-        loaded = _yaml().load(value) if value.strip() else None
-        return path.strip(), _plain(loaded, path.strip(), {}, None)
-    except (YAMLError, RecursionError, ValueError) as error:
-        raise UserError("the value is not valid YAML", field=path, found=value, fix="put it in quotes") from error
-
-
 def _nested(path: str, value: Any) -> dict[str, Any]:
     for key in reversed(path.split(".")):
         value = {key: value}
@@ -279,11 +173,11 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _named_method(tree: Mapping[str, Any], overrides: Sequence[str]) -> Any:
+def _named_method(tree: Mapping[str, Any], overrides: Sequence[tuple[str, Any]]) -> Any:
     """The method that the recipe will have, by any of the names of the setting."""
-    said = [tree.get("method"), *(value for path, value in map(_override, overrides) if path in METHOD_PATHS)]
+    said = [tree.get("peft_type"), tree.get("method"), *(value for path, value in overrides if path in METHOD_PATHS)]
     named = [one.get("name") if isinstance(one, dict) else one for one in said]
-    return next((str(one) for one in reversed(named) if one), None)
+    return next((method_name(str(one)) for one in reversed(named) if one), None)
 
 
 def _gathered(tree: dict[str, Any], origins: Mapping[str, str]) -> dict[str, str]:
@@ -309,91 +203,53 @@ def _adapter() -> TypeAdapter[Recipe]:
     return TypeAdapter(Recipe)
 
 
-def _validated(tree: dict[str, Any], file: str | None, lines: dict[str, int], overridden: Sequence[str]) -> Recipe:
+def _validated(tree: dict[str, Any], said: Said, overridden: Sequence[str]) -> Recipe:
+    """The recipe of a tree. Raises all that is wrong with it, and what was found wrong before."""
+    file, lines, problems = said.file, said.lines, said.problems
     for path in NAMES:
         section, _, name = path.rpartition(".")
         owner = tree.get(section) if section else tree
         if isinstance(owner, dict) and owner.get(name) == "":
             where = {} if path in overridden else {"file": file, "row": lines.get(path)}
-            raise UserError(
+            problems.append(UserError(
                 "the name is empty", field=path, found="''", expected="a name, or auto", fix="remove it", **where,
-            )  # fmt: skip
+            ))  # fmt: skip
+    secrets = list(_secrets(tree, said, overridden))
+    problems += secrets
     if isinstance(tree.get("method"), dict):
         tree = tree | {"method": {"name": "lora"} | tree["method"]}
     try:
-        return _adapter().validate_json(json.dumps(tree), strict=True)
+        recipe = _adapter().validate_json(json.dumps(tree), strict=True)
     except UserError as error:  # of an option of a bridged method
         path = error.field or ""
-        if file is None or path in overridden:
-            raise
-        raise dataclasses.replace(error, file=file, row=lines.get(path, lines.get("method"))) from error
+        if file is not None and path not in overridden:
+            error = dataclasses.replace(error, file=file, row=lines.get(path, lines.get("method")))
+        problems.append(error)
     except ValidationError as error:
-        raise _complaint(error.errors()[0], file, lines, overridden) from error
+        told = {one.field for one in secrets}
+        problems += (one for one in complaints(error.errors(), file, lines, overridden) if one.field not in told)
+    raise_all(problems)
+    return recipe
 
 
-def _complaint(error: Any, file: str | None, lines: dict[str, int], overridden: Sequence[str]) -> UserError:
-    """pydantic's first error in our shape; with file and row only if the wrong value stands in the file."""
-    parts = [str(p) for p in error["loc"]]
-    method = None
-    if parts[:1] == ["method"] and len(parts) > 1 and parts[1] in METHODS:
-        method = parts.pop(1)
-    parts = [p for p in parts if not p.startswith(("list[", "str", "function-", "literal[", "constrained"))]
-    path = ".".join(parts)
-    where: dict[str, Any] = {"file": file, "row": lines.get(path), "field": path}
-    if any(f"{other}.".startswith(f"{path}.") or f"{path}.".startswith(f"{other}.") for other in overridden):
-        where |= {"file": None, "row": None}
-    kind = error["type"]
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        names = {known.rpartition(".")[2]: known for known in sorted(_known_paths(method), reverse=True)}
-        if method and (owner := next((name for name in METHODS if path in _known_paths(name)), None)):
-            return UserError(
-                f"the method {method} has no such setting", **where, found=path, expected=f"method.name: {owner}",
-                fix=f"remove it, or write method.name: {owner}",
-            )  # fmt: skip
-        last = path.rpartition(".")[2]
-        near = names.get(nearest(last, names) or "")
-        return UserError(
-            "there is no such setting", **where, found=path,
-            expected=f"the nearest is {near}" if near else "whet init lora lists the usual ones",
-            fix=f"write {near}" if near else "remove the line; docs/recipe.md lists every setting",
+def _secrets(tree: dict[str, Any], said: Said, overridden: Sequence[str]) -> Iterator[UserError]:
+    """A refusal of each setting with a key or a password in it, which would be written into the run directory."""
+    for path, value in _texts(tree, ""):
+        if not (holds_secret(value) or holds_secret(path)):
+            continue
+        where = {} if path in overridden else {"file": said.file, "row": said.lines.get(path)}
+        yield UserError(
+            "a recipe holds no secrets, since a run directory keeps it", field=hide(path), found=hide(value),
+            fix="take it out, set it in the environment (HF_TOKEN), and replace a key that others may have seen",
+            **where,
         )  # fmt: skip
-    if kind == "union_tag_invalid":
-        value = error["input"].get("name")
-        if str(value) in LEFT_OUT:
-            reason, instead = LEFT_OUT[str(value)]
-            return UserError(
-                f"whet leaves out this method of PEFT: {reason}", **{**where, "field": "method.name"},  # type: ignore[arg-type]
-                found=str(value), expected="a method that `whet methods` lists", fix=f"method.name={instead}",
-            )  # fmt: skip
-        near = nearest(str(value), METHODS.keys() - BRIDGED.keys()) or nearest(str(value), METHODS) or "lora"
-        return UserError(
-            "there is no such method", **{**where, "field": "method.name"},  # type: ignore[arg-type]
-            found=str(value), expected=", ".join(METHODS), fix=f"write {near}",
-        )  # fmt: skip
-    value = error["input"]
-    if kind == "literal_error" and (near := nearest(str(value), error["ctx"]["expected"].split("'")[1::2])):
-        choices = error["ctx"]["expected"]
-        return UserError("there is no such choice", **where, found=str(value), expected=choices, fix=f"write {near}")
-    return UserError(
-        f"the value does not fit: {error['msg'].lower()}", **where,
-        found=f"{value!r} ({type(value).__name__})",
-        expected=error["msg"].removeprefix("Input should be ").removeprefix("a "),
-        fix=_doc(path) or "whet init lora shows every section",
-    )  # fmt: skip
 
 
-def _known_paths(method: str | None = None) -> list[str]:
-    """Dotted paths of all settings, or those with this method."""
-    sections = SECTION_CLASSES | ({"method": (METHODS[method],)} if method else {})
-    dotted = [
-        f"{section}.{name}" for section, classes in sections.items() for cls in classes for name in field_docs(cls)
-    ]
-    return [*dict.fromkeys(dotted), *field_docs(Recipe)]
-
-
-def _doc(path: str) -> str | None:
-    section, _, name = path.partition(".")
-    for cls in SECTION_CLASSES.get(section, (Recipe,)):
-        if doc := field_docs(cls).get(name.partition(".")[0] or section):
-            return doc
-    return None
+def _texts(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    """All texts in a tree with the paths to them, and keys as texts without content."""
+    if isinstance(node, str):
+        yield path, node
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        here = f"{path}.{key}" if path else str(key)
+        yield here, ""
+        yield from _texts(value, here)

@@ -11,8 +11,9 @@ from annotated_types import Ge, Gt, Le, Lt, Predicate
 
 from whet.base.config import config, setting
 
+MOST_STEPS = 10**9  # years of training; a larger number is a slip
 Share = Annotated[float, Ge(0), Le(1)]
-Count = Annotated[int, Ge(1)]
+Count = Annotated[int, Ge(1), Le(MOST_STEPS)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 SEEDS = 2**63  # torch and numpy take a seed as a 64-bit number
 TILE_TOKENS = 4096  # of a tiled MLP, where its size is not chosen: by whet, or by a recipe of another tool
@@ -32,7 +33,7 @@ def names_a_field(name: str) -> bool:
 class Train:
     """Steps, optimiser, schedule, checkpoints."""
 
-    num_train_epochs: Annotated[float, Gt(0)] = setting(3.0, "Passes over the data.")
+    num_train_epochs: Annotated[float, Gt(0), Le(10**6)] = setting(3.0, "Passes over the data.")
     max_steps: Count | None = setting(None, "Stop after so many optimiser steps; auto = from `num_train_epochs`.")
     per_device_train_batch_size: Count = setting(8, "Rows in one forward pass.")
     gradient_accumulation_steps: Count = setting(1, "Forward passes in one optimiser step.")
@@ -43,6 +44,9 @@ class Train:
         "cosine", "Shape of the learning rate after warm-up."
     )
     warmup_ratio: Share = setting(0.03, "Share of the steps in which the learning rate rises from 0.")
+    warmup_steps: Annotated[int, Ge(0), Le(MOST_STEPS)] | None = setting(
+        None, "Steps in which the learning rate rises from 0; auto = `warmup_ratio` of the run."
+    )
     decay_ratio: Share | None = setting(
         None, "warmup_stable_decay only: share of the steps in which it falls at the end; auto = 0.2."
     )

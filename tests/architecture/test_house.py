@@ -21,7 +21,7 @@ RANK = re.compile(r"\blora_alpha\b|\bmethod\.r\b|\bLora\((?:[^()]*,\s*)?r\s*=")
 ENVIRONMENT_WRITERS = {"cli.py"}
 ONE_OWNER = {  # a library and the only places that may import it
     "pydantic": {"recipe.py"},
-    "ruamel": {"recipe.py"},
+    "ruamel": {"recipe_text.py"},
     "bitsandbytes": {"extras.py"},
     "matplotlib": {"charts.py"},
 }

@@ -24,9 +24,9 @@ MUTANTS = [
         "the end of a turn is not learned: the model never stops", TABLE,
     ),
     Mutant(
-        "template: prompt without generation header", "data/template/template.py",
-        "tools=tools, documents=None, add_generation_prompt=prompt,",
-        "tools=tools, documents=None, add_generation_prompt=False,",
+        "template: prompt without generation header", "data/template/render_process.py",
+        'documents=None, add_generation_prompt=request["prompt"],',
+        "documents=None, add_generation_prompt=False,",
         "the model is asked without the header that it learned to answer behind", TABLE,
     ),
     Mutant(

@@ -1,6 +1,7 @@
 """The console: all that a person reads while a command runs, on stderr; stdout belongs to the answer.
 
-On a terminal there is a live progress bar; elsewhere (a log file, CI) a plain line every few seconds.
+On a terminal there is a live progress bar; elsewhere (a log file, CI) a plain line every few seconds. Whatever is
+written here is made safe to show first (`base.visible`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from whet.base.disk import disk_fault
 from whet.base.errors import UserError
+from whet.base.visible import visible, visible_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,14 +34,29 @@ _consoles: dict[bool, Console] = {}
 
 def console(*, stdout: bool = False) -> Console:
     """The rich console of stderr, or of stdout for an answer that is meant for people."""
-    from rich.console import Console
-
     if stdout not in _consoles:
-        found = Console(stderr=not stdout, highlight=False, soft_wrap=True)
+        found = _console(stdout)
         if not found.is_terminal:  # a file or a pipe has no width, so nothing is cut or broken
-            found = Console(stderr=not stdout, highlight=False, soft_wrap=True, width=WIDE)
+            found = _console(stdout, width=WIDE)
         _consoles[stdout] = found
     return _consoles[stdout]
+
+
+def _console(stdout: bool, **options: Any) -> Console:
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class SafeConsole(Console):
+        """rich's console, whose own control sequences reach the terminal and nobody else's."""
+
+        def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+            for segment in super().render(*args, **kwargs):
+                text = segment.text if segment.control else visible(segment.text)
+                yield segment if text is segment.text else Segment(text, segment.style)
+
+    if (sys.stdout if stdout else sys.stderr) is None:  # a program without a terminal, as pythonw
+        return SafeConsole(file=io.StringIO(), highlight=False, soft_wrap=True, **options)
+    return SafeConsole(stderr=not stdout, highlight=False, soft_wrap=True, **options)
 
 
 def say(text: str, style: str | None = None) -> None:
@@ -58,28 +76,47 @@ def readable_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def complain(text: str) -> None:
-    """Write a line to stderr, if there is one that can be written."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text + "\n")
+def write_error(text: str) -> None:
+    """Write to stderr as it is, if it can be written; for what is no line of its own, as errors and prompts."""
+    with contextlib.suppress(OSError):
+        _write(sys.stderr, visible(text))
 
 
-def print_json(value: Any) -> None:
-    """Write a value to stdout as JSON, in characters that stdout has. Raises UserError, and OSError."""
+def write_answer(text: str) -> None:
+    """Write to stdout as it is, but safe to show. Raises UserError where it cannot be written."""
+    _write_out(visible(text))
+
+
+def write_json(value: Any, indent: int | None = None) -> None:
+    """Write a value to stdout as JSON, in characters that stdout has. Raises UserError where it cannot be written."""
     if sys.stdout is None:
         raise UserError("standard output is closed", expected="an open one for --json", fix="remove >&-")
-    text = json.dumps(value, ensure_ascii=False, indent=1, default=str)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except (UnicodeEncodeError, LookupError):
-        text = json.dumps(value, indent=1, default=str)
+        text = json.dumps(value, indent=indent, default=str)
+    _write_out(visible_json(text) + "\n")
+
+
+def _write_out(text: str) -> None:
     try:
-        sys.stdout.write(text + "\n")
+        _write(sys.stdout, text)
     except BrokenPipeError:
         raise
     except OSError as error:
         raise _unwritten(error) from error
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    if stream is None:
+        return
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:  # a terminal of ASCII
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
 
 
 def flush_answer() -> None:

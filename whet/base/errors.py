@@ -12,6 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from whet.base.secrets import hide
+from whet.base.visible import visible
+
 
 @dataclass(eq=False)
 class UserError(Exception):
@@ -46,14 +49,14 @@ class UserError(Exception):
             lines.append(f"  expected: {self.expected}")
         if self.fix:
             lines.append(f"  fix:      {self.fix}")
-        return "\n".join(lines)
+        return visible(hide("\n".join(lines)))
 
     def __reduce__(self) -> tuple[Any, ...]:  # from one process to another, with every part
         return UserError, (self.problem, self.fix, self.file, self.row, self.field, self.found, self.expected)
 
     def as_dict(self) -> dict[str, str | int | None]:
         """The error as plain values for `--json`."""
-        return {
+        values = {
             "problem": self.problem,
             "file": self.file,
             "row": self.row,
@@ -62,15 +65,15 @@ class UserError(Exception):
             "expected": self.expected,
             "fix": self.fix or None,
         }
+        return {name: hide(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def shorten(text: object, limit: int = 120) -> str:
     """`text` on one line and at most `limit` characters long, with an ellipsis where it was cut.
 
-    Characters that a terminal would obey instead of printing (escape sequences, direction marks) are written out.
+    Characters that a terminal would obey instead of printing are made visible.
     """
-    line = " ".join(str(text)[: 20 * limit].split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    line = visible(" ".join(str(text)[: 20 * limit].split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

@@ -50,6 +50,7 @@ def warnings(prepared: Prepared) -> list[str]:
         lines.append(f"{ledger.tokens_lost:,} tokens are lost to data.max_length={prepared.max_length}")
     for name, count in ledger.not_rendered.items():
         lines.append(f"{count:,} rows have {name} that the chat template leaves out, so it is not learned")
+    lines += ledger.notes
     for part in (ledger.mixture, ledger.added, ledger.replay):
         lines += part.get("notes", ())
     if ledger.scores.get("rows_unjudged"):

@@ -8,12 +8,11 @@ from texts only where a setting asks for it. Whatever is left out is listed in t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,17 +24,14 @@ from whet.data.example import Example
 from whet.data.format.recognise import Format, recognise
 from whet.data.format.standardise import Dropped, standardise
 from whet.data.judge.added import source_id
-from whet.data.read.read import Fingerprint, Record, check_unchanged, data_files, fingerprint, read_files, sha256
+from whet.data.named_files import check_twice, dataset_paths, fingerprints
+from whet.data.read.read import Fingerprint, Record, check_unchanged, read_files
 from whet.data.removed import Removed
+from whet.data.said import notes_of
 from whet.data.sides.benchmark import Asked, asked_rows
 from whet.data.sides.select import Pool, check_pairs, learned, sides_of
 
 SAMPLE = 100
-PACKAGE = Path(__file__).parents[1]
-BUILTIN = {
-    "builtin:support_tickets": ("support_tickets", "train.jsonl"),
-    "builtin:support_tickets_test": ("support_tickets", "test.jsonl"),
-}
 
 
 @dataclass(frozen=True)
@@ -52,11 +48,15 @@ class Sides:
     benchmarks: dict[str, Examples] = field(default_factory=dict)
 
 
-def collect(data: Data, path: Path, ledger: Ledger) -> Sides:
+def collect(data: Data, path: Path, ledger: Ledger, *, numbers: bool = False) -> Sides:
     """Collect all examples that `data` names, written to the file `path`. Raises UserError for the first row that is
-    refused."""
+    refused.
+
+    numbers: labels are values, which may be written as text.
+    """
     check_pairs(data)
-    reading = _Collector(data, Store(path), ledger)
+    check_twice(data, ledger)
+    reading = _Collector(data, Store(path), ledger, numbers)
     kind = reading.read("dataset", data.max_rows)
     ledger.format, ledger.format_reason = kind.name, kind.reason
     ends = [len(reading.store)]
@@ -111,8 +111,8 @@ class _Collector:
     """Reads files into the store. sources: the index in `names` of each example's source; groups: as data.group;
     origins: the id of the row that each added example paraphrases, if it says so."""
 
-    def __init__(self, data: Data, store: Store, ledger: Ledger) -> None:
-        self.data, self.store, self.ledger = data, store, ledger
+    def __init__(self, data: Data, store: Store, ledger: Ledger, numbers: bool) -> None:
+        self.data, self.store, self.ledger, self.numbers = data, store, ledger, numbers
         self.names: list[str] = []
         self.files: list[Fingerprint] = []
         self.sources: list[int] = []
@@ -147,7 +147,7 @@ class _Collector:
         dropped, before = Dropped(), len(self.store)
         stream = standardise(
             chain(sample, records), kind, self.data.columns, empty=self.data.empty, dropped=dropped,
-            preference=self.data.preference,
+            preference=self.data.preference, invalid=self.data.invalid, numbers=self.numbers,
         )  # fmt: skip
         for example in islice(self._cleaned(stream), limit):
             self.store.add(example)
@@ -157,10 +157,11 @@ class _Collector:
             if field == "added_dataset":
                 self.origins.append(self._origin_of.pop((example.file, example.row)))
         self.names.append(name)
-        for file, row, reason in (*dropped.rows, *dropped.answers):
+        for file, row, reason in (*dropped.rows, *dropped.answers, *dropped.invalid):
             self.ledger.drop(file, row, reason)
+        self.ledger.notes += notes_of(name, kind, sample, dropped)
         self.ledger.rows_without_target += len(dropped.rows)
-        self.ledger.rows_read += len(self.store) - before + len(dropped.rows)
+        self.ledger.rows_read += len(self.store) - before + len(dropped.rows) + len(dropped.invalid)
         return kind
 
     @property
@@ -242,43 +243,3 @@ def _group_position(name: str) -> int:
     from whet.data.sides.split import positions_of
 
     return int(positions_of([name])[0])
-
-
-def dataset_paths(dataset: str | Sequence[str]) -> list[str]:
-    """Paths, with built-in names replaced by the paths of their files."""
-    return [_builtin_file(name) if name.startswith("builtin:") else name for name in listed(dataset)]
-
-
-def _builtin_file(name: str) -> str:
-    if name not in BUILTIN:
-        raise UserError(
-            "there is no such built-in data", field="data.dataset", found=name, expected=", ".join(BUILTIN),
-            fix="write builtin:support_tickets",
-        )  # fmt: skip
-    folder, file = BUILTIN[name]
-    installed, checkout = PACKAGE / "builtin" / folder / file, PACKAGE.parent / "examples" / folder / file
-    return str(installed if installed.exists() else checkout)
-
-
-def check_sources(data: Data) -> None:
-    """Raise UserError where a file or folder that `data` names is not there; nothing is read, the hub is not asked."""
-    for dataset in (data.dataset, data.eval_dataset, data.test_dataset, data.replay_dataset, data.added_dataset,
-                    data.benchmarks):  # fmt: skip
-        for path in [] if dataset is None else dataset_paths(dataset):
-            if not path.startswith("hub:"):
-                data_files(path)
-    for path in [*listed(data.blocklist), *listed(data.scores)]:
-        if not Path(path).is_file():
-            sha256(path)  # says why it cannot be read
-
-
-def fingerprints(data: Data) -> list[dict[str, Any]]:
-    """path, bytes and sha256 of every file that decides what the rows are, in order."""
-    given = [data.dataset, data.eval_dataset, data.test_dataset, data.replay_dataset, data.added_dataset,
-             data.benchmarks]  # fmt: skip
-    paths = [path for dataset in given if dataset is not None for path in dataset_paths(dataset)]
-    entries: list[dict[str, Any]] = [dict(entry) for entry in fingerprint(paths)]
-    for path in [*listed(data.blocklist), *listed(data.scores)]:
-        digest = sha256(path)
-        entries.append({"path": path, "bytes": Path(path).stat().st_size, "sha256": digest})
-    return entries

@@ -71,6 +71,9 @@ class Data:
         None, "A longer row is refused, dropped, cut or (text only) split; auto = drop for chats, split for text."
     )
     empty: Literal["error", "drop"] = setting("error", "A row with nothing to learn from is refused or dropped.")
+    invalid: Literal["error", "drop"] = setting(
+        "error", "A row that does not keep to the format is refused, or dropped and listed."
+    )
     loss_on: Literal["assistant", "last_assistant", "completion", "all"] | None = setting(
         None, "Which tokens are learned; auto = assistant for chats, all for text."
     )

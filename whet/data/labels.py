@@ -11,12 +11,13 @@ as pairs, and special tokens that a text spells are special tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from whet.base.errors import UserError, nearest
+from whet.base.errors import UserError, nearest, shorten
 from whet.data.example import Example
 from whet.engine.task import Task, TaskName
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CHUNK = 1000
+BETWEEN = "\n\n"  # the texts of a pair, for tokenizers that write nothing between them
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 MOST_CLASSES = 10_000
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
 _FITS: dict[TaskName, tuple[str, ...]] = {
@@ -44,7 +47,12 @@ def encode_typed(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], pairs: Sequence[str] | None = None,
     max_length: int | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
-    """(token ids int32 [T], token types int8 [T]) of each text; types: 0 for the text, 1 for the tokens of its pair."""
+    """(token ids int32 [T], token types int8 [T]) of each text; types: 0 for the text, 1 for the tokens of its pair.
+
+    Where the tokenizer writes nothing between the texts of a pair they are one text, with a blank line between.
+    """
+    if pairs is not None and not separates(tokenizer):
+        texts, pairs = [text + BETWEEN + pair for text, pair in zip(texts, pairs, strict=True)], None
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, len(texts), CHUNK):
         part = slice(start, start + CHUNK)
@@ -60,6 +68,14 @@ def encode_typed(
     return rows
 
 
+def separates(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """True if the tokenizer writes a token of its own between the texts of a pair."""
+    one, other = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in ("a", "b"))
+    both = tokenizer("a", "b", verbose=False)["input_ids"]
+    together = [*one, *other]  # type: ignore[misc]
+    return not any(both[at : at + len(together)] == together for at in range(len(both)))  # type: ignore[index]
+
+
 def task_of(train: Sequence[Example], held_out: Sequence[Example], wanted: TaskName | None) -> tuple[Task, str]:
     """The labelled task of these rows with the names of its classes, and why it is that one.
 
@@ -68,11 +84,14 @@ def task_of(train: Sequence[Example], held_out: Sequence[Example], wanted: TaskN
     kind = _kind([*train, *held_out], wanted)
     name: TaskName = wanted or ("multi_label" if kind.startswith("a list") else
                                 "regression" if kind == "a number" else "classification")  # fmt: skip
+    if wanted is None and kind == "a name":
+        _check_no_values([*train, *held_out])
     if kind not in _FITS[name]:
         example = train[0] if train else held_out[0]
         raise UserError(
             f"the labels do not fit the task {name}", file=example.file, row=example.row, field="label",
-            found=_kind_of(example.label), expected=" or ".join(_FITS[name]), fix="model.task=auto takes what fits",
+            found=_kind_of(example.label), expected=" or ".join(_FITS[name]),
+            fix=f"write {' or '.join(_FITS[name])}, or model.task=auto for what fits the labels",
         )  # fmt: skip
     if name == "regression":
         return Task("regression"), f"the labels are {_plural(kind)}"
@@ -220,6 +239,27 @@ def _check_vectors(examples: Sequence[Example]) -> None:
                 found=f"{len(example.label)} places", expected=f"{len(vectors[0].label)}, as in the first row",  # type: ignore[arg-type]
                 fix="write one 0 or 1 for each label, or the names of those that apply",
             )  # fmt: skip
+
+
+def _check_no_values(examples: Sequence[Example]) -> None:
+    """Refuse names that are all numbers, not all of them whole: classes, or values as a table writes them?"""
+    names = {str(example.label) for example in examples}
+    if all(_NUMBER.fullmatch(name.strip()) for name in names) and any("." in name for name in names):
+        first = next(example for example in examples if "." in str(example.label))
+        raise UserError(
+            "the labels are numbers in text, which may be values or names of classes", file=first.file, row=first.row,
+            field="label", found=str(first.label), expected="a task, where labels could be either",
+            fix="model.task=regression for values, or model.task=classification for names",
+        )  # fmt: skip
+
+
+def alike(names: Sequence[str]) -> Iterator[str]:
+    """A sentence about each pair of labels that differ in space or case alone."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(" ".join(name.split()).casefold(), name)
+        if other != name:
+            yield f"the labels {shorten(repr(other), 40)} and {shorten(repr(name), 40)} are two classes that read alike"
 
 
 def _check_classes(name: TaskName, names: Sequence[str], train: Sequence[Example]) -> None:

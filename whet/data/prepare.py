@@ -24,12 +24,14 @@ from whet.data.batch.row_builder import RowSettings, build_rows
 from whet.data.batch.rows import Rows
 from whet.data.batch.saved import EXAMPLES, load, save
 from whet.data.cache import cached, name_of
-from whet.data.collect import Sides, collect, fingerprints
+from whet.data.collect import Sides, collect
 from whet.data.config import Data
 from whet.data.example import Example
-from whet.data.labels import check_known
+from whet.data.labels import alike, check_known
+from whet.data.named_files import fingerprints
 from whet.data.template.remembered import kind_of_tokenizer
 from whet.data.template.row_tokenizer import RowTokenizer
+from whet.data.token_notes import two_ways, unknown_tokens
 from whet.engine.task import CAUSAL, Task, TaskName
 
 if TYPE_CHECKING:
@@ -134,7 +136,7 @@ def _identity(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
 def _prepare_anew(data: Data, model: ModelInput, folder: Path, files: list[dict[str, Any]]) -> Prepared:
     ledger = Ledger(files=files)
     decided: dict[str, tuple[object, str]] = {}
-    sides = collect(data, folder / EXAMPLES, ledger)
+    sides = collect(data, folder / EXAMPLES, ledger, numbers=model.task == "regression")
     others = [*sides.evaluation, *sides.test] if sides.kind.name == "classification" else []
     task = task_for(sides.kind.name, sides.train, others, model.task, model.unlabelled, decided)
     ledger.task = task.name
@@ -142,6 +144,7 @@ def _prepare_anew(data: Data, model: ModelInput, folder: Path, files: list[dict[
         all_sides = (sides.train, sides.evaluation, sides.test)
         rows, longest = padded_rows(data, model.tokenizer, task, all_sides, model.readable, ledger, decided)
         row_tokenizer = RowTokenizer(model.tokenizer, chat=False)
+        ledger.notes += [*alike(task.labels), *unknown_tokens(rows[0], model.tokenizer, ledger)]
         return Prepared(
             rows[0], rows[1], rows[2], *all_sides, None, longest, ledger, row_tokenizer, decided, task, sides.benchmarks
         )  # fmt: skip
@@ -169,6 +172,7 @@ def _conversations(
     if bins is not None:
         ledger.packed_rows, ledger.packing_fill = len(bins), len(train.ids) / (len(bins) * max_length)
     row_tokenizer = RowTokenizer(model.tokenizer, chat)
+    ledger.notes += [*unknown_tokens(train, model.tokenizer, ledger), *two_ways(row_tokenizer, sides.train, policy)]
     return Prepared(
         train, held, test, sides.train, sides.evaluation, sides.test, bins, max_length, ledger, row_tokenizer, decided,
         benchmarks=sides.benchmarks,

@@ -6,15 +6,13 @@ are cut with a note. Markup is an `Html`, so that nothing is escaped twice and n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from whet.base.visible import visible
 from whet.report.charts import JsonObject, as_number, label_of, plain, text_of
 
 LIST_LIMIT = 100
-_NEWLINES = re.compile(r"\r\n?|[\x85\u2028\u2029]")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 class Html(str):
@@ -30,12 +28,6 @@ def safe(value: object, limit: int = 300) -> Html:
     text = text_of(value)
     note = f' <span class="cut">… {plain(len(text) - limit)} more characters</span>' if len(text) > limit else ""
     return Html(escape(visible(text[:limit])) + note)
-
-
-def visible(text: str) -> str:
-    """Escape sequences as ␛, bidirectional overrides and lone surrogates as ⟨U+202E⟩; line breaks and tabs stay."""
-    text = _NEWLINES.sub("\n", text)
-    return _CONTROL.sub(lambda m: chr(0x2400 + ord(m[0])) if m[0] < " " else f"⟨U+{ord(m[0]):04X}⟩", text)
 
 
 def score_text(value: object, rate: bool, signed: bool = False) -> str:

@@ -18,6 +18,7 @@ from typing import IO, Any
 from whet.base.errors import UserError
 from whet.base.files import hidden_beside, sync
 from whet.base.outputs import Input, output_file
+from whet.base.visible import visible, visible_json
 from whet.engine.task import Task
 from whet.inputs import inputs_of_run
 from whet.runs import Run
@@ -37,13 +38,14 @@ class Writer:
     def write(self, question: Question, answer: dict[str, Any]) -> None:
         """Write one answer."""
         if self._table is None:
-            self.file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            self.file.write(visible_json(json.dumps(answer, ensure_ascii=False)) + "\n")
             return
         cells = _cells(self.task, question, answer, self.top)
         if not self._has_head:
             self._table.writerow(cells)
             self._has_head = True
-        self._table.writerow(cells.values())
+        shown = self.file.isatty()
+        self._table.writerow([visible(cell) if shown and isinstance(cell, str) else cell for cell in cells.values()])
 
 
 def _cells(task: Task, question: Question, answer: dict[str, Any], top: int | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from whet.base.console import write_answer, write_error
 from whet.base.errors import UserError
 from whet.data.example import Message
 from whet.ship.chat import Chat
@@ -19,9 +20,15 @@ def talk(chat: Chat, first: str | None, system: str | None, *, quiet: bool) -> l
     """Answer `first`, or read lines until they end, streaming to stdout unless `quiet`; returns the conversation."""
     from transformers import TextStreamer
 
+    class SafeStreamer(TextStreamer):
+        """transformers' streamer, whose text is safe to show."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write_answer(text + "\n" * stream_end)
+
     conversation = Talk(chat, [Message("system", system)] if system else [])
     options = {"skip_prompt": True, "skip_special_tokens": True}
-    streamer = None if quiet else TextStreamer(chat.answerer.row_tokenizer.tokenizer, **options)  # type: ignore[arg-type]
+    streamer = None if quiet else SafeStreamer(chat.answerer.row_tokenizer.tokenizer, **options)  # type: ignore[arg-type]
     if first is not None:
         _ask(conversation, first, streamer)
     else:
@@ -37,11 +44,11 @@ def _turn(conversation: Talk, line: str, streamer: Any) -> None:
     try:
         if line.startswith("/") and not line.startswith("//"):
             if said := obey(conversation, line):
-                sys.stderr.write(said + "\n")
+                write_error(said + "\n")
         else:
             _ask(conversation, line.removeprefix("/") if line.startswith("//") else line, streamer)
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        write_error(f"error: {error}\n")
 
 
 def _ask(conversation: Talk, text: str, streamer: Any) -> None:
@@ -54,11 +61,10 @@ def _lines() -> Iterator[str]:
     """Lines typed by a person, or piped in; empty ones are passed over."""
     person = sys.stdin.isatty()
     if person:
-        sys.stderr.write("Type a message; /help lists commands; Ctrl-D or /quit ends the conversation.\n")
+        write_error("Type a message; /help lists commands; Ctrl-D or /quit ends the conversation.\n")
     while True:
         if person:
-            sys.stderr.write("\n> ")
-            sys.stderr.flush()
+            write_error("\n> ")
         try:
             line = sys.stdin.readline()
         except UnicodeDecodeError as error:

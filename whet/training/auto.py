@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from whet.base.errors import UserError
 from whet.data.prepare import Prepared
 from whet.engine.device import Placement
 from whet.recipe import Recipe
+from whet.settings import MOST_STEPS
 
 DECAY_RATIO = 0.2
 Decided = dict[str, tuple[object, str]]
@@ -45,13 +47,22 @@ def _of_base(recipe: Recipe, placement: Placement) -> Decided:
 
 def _of_steps(recipe: Recipe, prepared: Prepared) -> Decided:
     """How many optimiser steps there are, and when to look and to save."""
-    train, decided = recipe.train, {}
+    train, decided, steps = recipe.train, {}, 0
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     units = len(prepared.bins) if prepared.bins is not None else len(prepared.train)
     per_epoch = math.ceil(units / per_step)
     if train.max_steps is None:
         steps = math.ceil(per_epoch * train.num_train_epochs)
         decided["train.max_steps"] = (steps, f"{train.num_train_epochs:g} epochs of {per_epoch} steps")
+        if steps > MOST_STEPS:
+            raise UserError(
+                "the run would have more steps than anybody waits for", field="train.num_train_epochs",
+                found=f"{steps:,} steps", expected=f"at most {MOST_STEPS:,}", fix="train.num_train_epochs=3",
+            )  # fmt: skip
+    steps = train.max_steps or steps
+    if train.warmup_steps is None:
+        rising = math.ceil(train.warmup_ratio * steps)
+        decided["train.warmup_steps"] = (rising, f"train.warmup_ratio={train.warmup_ratio:g} of {steps:,} steps")
     if train.eval_steps is None:
         decided["train.eval_steps"] = (per_epoch, "once an epoch")
     if train.save_steps is None:

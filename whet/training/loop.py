@@ -86,7 +86,7 @@ class Loop:
             self.total,
             peak=settings.learning_rate or 0.0,
             shape=settings.lr_scheduler_type,
-            warmup_ratio=settings.warmup_ratio,
+            warmup_steps=settings.warmup_steps or 0,
             decay_ratio=settings.decay_ratio or 0.0,
         )
         set_rate(self.launcher.optimiser, rate)

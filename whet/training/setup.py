@@ -33,6 +33,7 @@ from whet.engine.task import text_task
 from whet.inputs import inputs_of_recipe
 from whet.planning.asked import Asked
 from whet.planning.facts import Work
+from whet.planning.idle import idle
 from whet.planning.memory import OPTIMISER_BYTES
 from whet.planning.plan import Plan, plan_run, resolve_base
 from whet.planning.rules import check, data_for_method
@@ -83,6 +84,8 @@ def get_ready(parsed: Parsed, lock: DirectoryLock | None = None) -> Ready:
     check(replace(asked, task=prepared.task.name, held_out_rows=len(prepared.evaluation)))
     decided = decide_settings(recipe, prepared, placement, config)
     resolved = resolve(recipe, {path: value for path, (value, _) in decided.items()})
+    for sentence in idle(recipe, resolved, len(prepared.evaluation), prepared.task.name):
+        say(f"! {sentence}", style="yellow")
     plan = plan_of(resolved, prepared, hardware, placement)
     _check_disk(plan, runs.run_directory(recipe))
     facts = {
@@ -172,6 +175,8 @@ def print_ledger(ledger: Ledger) -> None:
         say(f"task: {ledger.task}, {labels_text(ledger.task, ledger.labels)}")
     else:
         say(f"learned: {ledger.supervised_tokens:,} of {ledger.tokens:,} tokens ({share:.0f} %)")
+    for note in ledger.notes:
+        say(f"! {note}", style="yellow")
     if ledger.added:
         say(f"added: {ledger.added['rows']:,} of the rows to learn from")
     for name, benchmark in ledger.benchmarks.items():

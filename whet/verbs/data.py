@@ -50,7 +50,8 @@ def data(words: argparse.Namespace) -> dict[str, Any]:
 
         write_text(removed, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result["dropped"]))
     if not words.json:
-        print_report(found, result, None if source else "builtin:tiny")
+        named = source is not None or not {"model.path", "model.tokenizer"}.isdisjoint(parsed.origins)
+        print_report(found, result, None if named else "builtin:tiny")
     if words.show:
         print_rows(found, words.show)
     found.ledger.gate()

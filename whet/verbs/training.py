@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
+from whet.base.console import write_answer, write_error
 from whet.verbs.data import is_recipe
 from whet.verbs.libraries import prepare_libraries
 
@@ -23,7 +23,7 @@ def init(words: argparse.Namespace) -> dict[str, Any] | None:
 
     text = api.init(words.name)
     if not words.json:
-        sys.stdout.write(text)
+        write_answer(text)
     return {"name": words.name, "recipe": text}
 
 
@@ -54,6 +54,6 @@ def train(words: argparse.Namespace) -> dict[str, Any] | None:
         try:
             run = api.train_parsed(parsed)
         except Stopped as stopped:
-            sys.stderr.write(f"{stopped}\n")
+            write_error(f"{stopped}\n")
             raise KeyboardInterrupt from stopped
     return {"run_dir": str(run.path), **(run.finished or {})}

@@ -49,6 +49,8 @@ class Ledger:
     not_rendered: dict[str, int] = field(default_factory=dict)
     rows_on_both_sides: int = 0
     rows_repeated: int = 0
+    unknown_tokens: int = 0
+    notes: list[str] = field(default_factory=list)
     dropped: list[dict[str, Any]] = field(default_factory=list)
     sha256: str = ""
 

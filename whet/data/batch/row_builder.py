@@ -168,9 +168,10 @@ class RowBuilder:
             return self.row_tokenizer.texts([example.text or "" for example in examples])
         try:
             return self.row_tokenizer.rendered(examples, skeletons, self.settings.loss_on)
-        except UserError:
-            for example in examples:
-                self._locate(example)
+        except UserError as error:
+            if error.row is None:
+                for example in examples:
+                    self._locate(example)
             raise
 
     def _locate(self, example: Example) -> None:

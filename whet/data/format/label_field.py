@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import NamedTuple
 
 from whet.base.errors import UserError
@@ -33,6 +34,28 @@ def read_label(value: object) -> Label:
         case list():
             return _several(value)
     raise _wrong(FIELD, value)
+
+
+def read_number(label: Label) -> Label:
+    """The value of a label, which may be written as text, as in a table. Raises UserError."""
+    if not isinstance(label, str):
+        return label
+    text = label.strip()
+    if re.fullmatch(r"[+-]?\d+,\d+", text):
+        raise UserError(
+            "a decimal comma: this may be a number or two", f"write {text.replace(',', '.')}", field=FIELD,
+            found=text, expected="a number with a point",
+        )  # fmt: skip
+    try:
+        value = float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text) else math.nan
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(
+            "this is no value to learn", "write a number, or model.task=classification for names", field=FIELD,
+            found=kind_of(label), expected="a number",
+        )  # fmt: skip
+    return value
 
 
 def _several(values: list) -> tuple[str, ...] | tuple[int, ...]:

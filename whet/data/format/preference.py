@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
-from whet.base.errors import UserError
+from whet.base.errors import UserError, shorten
 from whet.data.example import Message
 from whet.data.format.fields import require, string, wrong
 from whet.data.format.single import Conversation, Prompt, answered, are_turns, check_prompt, prompt_of, tools_of
@@ -41,6 +41,11 @@ def pair(value: dict) -> list[Judged]:
     for name in ("chosen", "rejected"):
         messages, start = _side(require(value, name), name, prompt, value)
         sides.append(Judged(Conversation(messages, tools, start), name == "chosen", name))
+    if sides[0].chat.messages[-1] == sides[1].chat.messages[-1]:
+        raise UserError(
+            "both answers are the same, so none is better", "write two answers, or leave the row out", field="rejected",
+            found=shorten(sides[1].chat.messages[-1].content, 60), expected="another answer than under `chosen`",
+        )  # fmt: skip
     if prompt is None:
         first, second = (side.chat.messages for side in sides)
         if first[:-1] != second[:-1]:

@@ -13,8 +13,9 @@ from typing import Literal
 
 from whet.base.errors import UserError
 from whet.data.example import Example, Message, named
+from whet.data.format.absent import Nulls, without_absent
 from whet.data.format.fields import MEDIA, NothingToLearn, refuse_media
-from whet.data.format.label_field import LabelledText
+from whet.data.format.label_field import LabelledText, read_number
 from whet.data.format.preference import Judged, Learned, feedback, pair
 from whet.data.format.recognise import Format, FormatName, original, recognise, rename
 from whet.data.format.single import Conversation, alpaca, classification, prompt_completion, raw_text, turn_list
@@ -41,14 +42,22 @@ class Dropped:
     """Rows and answers that are left out, each as (file, row, reason).
 
     rows: whole rows, those without an answer under `empty="drop"` and those marked as bad. answers: the rejected
-    answers of rows whose chosen one is used.
+    answers of rows whose chosen one is used. invalid: rows that do not keep to the format. nulls: those that columns
+    put in, and those that may be meant.
     """
 
     rows: list[tuple[str, int, str]] = field(default_factory=list)
     answers: list[tuple[str, int, str]] = field(default_factory=list)
+    invalid: list[tuple[str, int, str]] = field(default_factory=list)
+    nulls: Nulls = field(default_factory=Nulls)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def list_row(self, error: UserError, *, blank: bool) -> None:
+        """List the row that an error is about. blank: it has no answer."""
+        listed = self.rows if blank else self.invalid
+        listed.append((error.file or "", error.row or 0, f"field {error.field}: {error.problem}"))
 
 
 def standardise(
@@ -59,28 +68,37 @@ def standardise(
     empty: Literal["error", "drop"] = "error",
     dropped: Dropped | None = None,
     preference: Learned = "error",
+    invalid: Literal["error", "drop"] = "error",
+    numbers: bool = False,
 ) -> Iterator[Example]:
     """The examples of `records`, in order.
 
     With `empty="drop"` blank answers are left out and listed in `dropped`. preference: for a row that judges its
     answers, "error" refuses it, "chosen" gives the good answer and lists the other in `dropped`, "check" gives both.
-    Raises UserError.
+    With `invalid="drop"` rows that do not keep to the format are left out and listed. numbers: labels are values,
+    which may be written as text. Raises UserError.
     """
-    assert dropped is not None or (empty == "error" and preference != "chosen"), "nothing is dropped uncounted"
+    listing = empty == "drop" or preference == "chosen" or invalid == "drop"
+    assert dropped is not None or not listing, "nothing is dropped uncounted"
     convert = _CONVERTERS[format.name]
     nothing = True
     for record in records:
         value = rename(record.value, columns)
+        if record.columnar:
+            value = without_absent(value, Nulls() if dropped is None else dropped.nulls)
         try:
             if not MEDIA.isdisjoint(value):
                 refuse_media(value)
             content = convert(value, format.needed[0])
+            if numbers and isinstance(content, LabelledText):
+                content = content._replace(label=read_number(content.label))
         except UserError as error:
             error.file, error.row, error.field = record.file, record.row, original(error.field, columns)
-            if empty == "drop" and isinstance(error, NothingToLearn) and dropped is not None:
-                dropped.rows.append((record.file, record.row, f"field {error.field}: {error.problem}"))
-                continue
-            raise
+            blank = empty == "drop" and isinstance(error, NothingToLearn)
+            if dropped is None or not (blank or invalid == "drop"):
+                raise
+            dropped.list_row(error, blank=blank)
+            continue
         if isinstance(content, list):
             used = _used_answers(content, record, format, preference, dropped)
             nothing = nothing and not used
@@ -93,7 +111,17 @@ def standardise(
             yield named(Example("", None, content.text, record.file, record.row, content.label, content.pair))
         else:
             yield named(Example("", None, content, record.file, record.row))
-    if nothing and dropped is not None and dropped.rows:
+    if nothing and dropped is not None:
+        _refuse_nothing(dropped, format)
+
+
+def _refuse_nothing(dropped: Dropped, format: Format) -> None:
+    """Raise UserError where every row was left out."""
+    if dropped.invalid:
+        file, row, reason = dropped.invalid[0]
+        problem, fix = "no row keeps to the format", "mend the rows, or name their fields with data.columns"
+        raise UserError(problem, fix, file, row, found=reason)
+    if dropped.rows:
         file, row, reason = dropped.rows[0]
         blank = format.name != "feedback"
         problem = "nothing to learn: every row is blank" if blank else "nothing to learn: no row is marked as good"

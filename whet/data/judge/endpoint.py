@@ -14,15 +14,16 @@ Gives up: proxies, streaming and batch interfaces.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import json
+import math
 import os
 import random
 import socket
 import ssl
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,7 +40,8 @@ from whet.base.network import is_offline
 from whet.data.detect.personal import find, redact
 from whet.data.judge.replies import Replies, StoredReply
 
-MOST_BYTES = 4 << 20
+MOST_BYTES, MOST_BYTES_OF_ERRORS = 4 << 20, 64 << 10
+SECRET = "[SECRET]"
 LONGEST_PAUSE_SECONDS = 60.0
 ASKED_AGAIN = 2  # times that a reply of the wrong form is asked for
 ALL_BAD = 10  # so many bad replies and no good one: the model does not do what it is asked
@@ -224,12 +226,11 @@ class _Client:
             raise BadReply("a reply without text")
         if choice.get("finish_reason") == "length":
             raise BadReply("the reply was cut off")
-        return text
+        return text.replace(self.key, SECRET) if self.key else text  # whatever is made of a reply is written to files
 
     def _request(self, messages: list[PromptMessage]) -> tuple[int, float | None, bytes]:
         """Status, seconds to wait that the server asks for, body; within `timeout_seconds` in all."""
         url, limit = self.url, self.endpoint.timeout_seconds
-        deadline = time.monotonic() + limit
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "whet"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -237,22 +238,17 @@ class _Client:
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         assert url.hostname is not None
         connection = kind(url.hostname, url.port, timeout=limit)
+        late = threading.Event()
+        # A server that sends a byte now and then keeps every single read within its time, headers too.
+        watch = threading.Timer(limit, _end, (connection, late))
+        watch.daemon = True
+        watch.start()
         try:
             connection.request("POST", f"{url.path.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
-            line = connection.sock
             response = connection.getresponse()
             self.answered = True
-            parts, size = [], 0
-            while part := response.read1(1 << 16):
-                parts.append(part)
-                size += len(part)
-                left = deadline - time.monotonic()
-                if size > MOST_BYTES:
-                    raise BadReply(f"a reply of over {MOST_BYTES >> 20} MiB")
-                if left <= 0:
-                    raise TimeoutError
-                line.settimeout(left)
-            return response.status, _seconds(response.getheader("Retry-After")), b"".join(parts)
+            read = _read(response, late, MOST_BYTES if response.status == 200 else MOST_BYTES_OF_ERRORS)
+            return response.status, _seconds(response.getheader("Retry-After")), read
         except ssl.SSLCertVerificationError as error:
             raise UserError("the endpoint's certificate is not trusted", "check base_url", field="base_url",
                             found=self.endpoint.base_url) from error  # fmt: skip
@@ -265,22 +261,52 @@ class _Client:
             raise _Busy(self._without_key(str(error)), None) from error
         except TimeoutError as error:
             raise _Busy(f"no whole reply within {limit:g} s", None) from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, AttributeError, ValueError) as error:  # also of a closed socket
+            if late.is_set():
+                raise _Busy(f"no whole reply within {limit:g} s", None) from error
+            if isinstance(error, AttributeError | ValueError):
+                raise
             raise _Busy(self._without_key(str(error) or type(error).__name__), None) from error
         finally:
+            watch.cancel()
             connection.close()
 
     def _without_key(self, text: str) -> str:
         """The text of a server, shortened and without key and personal data, so that it may be printed."""
-        text = text.replace(self.key, "[SECRET]") if self.key else text
+        text = text.replace(self.key, SECRET) if self.key else text
         return shorten(redact(text, find(text)), 200)
+
+
+def _end(connection: http.client.HTTPConnection, late: threading.Event) -> None:
+    """End a connection whose time is over, whatever it waits for."""
+    late.set()
+    line = connection.sock
+    if line is not None:
+        with contextlib.suppress(OSError):
+            line.shutdown(socket.SHUT_RDWR)
+
+
+def _read(response: http.client.HTTPResponse, late: threading.Event, most: int) -> bytes:
+    """The body; of a failure at most its beginning. Raises BadReply for a reply that is too long."""
+    parts, size = [], 0
+    while part := response.read1(1 << 16):
+        parts.append(part)
+        size += len(part)
+        if size > most and response.status == 200:
+            raise BadReply(f"a reply of over {most >> 20} MiB")
+        if size > most:
+            break
+    if late.is_set():
+        raise TimeoutError
+    return b"".join(parts)[:most]
 
 
 def _seconds(header: str | None) -> float | None:
     try:
-        return max(0.0, float(header)) if header else None
+        seconds = float(header) if header else None
     except ValueError:
         return None
+    return max(0.0, seconds) if seconds is not None and math.isfinite(seconds) else None
 
 
 def _checked(endpoint: Endpoint) -> Any:

@@ -18,7 +18,7 @@ from whet.base.errors import UserError
 from whet.base.extras import require
 from whet.data.read.jsonl import check_leaves
 from whet.data.read.record import COPY_AGAIN, Record
-from whet.data.read.unpack import WatchedFile
+from whet.data.read.unpack import WatchedFile, check_growth
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,7 +36,8 @@ def read_parquet(disk: WatchedFile, file: str) -> Iterator[Record]:
     with parquet.ParquetFile(
         disk, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
     ) as table:
-        yield from _records(table.schema_arrow, table.iter_batches(batch_size=BATCH_ROWS), file)
+        check_growth(table.metadata.num_rows, disk.size, file)  # a row has a byte at the least
+        yield from _records(table.schema_arrow, table.iter_batches(batch_size=BATCH_ROWS), disk.size, file)
 
 
 def read_arrow(disk: WatchedFile, file: str) -> Iterator[Record]:
@@ -47,7 +48,7 @@ def read_arrow(disk: WatchedFile, file: str) -> Iterator[Record]:
         disk.seek(0)
         with ipc.open_file(disk) as table:
             batches = (table.get_batch(index) for index in range(table.num_record_batches))
-            yield from _records(table.schema, batches, file)
+            yield from _records(table.schema, batches, disk.size, file)
         return
     disk.seek(-len(_END_OF_STREAM), 2)
     end = disk.read(len(_END_OF_STREAM))
@@ -58,7 +59,7 @@ def read_arrow(disk: WatchedFile, file: str) -> Iterator[Record]:
         )
     disk.seek(0)
     with ipc.open_stream(disk) as table:
-        yield from _records(table.schema, iter(table), file)
+        yield from _records(table.schema, iter(table), disk.size, file)
 
 
 def damage() -> tuple[type[Exception], ...]:
@@ -69,7 +70,7 @@ def damage() -> tuple[type[Exception], ...]:
     return (ArrowException, OverflowError, UnicodeDecodeError)
 
 
-def _records(schema: pa.Schema, batches: Iterator[pa.RecordBatch], file: str) -> Iterator[Record]:
+def _records(schema: pa.Schema, batches: Iterator[pa.RecordBatch], size: int, file: str) -> Iterator[Record]:
     names: list[str] = schema.names
     if not names:
         raise UserError("a table without columns", "save it again with its columns", file)
@@ -80,6 +81,7 @@ def _records(schema: pa.Schema, batches: Iterator[pa.RecordBatch], file: str) ->
     floats = [name for name, target in zip(names, targets, strict=True) if _has_floats(target)]
     row = 0
     for batch in batches:
+        check_growth(row + batch.num_rows, size, file)
         for start in range(0, batch.num_rows, BATCH_ROWS):
             part = batch.slice(start, BATCH_ROWS)
             _validate(part, names, row, file)
@@ -92,7 +94,7 @@ def _records(schema: pa.Schema, batches: Iterator[pa.RecordBatch], file: str) ->
                 value = dict(zip(names, cells, strict=True))
                 if floats:
                     _check_numbers(value, floats, file, row)
-                yield Record(value, file, row)
+                yield Record(value, file, row, columnar=True)
 
 
 def _validate(part: pa.RecordBatch, names: list[str], row: int, file: str) -> None:

@@ -14,10 +14,11 @@ import logging
 import os
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from whet.base.errors import UserError, nearest
+from whet.base.errors import UserError, nearest, shorten
 from whet.data.read.hub import PREFIX, hub_files, is_data, read_card
 from whet.data.read.layout import CONVERTED, METADATA, choose
 from whet.data.read.record import OBJECT_PER_LINE
@@ -108,6 +109,11 @@ def _directory(folder: Path, config: str | None, split: str | None) -> list[Data
     entries = _usable(str(folder), sorted((e for e in folder.iterdir() if not e.name.startswith(".")), key=str))
     if card.get("configs") or not entries:
         entries = _usable(str(folder), _below(folder), instead=", ".join(sorted(e.name for e in folder.iterdir())[:5]))
+    elif below := [file for file in _below(folder) if file.parent != folder and is_data(file.name, SUFFIXES)]:
+        here, one = shorten(folder), shorten(below[0].relative_to(folder))
+        _warn(
+            f"{here}: {len(below):,} data files in folders below it are left out, {one} for one; {here}/**/* names all"
+        )
     names = [entry.relative_to(folder).as_posix() for entry in entries]
     chosen = choose(names, card, config, split, str(folder))
     return _one_kind(str(folder), [folder / name for name in chosen])
@@ -169,8 +175,13 @@ def _usable(path: str, entries: list[Path], instead: str | None = None) -> list[
         raise UserError("no data files here", "name a data file", file=path, found=instead, expected=_EXPECTED)
     if files and left_out:
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        _LOG.warning("%s: left out, no kind of data file: %s%s", path, ", ".join(left_out[:3]), more)
+        _LOG.warning("%s: left out, no kind of data file: %s%s", shorten(path), shorten(", ".join(left_out[:3])), more)
     return files
+
+
+@lru_cache(maxsize=256)  # the same place is listed more than once
+def _warn(sentence: str) -> None:
+    _LOG.warning("%s", sentence)
 
 
 def _one_kind(path: str, files: list[Path]) -> list[DataFile]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from whet.base.errors import shorten
 
-MAX_ROW_BYTES = 1 << 28  # a longer row is a damaged file or a decompression bomb, not a training row
+MAX_ROW_BYTES = 1 << 26  # a longer row is a damaged file or a decompression bomb, not a training row
 MAX_WHOLE_BYTES = 2 << 30
 TURN_FIELDS = ("messages", "conversations", "conversation")
 OBJECT_PER_LINE = 'one JSON object per line, such as {"prompt": "…", "completion": "…"}'
@@ -22,12 +22,13 @@ class Record:
     """One row: proper Unicode, no NaN or Infinity, no field twice in an object, whatever the file was.
 
     file: its path, or hub:owner/name@commit/path. row: 1-based; the line number in JSONL, the index in a JSON array or
-    a table (the header is not counted), 1 for a text file.
+    a table (the header is not counted), 1 for a text file. columnar: of a format that writes null for an absent field.
     """
 
     value: dict
     file: str
     row: int
+    columnar: bool = False
 
 
 def kind_of(value: object) -> str:

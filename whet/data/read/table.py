@@ -12,6 +12,7 @@ Source: RFC 4180.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -21,6 +22,7 @@ from whet.base.errors import UserError, shorten
 from whet.data.read.record import MAX_ROW_BYTES, Record
 from whet.data.read.text import BOM, decode_utf8
 
+_LOG = logging.getLogger(__name__)
 _TO_CLOSING_QUOTE = re.compile(r'[^"]*+(?:""[^"]*+)*+"')
 _JSON = re.compile(r"[\[{]\s*(?:[\"{]|$)")
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
@@ -34,7 +36,10 @@ def read_table(delimiter: str, stream: BinaryIO, file: str) -> Iterator[Record]:
     line, names = next(rows, (0, []))
     if not line:
         return
-    _check_header(names, delimiter, file, line)
+    indexed = len(names) > 1 and not names[0].strip()
+    if indexed:  # the index that pandas writes
+        _LOG.warning("%s: column 1 has no name and is left out: numbers of rows, as pandas writes them", shorten(file))
+    _check_header(names[indexed:], delimiter, file, line)
     for row, (line, cells) in enumerate(rows, 1):
         if len(cells) != len(names):
             what = "too many" if len(cells) > len(names) else "too few"
@@ -43,7 +48,9 @@ def read_table(delimiter: str, stream: BinaryIO, file: str) -> Iterator[Record]:
                 row, found=f"{len(cells)} cells: {shorten(cells, 80)}",
                 expected=f"{len(names)} cells: {shorten(', '.join(names), 80)}",
             )  # fmt: skip
-        yield Record(dict(zip(names, cells, strict=True)), file, row)
+        if indexed and not re.fullmatch(r"\d+", cells[0]):
+            raise _unnamed(1, line, names, file)
+        yield Record(dict(zip(names[indexed:], cells[indexed:], strict=True)), file, row)
 
 
 def _check_header(names: list[str], delimiter: str, file: str, line: int) -> None:
@@ -57,14 +64,18 @@ def _check_header(names: list[str], delimiter: str, file: str, line: int) -> Non
     seen: set[str] = set()
     for column, name in enumerate(names, 1):
         if not name.strip():
-            problem = f"column {column} of the header in line {line} has no name"
-            raise UserError(problem, "give every column a name", file, found=shorten(names))
+            raise _unnamed(column, line, names, file)
         if name != name.strip():
             raise UserError(f"space around a name in the header in line {line}", "remove it", file, found=repr(name))
         if name in seen:
             problem = f"two columns of the header in line {line} have one name"
             raise UserError(problem, "rename or remove one", file, field=name, found=shorten(names))
         seen.add(name)
+
+
+def _unnamed(column: int, line: int, names: list[str], file: str) -> UserError:
+    problem = f"column {column} of the header in line {line} has no name"
+    return UserError(problem, "give every column a name", file, found=shorten(names))
 
 
 class _Cells:

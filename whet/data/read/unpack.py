@@ -26,7 +26,9 @@ from whet.base.extras import require
 from whet.data.read.record import COPY_AGAIN
 
 HEAD_BYTES = 64
-BUFFER_BYTES = 1 << 18
+# Text packs to a tenth; what unpacks to over a hundred times its size would be read for hours, or fills the memory.
+MOST_TIMES, UNPACKED_AT_LEAST = 100, 8 << 20
+BUFFER_BYTES, PACKED_BUFFER_BYTES = 1 << 18, 1 << 15
 _LFS_POINTER = b"version https://git-lfs"
 _UTF16 = ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW")
 _UTF32 = ("UTF-32 text", "convert it: iconv -f UTF-32 -t UTF-8 OLD > NEW")
@@ -70,6 +72,11 @@ class WatchedFile(io.RawIOBase):
         self._start = _state(os.fstat(self._raw.fileno()))
         self._digest = hashlib.sha256() if hashed else None
         self._in_order = True
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file when it was opened."""
+        return self._start[0]
 
     def readable(self) -> bool:
         return True
@@ -139,14 +146,42 @@ def unreadable(path: str, error: OSError) -> UserError:
 
 def text_stream(disk: WatchedFile, packing: str) -> BinaryIO:
     """The unpacked bytes of `disk`, whose first bytes were checked: on disk and, when packed, inside."""
-    stream: BinaryIO = io.BufferedReader(disk, BUFFER_BYTES)
+    # Little is read ahead of what is unpacked, so that the sizes can be compared early.
+    stream: BinaryIO = io.BufferedReader(disk, PACKED_BUFFER_BYTES if packing else BUFFER_BYTES)
     check_head(stream.peek(HEAD_BYTES)[:HEAD_BYTES], disk.file, (_PACKED_AS[packing],), packing)  # type: ignore[attr-defined]
     if not packing:
         return stream
-    inside = io.BufferedReader(cast(io.RawIOBase, _OPEN[packing](stream)), BUFFER_BYTES)
+    inside = io.BufferedReader(_Unpacked(disk, cast(BinaryIO, _OPEN[packing](stream))), BUFFER_BYTES)
     if head := inside.peek(HEAD_BYTES)[:HEAD_BYTES]:
         check_head(head, disk.file, ("",), packing, inside=True)
     return inside
+
+
+class _Unpacked(io.RawIOBase):
+    """What a packed file holds, as long as it is not far more than the file."""
+
+    def __init__(self, disk: WatchedFile, inside: BinaryIO) -> None:
+        super().__init__()
+        self._disk, self._inside, self._size = disk, inside, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+        part = self._inside.read(len(buffer))
+        buffer[: len(part)] = part
+        self._size += len(part)
+        check_growth(self._size, self._disk.tell(), self._disk.file)
+        return len(part)
+
+
+def check_growth(unpacked: int, packed: int, file: str) -> None:
+    """Refuse a file that unpacks to far more bytes than it has (a decompression bomb)."""
+    if unpacked > max(UNPACKED_AT_LEAST, MOST_TIMES * packed):
+        raise UserError(
+            f"the file unpacks to over {MOST_TIMES} times its size", "unpack it first, if that is meant", file,
+            found=f"{unpacked:,} bytes from {packed:,}", expected="packed rows, which are some ten times smaller",
+        )  # fmt: skip
 
 
 def damage_of(packing: str) -> tuple[type[Exception], ...]:

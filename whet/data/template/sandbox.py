@@ -135,7 +135,10 @@ def attributes(source: str) -> frozenset[str]:
     """The names that a template looks up in objects: `message.content` and `message['content']` both give content."""
     from jinja2 import nodes
 
-    tree = compiled(source).environment.parse(source)
+    try:
+        tree = _sandbox(watching=False).parse(source)  # not compiled, since that computes what is constant
+    except template_errors():
+        return frozenset()  # the first run says what is wrong with it
     names = {node.attr for node in tree.find_all(nodes.Getattr)}
     names |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return frozenset(names)

@@ -7,14 +7,13 @@ recorded what was asked of the contents (`template.watched`) stands for every ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from whet.data.example import Message, PlainTurns
-from whet.data.template.sandbox import template_errors, watching
+from whet.data.template.isolated import IsolatedTemplate, Run, TemplateRefusal
 from whet.data.template.spans import Rendered, Turn
-from whet.data.template.watched import Guard, RecordedRun, TextPart, Unfollowed, parts_of, stands_alone
+from whet.data.template.watched import QUESTIONS, Guard, TextPart, stands_alone
 
 MOST_ORDERS, MOST_RUNS = 4096, 8
 
@@ -91,10 +90,8 @@ class SkeletonLookup:
     It counts what it is asked, so a row is to be asked for once, and the answer passed on.
     """
 
-    def __init__(
-        self, source: str, variables: Mapping[str, Any], skeletons: Callable[[tuple[str, ...]], Skeleton | None]
-    ) -> None:
-        self._source, self._variables, self._skeletons = source, variables, skeletons
+    def __init__(self, template: IsolatedTemplate, skeletons: Callable[[tuple[str, ...]], Skeleton | None]) -> None:
+        self._template, self._skeletons = template, skeletons
         self._known: dict[tuple[str, ...], _Runs] = {}
 
     def skeleton(self, turns: PlainTurns) -> Skeleton | None:
@@ -124,17 +121,17 @@ class SkeletonLookup:
 
     def _recorded(self, skeleton: Skeleton, turns: PlainTurns) -> tuple[Guard, ...] | None:
         """The answers that decide a run on this row, None where it cannot be repeated or writes other words."""
-        run = RecordedRun(turns.contents)
-        messages = [
-            {"role": role, "content": value} for role, value in zip(turns.roles, run.watched(), strict=True)
-        ]  # fmt: skip
+        messages = [{"role": role, "content": text} for role, text in zip(turns.roles, turns.contents, strict=True)]
         try:
-            rendered = watching(self._source).render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=False, **self._variables
-            )
-        except (Unfollowed, *template_errors()):
+            reply = self._template.run(Run("watched", messages, None, False))
+        except TemplateRefusal:
             return None
-        return None if run.spoiled or parts_of(rendered) != _parts(skeleton) else tuple(run.guards.values())
+        if tuple(reply["parts"]) != _parts(skeleton):
+            return None
+        return tuple(
+            Guard(QUESTIONS[name], index, tuple(asked) if isinstance(asked, list) else asked, answer)
+            for name, index, asked, answer in reply["guards"]
+        )
 
 
 def _same_answers(guards: Iterable[Guard], contents: Sequence[str]) -> bool:

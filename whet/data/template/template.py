@@ -16,30 +16,30 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from whet.base.errors import UserError
-from whet.data.example import Example, Message, PlainTurns, plain_turns_of
+from whet.data.example import Example, Message, PlainTurns, Role, plain_turns_of
+from whet.data.template.isolated import SECONDS, IsolatedTemplate, Run, TemplateLimit, TemplateRefusal
 from whet.data.template.named import LARGEST, NAMED, use_template
-from whet.data.template.sandbox import attributes, compiled, template_errors
+from whet.data.template.render_process import REASONING
+from whet.data.template.sandbox import attributes
 from whet.data.template.skeleton import Skeleton, SkeletonLookup, filled, follow
 from whet.data.template.spans import LastAnswer, Rendered, Turn, dropped, lost_source, turns_of
-from whet.data.template.traced import TOOLS, Source, spans_of, traced_value
+from whet.data.template.traced import restored, spans_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = ["LARGEST", "NAMED", "Chat", "Rendered", "Template", "Turn", "contract", "use_template"]
 
-SLOWEST_SECONDS = 10.0  # for two short messages, which take a thousandth of a second
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that templates know it by
 Chat = Example | Sequence[Message]
 # Of each message its role, whether it says something, whether it thinks, and how many tools it calls; and of the whole
 # whether tools are defined.
 Shape = tuple[tuple[tuple[str, bool, bool, int], ...], bool]
+_SHORT: tuple[tuple[Role, str], ...] = (("user", "a"), ("assistant", "b"))
 _PROBE_TOOLS = (
     '[{"type": "function", "function": {"name": "qztool", "description": "qztool", "parameters": '
     '{"type": "object", "properties": {"qztool": {"type": "string", "description": "qztool"}}, "required": []}}}]'
@@ -49,7 +49,7 @@ _PROBE_TOOLS = (
 class Template:
     """The tokenizer's chat template, with the spans of what it renders."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, slowest_seconds: float = SLOWEST_SECONDS) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, slowest_seconds: float = SECONDS) -> None:
         if not tokenizer.chat_template:
             raise UserError(
                 "the model has no chat template, so conversations cannot be rendered",
@@ -68,47 +68,41 @@ class Template:
         self.specials = sorted({str(t) for t in added if t.special} | set(tokenizer.all_special_tokens), key=len)[::-1]
         self.special = re.compile("|".join(re.escape(token) for token in self.specials) or r"(?!)")
         self._variables = dict(tokenizer.special_tokens_map)
+        self._plain_run = IsolatedTemplate(self._plain_source, self._variables, slowest_seconds)
+        self._tool_run = IsolatedTemplate(self._tool_source, self._variables, slowest_seconds)
         self._skeletons = lru_cache(maxsize=4096)(self._learn_skeleton)
-        self._lookup = SkeletonLookup(self._plain_source, self._variables, self._skeletons)
+        self._lookup = SkeletonLookup(self._plain_run, self._skeletons)
         self._tails = lru_cache(maxsize=4096)(self._try_tail)
         self._last_answers = lru_cache(maxsize=4096)(self._try_last_answer)
-        self._check_cost(slowest_seconds)
+        self._check_cost()
 
-    def _check_cost(self, seconds: float) -> None:
-        """Refuse a template that is too large, or does not end on two short messages within `seconds`.
-
-        jinja's sandbox has no clock, and a thread cannot be stopped: the one that is stuck is left behind, and dies
-        with the process. A template that loops on other messages only is not found out.
-        """
-        wrong: dict[str, Any] = {"field": "model.chat_template", "fix": "use model.chat_template=chatml or alpaca"}
+    def _check_cost(self) -> None:
+        """Refuse a template that is too large, or does not come to an end on two short messages."""
         if max(len(self._plain_source), len(self._tool_source)) > LARGEST:
-            raise UserError("the chat template is too large", **wrong, expected=f"at most {LARGEST:,} characters")
-
-        def render() -> None:
-            with contextlib.suppress(UserError):  # it will be said of the row that it concerns
-                self.text([Message("user", "a"), Message("assistant", "b")])
-
-        worker = threading.Thread(target=render, daemon=True)
-        worker.start()
-        worker.join(seconds)
-        if worker.is_alive():
             raise UserError(
-                "the chat template does not come to an end", **wrong, found=f"two messages, {seconds:g} seconds",
+                "the chat template is too large", field="model.chat_template",
+                expected=f"at most {LARGEST:,} characters", fix="use model.chat_template=chatml or alpaca",
             )  # fmt: skip
+        with contextlib.suppress(TemplateRefusal):  # it will be said of the row that it concerns
+            self._plain_run.run(Run("plain", [self._plain(Message(*turn)) for turn in _SHORT], None, False))
 
     def text(self, chat: Chat, *, prompt: bool = False) -> str:
         """The rendered conversation; with `prompt`, followed by the header of the answer to come."""
         messages, tools = _messages_and_tools(chat)
         plain = [self._plain(message) for message in messages]
-        return self._run(plain, None if tools is None else json.loads(tools), prompt)
+        return self._run("plain", plain, tools, prompt)
 
     def prompt(self, chat: Chat) -> Rendered:
         """The prompt that asks for the next answer, with its turns where the text shows them."""
         messages, tools = _messages_and_tools(chat)
         traced = self._traced(messages, tools, True)
         turns: tuple[Turn, ...] = ()
-        with contextlib.suppress(UserError):  # what cannot be learned can be asked all the same
+        try:
             turns = self._turns(traced, messages, tools, ())
+        except TemplateLimit:
+            raise
+        except UserError:
+            pass  # what cannot be learned can be asked all the same
         return self._with_data(traced, turns)
 
     def lead(self, question: Chat) -> str:
@@ -133,7 +127,38 @@ class Template:
         turns = [plain_turns_of(chat) for chat in chats]
         if skeletons is None:
             skeletons = [self.skeleton(one) for one in turns]
-        return [self._rendered(*each) for each in zip(chats, turns, skeletons, strict=True)]
+        self._ask_ahead(chats, turns, skeletons)
+        return [self._of_row(*each) for each in zip(chats, turns, skeletons, strict=True)]
+
+    def _ask_ahead(
+        self, chats: Sequence[Chat], turns: Sequence[PlainTurns | None], skeletons: Sequence[Skeleton | None]
+    ) -> None:
+        """Ask for the runs that these conversations need, many at once."""
+        plain: list[Run] = []
+        others: list[Run] = []
+        for chat, row, skeleton in zip(chats, turns, skeletons, strict=True):
+            if skeleton is not None or len(chats) == 1:
+                continue
+            messages, tools = _messages_and_tools(chat)
+            values = [self._plain(message) for message in messages]
+            if row is not None and self._skeletons(row.roles) is not None:
+                plain.append(Run("plain", values, None, False))
+                continue
+            runs = plain if tools is None else others
+            runs.append(Run("traced", values, tools, False))
+            if messages and messages[-1].role == "assistant":
+                runs.append(Run("traced", values[:-1], tools, True))
+        self._plain_run.ask_ahead(plain)
+        self._tool_run.ask_ahead(others)
+
+    def _of_row(self, chat: Chat, turns: PlainTurns | None, skeleton: Skeleton | None) -> Rendered:
+        """The result of `_rendered`; an error names the row that the conversation comes from."""
+        try:
+            return self._rendered(chat, turns, skeleton)
+        except UserError as error:
+            if isinstance(chat, Example) and chat.file:
+                error.file, error.row = error.file or chat.file, error.row or chat.row
+            raise
 
     def _rendered(self, chat: Chat, turns: PlainTurns | None, skeleton: Skeleton | None) -> Rendered:
         if turns is not None and skeleton is not None:
@@ -141,7 +166,7 @@ class Template:
         messages, tools = _messages_and_tools(chat)
         skeleton = None if turns is None else self._skeletons(turns.roles)
         if skeleton is not None:
-            text = self._run([{"role": m.role, "content": m.content} for m in messages], None, False)
+            text = self._run("plain", [{"role": m.role, "content": m.content} for m in messages], None, False)
             rendered = follow(text, messages, skeleton)
             if rendered is not None:
                 return rendered
@@ -163,24 +188,12 @@ class Template:
 
     def _traced(self, messages: Sequence[Message], tools: str | None, prompt: bool) -> str:
         """The rendered text, with its sources."""
-        traced = []
-        for index, message in enumerate(messages):
-            values = self._plain(message)
-            for name, value in values.items():
-                if name != "role":
-                    field = "reasoning" if name in REASONING else name
-                    values[name] = traced_value(value, Source(index, field))
-            traced.append(values)
-        defined = None if tools is None else traced_value(json.loads(tools), Source(TOOLS, "tools"), paths=False)
-        return self._run(traced, defined, prompt)
+        return self._run("traced", [self._plain(message) for message in messages], tools, prompt)
 
-    def _run(self, messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
-        source = self._plain_source if tools is None else self._tool_source
+    def _run(self, kind: str, messages: list[dict[str, Any]], tools: str | None, prompt: bool) -> str:
         try:
-            return compiled(source).render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self._variables
-            )
-        except template_errors() as error:
+            reply = (self._plain_run if tools is None else self._tool_run).run(Run(kind, messages, tools, prompt))
+        except TemplateRefusal as error:
             raise UserError(
                 f"the chat template refuses this conversation: {error}",
                 field="messages",
@@ -188,6 +201,7 @@ class Template:
                 expected="roles in the order that the model's template accepts",
                 fix="remove what it names (a system message, a tool), or use model.chat_template=chatml",
             ) from error
+        return restored(reply["text"], reply["spans"])
 
     def _exact(self, messages: Sequence[Message], tools: str | None) -> Rendered:
         """The conversation with every turn found by tracing. Raises UserError."""
@@ -255,6 +269,8 @@ class Template:
         """The last content in a prompt and the text behind it, as `_tail`, in a trial; None if the trial is refused."""
         try:
             return _tail(self._traced(_probes(shape), _PROBE_TOOLS if shape[1] else None, True))
+        except TemplateLimit:
+            raise
         except UserError:
             return None
 
@@ -262,6 +278,8 @@ class Template:
         """The last answer of a trial: its end token, and how often it says each field; None if it is refused."""
         try:
             traced = self._traced(_probes(shape), _PROBE_TOOLS if shape[1] else None, False)
+        except TemplateLimit:
+            raise
         except UserError:
             return None
         last = len(shape[0]) - 1
@@ -277,6 +295,8 @@ class Template:
         shape: Shape = (tuple((role, True, False, 0) for role in roles), False)
         try:
             trial = self._exact(_probes(shape), None)
+        except TemplateLimit:
+            raise
         except UserError:
             return None
         if [turn.index for turn in trial.turns] != list(range(len(roles))) or trial.dropped:

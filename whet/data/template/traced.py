@@ -12,7 +12,7 @@ whoever uses these strings has to check that nothing is missing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, SupportsIndex, cast
 
 CHANGED, TOOLS = -1, -1
@@ -168,6 +168,12 @@ def _traced(text: str, spans: tuple[Span, ...]) -> Traced:
     traced = str.__new__(Traced, text)
     traced._spans = spans
     return traced
+
+
+def restored(text: str, spans: Iterable[Sequence[Any]]) -> str:
+    """The text with spans that were written as [start, end, message, field, offset]; a plain string without any."""
+    known = tuple(Span(start, end, Source(message, field), offset) for start, end, message, field, offset in spans)
+    return _traced(text, known) if known else text
 
 
 def _joined(parts: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""RecordedRun the questions that a chat template asks of the contents that it writes, so that its run can be repeated.
+"""Record the questions that a chat template asks of the contents that it writes, so that its run can be repeated.
 
 A template is run on contents that have no text: a `Watched` value answers what it is asked from a real row, and records
 question and answer. What comes out is a list of the template's own words and of contents between them. For another row
@@ -24,6 +24,12 @@ TextPart = str | int  # the template's own words, or the index of the message wh
 
 class Unfollowed(Exception):
     """The template does something with a content that cannot be repeated on another."""
+
+
+# All that a template may ask of a content, by the name under which a recorded run knows it.
+QUESTIONS: dict[str, Callable[[str, Any], bool]] = {
+    ask.__name__: ask for ask in (str.startswith, str.endswith, operator.contains, operator.eq)
+}
 
 
 @dataclass(frozen=True, slots=True)
