@@ -46,5 +46,4 @@ class Full(Method):
         saved = copy.deepcopy(model) if self.save_dtype == "bf16" else model
         if self.save_dtype == "bf16":
             saved.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
-        saved.set_attn_implementation("sdpa")
         saved.save_pretrained(str(directory), safe_serialization=True)
