@@ -47,3 +47,15 @@ class Full(Method):
         if self.save_dtype == "bf16":
             saved.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
         saved.save_pretrained(str(directory), safe_serialization=True)
+
+    def check_saved(self, model: PreTrainedModel, directory: Path, empty: PreTrainedModel, task: Task = CAUSAL) -> None:
+        """Compare the files with the model in the type that was written; tensors that transformers saves under other
+        names are left to it."""
+        import torch
+
+        from whet.methods.saved import compare_tensors
+
+        short = torch.bfloat16 if self.save_dtype == "bf16" else torch.float32
+        known = model.state_dict()
+        for file in sorted(directory.glob("*.safetensors")):
+            compare_tensors(file, known, cast=short, all_of_them=False)

@@ -46,6 +46,13 @@ class InPlaceMethod(Method):
 
         delta.write(self, model, self.tensors(model), directory)
 
+    def check_saved(self, model: Any, directory: Path, empty: PreTrainedModel, task: Task = CAUSAL) -> None:
+        """Compare the file with the trained values."""
+        from whet.methods.delta import TENSORS
+        from whet.methods.saved import compare_tensors
+
+        compare_tensors(directory / TENSORS, self.tensors(model))
+
     def load(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> nn.Module:
         """The same network with the trained values in it. Raises UserError when they belong to another model."""
         from whet.methods import delta

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from whet.adapters import CONFIG, NOTE, WEIGHTS, Adapters, How, adapter_directory, base_of
 from whet.base.errors import UserError
+from whet.data.template.goldens import OTHER_TEMPLATES
 from whet.engine.load.load import locate
 from whet.opening import open_plain
 
@@ -46,6 +47,8 @@ def compose_on_disk(
     for file in folders[0].iterdir():
         if file.is_file() and _is_of_tokenizer(file):
             shutil.copy2(file, written / file.name)
+        elif file.name == OTHER_TEMPLATES:
+            shutil.copytree(file, written / file.name)
     return written
 
 
@@ -63,7 +66,7 @@ def delete_on_disk(target: str | Path) -> Path:
     """Remove the directory of an adapter. Raises UserError when other files lie in it, or it belongs to a run."""
     directory = adapter_directory(target)
     _check_stands_alone(directory)
-    known = {CONFIG, WEIGHTS, NOTE, "README.md"}
+    known = {CONFIG, WEIGHTS, NOTE, OTHER_TEMPLATES, "README.md"}
     others = sorted(path.name for path in directory.iterdir() if path.name not in known and not _is_of_tokenizer(path))
     if others:
         raise UserError(

@@ -13,6 +13,7 @@ from whet.engine.weights.linear import count_parameters
 from whet.runs import LABELS
 from whet.training.apply import Arranged
 from whet.training.resume import Checkpoints
+from whet.training.saved import check_saved
 from whet.training.setup import Ready
 from whet.training.state import State
 
@@ -35,6 +36,7 @@ def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: St
             write_json(directory / LABELS, {"task": task.name, "labels": list(task.labels)})
         if tokenizer.template is not None:
             write_contract(tokenizer, directory / CONTRACT)
+        check_saved(ready, arranged.model, directory)
     run.write("finished.json", _summary(arranged, state, reason, kept))
     say(f"trained {state.step} steps, {state.tokens:,} tokens in {state.seconds:.1f} s "
         f"({state.tokens_per_second:,.0f} tok/s) -> {run.trained}")  # fmt: skip

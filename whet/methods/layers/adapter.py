@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MODELS = {
     "CAUSAL_LM": "PeftModelForCausalLM", "SEQ_CLS": "PeftModelForSequenceClassification",
     "SEQ_2_SEQ_LM": "PeftModelForSeq2SeqLM",
@@ -61,9 +62,12 @@ def attach_adapter(
     wrapped = beside
     if wrapped is None:
         wrapped = wrap(network, peft.PeftConfig.from_pretrained(str(directory)), task, name)
-    device = str(next(network.parameters()).device)
+    device = next(network.parameters()).device.type
     try:
-        found = wrapped.load_adapter(str(directory), name, torch_device=device)
+        found = wrapped.load_adapter(
+            str(directory), name, torch_device="cpu" if device == "meta" else str(next(network.parameters()).device),
+            low_cpu_mem_usage=device == "meta",
+        )
     except KeyError as error:  # PEFT asks for the rows of trained tokens without looking whether they are there
         raise UserError(
             "the adapter lacks what its config says it has", file=str(directory), found=f"nothing for {error.args[0]}",
