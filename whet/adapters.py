@@ -285,13 +285,16 @@ def base_of(target: str | Path) -> tuple[Model, Base]:
     note = directory / NOTE
     if note.is_file():
         return Model(**json.loads(note.read_text(encoding="utf-8"))["base"]), Base()
-    base = describe(directory).base
-    if base is None:
+    found = describe(directory)
+    if not found.base:
         raise UserError(
             "the adapter does not say which model it was trained on", file=str(directory / CONFIG),
             field="base_model_name_or_path", expected="a model directory or a hub name", fix="write it there",
         )  # fmt: skip
-    return Model(path=base, new_tokens=_added_tokens(base, directory)), Base()
+    path = found.base
+    if not Path(path).is_absolute() and not Path(path).exists() and (directory / path / "config.json").is_file():
+        path = str(directory / path)
+    return Model(path=path, new_tokens=_added_tokens(path, directory)), Base()
 
 
 def _added_tokens(base: str, directory: Path) -> list[str]:

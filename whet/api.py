@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from whet.adapter_folder import AdapterFolder, open_target, with_rows
 from whet.recipe import Parsed, parse
-from whet.runs import Run, open_run
+from whet.runs import Run
 
 if TYPE_CHECKING:
     from whet.data.judge.endpoint import Endpoint
@@ -54,20 +55,24 @@ def evaluate(
     from whet.evaluation.run import evaluate as run_evaluation
     from whet.report.page import write_page
 
-    opened = open_run(run)
+    opened = open_target(run)
     result = run_evaluation(opened, max_rows=max_rows, split=split)
     write_page(opened.path)
     return result
 
 
-def merge(run: str | Path, out: str | Path) -> dict[str, Any]:
-    """Fold a run's adapter into a plain model in `out`; returns the certificate of agreement."""
+def merge(run: str | Path, out: str | Path, *, data: str | None = None) -> dict[str, Any]:
+    """Fold the adapter of a run, or in a folder of its own, into a plain model in `out`; returns the certificate.
+
+    data: rows on which an adapter without a run is compared; None: the built-in ones.
+    """
     from whet.report.page import write_page
     from whet.ship.merge import merge as run_merge
 
-    opened = open_run(run)
+    opened = with_rows(open_target(run), data)
     certificate = run_merge(opened, Path(out))
-    write_page(opened.path)
+    if not isinstance(opened, AdapterFolder):
+        write_page(opened.path)
     return certificate
 
 
@@ -79,7 +84,7 @@ def predict(run: str | Path, texts: Iterable[Any]) -> list[dict[str, Any]]:
     from whet.ship.predict import given, open_predictor
     from whet.ship.predict import predict as run_prediction
 
-    with open_predictor(open_run(run)) as predictor:
+    with open_predictor(open_target(run)) as predictor:
         return list(run_prediction(predictor, given(texts)))
 
 

@@ -99,8 +99,10 @@ def _parser() -> argparse.ArgumentParser:
                     "whet predict runs/intents new.txt > labels.jsonl", target="a run directory")  # fmt: skip
     predict.add_argument("file", nargs="?", default="-", help="lines of text, or JSON lines with text (standard input)")
     merge = _verb(verbs, "merge", "plain weights, with a certificate of agreement", do.merge,
-                  "whet merge runs/tickets out/", target="a run directory")  # fmt: skip
+                  "whet merge runs/tickets out/\n  whet merge adapters/theirs out/ --data rows.jsonl",
+                  target="a run directory, or the folder of an adapter")  # fmt: skip
     merge.add_argument("out", help="a new directory for the merged model")
+    merge.add_argument("--data", metavar="FILE", help="rows to compare on, for an adapter without a run (built-in ones)")
     adapters = _verb(verbs, "adapters", "list, compose, rename and delete adapters", do.adapters,
                      "whet adapters list runs\n  whet adapters compose both/ runs/a runs/b --weights 0.7,0.3"
                      )  # fmt: skip

@@ -56,20 +56,7 @@ class Run:
     @property
     def task(self) -> Task:
         """The trained task, with the labels in the order of the head's outputs; causal before anything is trained."""
-        path = self.trained / LABELS
-        if not path.is_file():
-            return CAUSAL
-        try:
-            found = read_json(path)
-            task = Task(found["task"], tuple(str(name) for name in found["labels"]))
-            if task.name not in get_args(TaskName):
-                raise ValueError(f"no such task: {task.name}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"the names of the labels cannot be read: {error}", file=str(path),
-                expected='{"task": "classification", "labels": ["a", "b"]}', fix="copy it back, or train again",
-            ) from error  # fmt: skip
-        return task
+        return task_in(self.trained) or CAUSAL
 
     @property
     def checkpoints(self) -> Path:
@@ -118,6 +105,24 @@ class Run:
         if not path.is_file():
             return []
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+
+
+def task_in(directory: Path) -> Task | None:
+    """The task that stands beside what was trained, or None. Raises UserError where it cannot be read."""
+    path = directory / LABELS
+    if not path.is_file():
+        return None
+    try:
+        found = read_json(path)
+        task = Task(found["task"], tuple(str(name) for name in found["labels"]))
+        if task.name not in get_args(TaskName):
+            raise ValueError(f"no such task: {task.name}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the names of the labels cannot be read: {error}", file=str(path),
+            expected='{"task": "classification", "labels": ["a", "b"]}', fix="copy it back, or train again",
+        ) from error  # fmt: skip
+    return task
 
 
 def prepared(recipe: Recipe, *, any_model: bool = False) -> Prepared:

@@ -181,9 +181,8 @@ def train(words: argparse.Namespace) -> dict[str, Any] | None:
 
 def evaluate(words: argparse.Namespace) -> dict[str, Any]:
     from whet import api
-    from whet.runs import open_run
 
-    open_run(words.target)
+    _check_target(words.target)
     _prepare_libraries()
     result = api.evaluate(words.target, max_rows=words.max_rows, split=words.split)
     from whet.evaluation.run import print_scores
@@ -191,6 +190,15 @@ def evaluate(words: argparse.Namespace) -> dict[str, Any]:
     if not words.json:
         print_scores(result)
     return result
+
+
+def _check_target(target: str) -> None:
+    """Raise UserError early where there is neither a run nor an adapter."""
+    from whet.adapters import CONFIG
+    from whet.runs import open_run
+
+    if not (Path(target) / CONFIG).is_file():
+        open_run(target)
 
 
 def chat(words: argparse.Namespace) -> dict[str, Any]:
@@ -229,11 +237,10 @@ def predict(words: argparse.Namespace) -> dict[str, Any]:
 def merge(words: argparse.Namespace) -> dict[str, Any]:
     from whet import api
     from whet.base.console import say
-    from whet.runs import open_run
 
-    open_run(words.target)
+    _check_target(words.target)
     _prepare_libraries()
-    certificate = api.merge(words.target, words.out)
+    certificate = api.merge(words.target, words.out, data=words.data)
     say(f"{certificate['chosen']}, on {certificate['prompts']} held-out rows: {certificate['summary']} -> {words.out}")
     return certificate
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from whet import runs
+from whet.adapter_folder import AdapterFolder
 from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.files import whole_directory, write_json
@@ -81,8 +82,14 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
             if live.task.name == "causal" and prepared.row_tokenizer.template is not None:
                 write_contract(prepared.row_tokenizer, directory / CONTRACT)
             write_json(directory / CERTIFICATE, certificate)
-    run.write("results/merge.json", certificate)
+    _remember(run, certificate)
     return certificate
+
+
+def _remember(run: Run, certificate: dict[str, Any]) -> None:
+    """Keep the certificate in the run; the folder of an adapter alone is somebody's input, and left as it is."""
+    if not isinstance(run, AdapterFolder):
+        run.write("results/merge.json", certificate)
 
 
 def _best_candidate(

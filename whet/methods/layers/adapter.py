@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +11,15 @@ from whet.base.errors import UserError
 from whet.base.private import adapt_by, has_sdpa
 from whet.engine.compute.cached_attention import CACHED_ATTENTION
 from whet.engine.task import CAUSAL, Task, head_names
+from whet.methods.layers.key_names import PREFIX, rename_config, renamed_beginnings, turn
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+Beginnings = tuple[tuple[str, str], ...]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CHANGE_THE_BASE = ("pissa", "olora", "corda")
 _MODELS = {
     "CAUSAL_LM": "PeftModelForCausalLM", "SEQ_CLS": "PeftModelForSequenceClassification",
     "SEQ_2_SEQ_LM": "PeftModelForSeq2SeqLM",
@@ -49,38 +54,117 @@ def attach_adapter(
 ) -> PeftModel:  # fmt: skip
     """PEFT's model around `network` with the adapter in `directory` as `name`, in evaluation mode.
 
-    beside: PEFT's model with other adapters of the same kind, which gets this one too and is returned. Raises
-    UserError when tensors of the adapter find no place in the model, or the model misses some.
+    It may have been trained by whet or by anybody with PEFT: tables that grew are made as large, and names that another
+    class of the same model has are turned into those of this one. beside: PEFT's model with other adapters of the same
+    kind, which gets this one too and is returned. Raises UserError when tensors of the adapter find no place in the
+    model, or the model misses some.
     """
     import peft
 
-    if not (directory / "adapter_config.json").is_file():
+    shapes = saved_shapes(directory)
+    config = peft.PeftConfig.from_pretrained(str(directory))
+    inner = network if beside is None else beside.get_base_model()
+    beginnings = _fit(config, inner, shapes)
+    if beside is None:
+        wrapped = wrap(network, config, task, name)
+    else:
+        wrapped = beside
+        config.inference_mode = True
+        wrapped.add_adapter(name, config)
+    load_weights(wrapped, directory, name, beginnings)
+    return wrapped.eval()
+
+
+def saved_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Name to shape of every tensor of the adapter in `directory`, from the header of its file. Raises UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
+        pickled = (directory / "adapter_model.bin").is_file()
         raise UserError(
-            "this is no adapter", file=str(directory), expected="adapter_config.json and adapter_model.safetensors",
-            fix="give the adapter/ directory of a run",
+            "the adapter is a pickle, which whet does not read" if pickled else "this is no adapter",
+            file=str(directory), expected=f"{CONFIG} and {WEIGHTS}",
+            fix="save it again with safe_serialization=True" if pickled else "give the adapter/ directory of a run",
         )  # fmt: skip
-    wrapped = beside
-    if wrapped is None:
-        wrapped = wrap(network, peft.PeftConfig.from_pretrained(str(directory)), task, name)
-    device = next(network.parameters()).device.type
+    try:
+        with safe_open(str(directory / WEIGHTS), "pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the adapter cannot be read: {error}", file=str(directory / WEIGHTS), fix="copy it again, whole"
+        ) from error
+
+
+def load_weights(wrapped: PeftModel, directory: Path, name: str, beginnings: Beginnings) -> None:
+    """Put the tensors of `directory` into the adapter `name` of `wrapped`. Raises UserError unless each finds its
+    place, and each place its tensor."""
+    device = next(wrapped.parameters()).device
+    empty = device.type == "meta"
     try:
         found = wrapped.load_adapter(
-            str(directory), name, torch_device="cpu" if device == "meta" else str(next(network.parameters()).device),
-            low_cpu_mem_usage=device == "meta",
-        )
+            str(directory), name, torch_device="cpu" if empty else str(device), low_cpu_mem_usage=empty,
+            key_mapping={f"^{re.escape(old)}": new for old, new in beginnings} or None,
+        )  # fmt: skip
     except KeyError as error:  # PEFT asks for the rows of trained tokens without looking whether they are there
         raise UserError(
             "the adapter lacks what its config says it has", file=str(directory), found=f"nothing for {error.args[0]}",
             expected="adapter_model.safetensors as it was written", fix="copy the adapter again, whole",
         ) from error  # fmt: skip
+    except RuntimeError as error:  # a tensor of another shape
+        raise UserError(
+            "a tensor of the adapter has another shape than its layer", file=str(directory),
+            found=str(error).strip().splitlines()[-1].strip(), expected="an adapter that was trained on this base model",
+            fix="check model.path",
+        ) from error  # fmt: skip
     missing, unexpected = _unplaced(wrapped, found)
     if missing or unexpected:
+        names = (*missing, *unexpected)
         raise UserError(
             "the adapter does not fit this model", file=str(directory),
-            found=f"{len(missing)} tensors missing, {len(unexpected)} without a place",
+            found=f"{len(missing)} tensors missing, {len(unexpected)} without a place, such as {names[0]}",
             expected="an adapter that was trained on this base model", fix="check model.path",
         )  # fmt: skip
-    return wrapped.eval()
+
+
+def _fit(config: Any, network: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Beginnings:
+    """Make room in `network` for tables that grew, and let `config` mean its layers; returns how names turn."""
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    start = getattr(config, "init_lora_weights", True)
+    if str(start).startswith(_CHANGE_THE_BASE):
+        raise UserError(
+            "the adapter belongs to a base whose weights its start has changed, and would not fit the base as it is",
+            field="init_lora_weights", found=str(start), expected="an adapter that was saved as plain LoRA",
+            fix="save it with PEFT's path_initial_model_for_weight_conversion, which converts it",
+        )  # fmt: skip
+    if isinstance(config, peft.LoraConfig):
+        config.init_lora_weights = True  # the tensors come from the file
+    beginnings: Beginnings = ()
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    if not config.is_prompt_learning and prefix:
+        beginnings = renamed_beginnings(network, shapes, prefix)
+    if beginnings:
+        rename_config(config, network, shapes, beginnings, prefix)
+    rows = _grown_rows(network, shapes, beginnings)
+    if rows is not None:
+        network.resize_token_embeddings(rows, mean_resizing=False)
+    return beginnings
+
+
+def _grown_rows(network: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], beginnings: Beginnings) -> int | None:
+    """The rows of the embedding or head that the adapter brings along, where they are not as many as the model's."""
+    names = {id(module): name for name, module in network.named_modules()}
+    for table in (network.get_input_embeddings(), network.get_output_embeddings()):
+        if table is None:
+            continue
+        wanted = names[id(table)]
+        for key, shape in shapes.items():
+            name = turn(key.removeprefix(PREFIX), beginnings)
+            whole = name.removesuffix(".weight").removesuffix(".modules_to_save").removesuffix(".base_layer")
+            if name.endswith(".weight") and whole == wanted and shape[0] != table.weight.shape[0]:  # type: ignore[union-attr,index]
+                return shape[0]
+    return None
 
 
 def _unplaced(wrapped: PeftModel, found: Any) -> tuple[list[str], list[str]]:
