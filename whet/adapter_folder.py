@@ -20,7 +20,7 @@ from whet.engine.load.load import load_config, load_tokenizer
 from whet.engine.task import Task, TaskName
 from whet.methods.from_peft import method_settings, read_config
 from whet.recipe import Recipe, from_tree, to_tree
-from whet.runs import Run, open_run, task_in
+from whet.runs import Run, task_in
 
 _TASKS: dict[str, TaskName] = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "classification"}
 _TEMPLATE = "chat_template.jinja"
@@ -31,6 +31,11 @@ class AdapterFolder(Run):
     """An adapter that stands alone; `path` is its folder. said: what a person should know before it answers."""
 
     said: tuple[str, ...] = ()
+
+    @property
+    def has_recipe(self) -> bool:
+        """No: nothing here is whet's own."""
+        return False
 
     @property
     def adapter(self) -> Path:
@@ -46,16 +51,6 @@ class AdapterFolder(Run):
     def task(self) -> Task:
         """The task, with the labels in the order of the head's outputs."""
         return _task(self.path, self.recipe.model)
-
-
-def open_target(path: str | Path) -> Run:
-    """The run, or the adapter alone, in a directory. Raises UserError when it is neither."""
-    place = Path(path)
-    if (place / "recipe.yaml").is_file() or not (place / CONFIG).is_file():
-        return open_run(place)
-    if place.name == "adapter" and (place.parent / "recipe.yaml").is_file():
-        return open_run(place.parent)
-    return open_folder(place)
 
 
 def with_rows(run: Run, dataset: str | None) -> Run:

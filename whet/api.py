@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from whet.adapter_folder import AdapterFolder, open_target, with_rows
 from whet.recipe import Parsed, parse
-from whet.runs import Run
+from whet.runs import Run, is_adapter_alone, open_run
 
 if TYPE_CHECKING:
     from whet.data.judge.endpoint import Endpoint
     from whet.data.prepare import Prepared
+    from whet.evaluation.custom import ComputeMetrics
     from whet.ship.chat import Chat
 
 PACKAGE = Path(__file__).parent
@@ -49,43 +49,66 @@ def train_parsed(parsed: Parsed) -> Run:
 
 
 def evaluate(
-    run: str | Path, *, max_rows: int | None = None, split: Literal["eval", "test"] = "eval"
-) -> dict[str, Any]:
-    """Score base and tuned model of a run on its held-out rows, or those kept for a test; updates its report."""
+    run: str | Path | Run, *, max_rows: int | None = None, split: Literal["eval", "test"] = "eval",
+    data: str | Sequence[str] = (), compute_metrics: ComputeMetrics | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Score base and tuned model of a run on its held-out rows, those kept for a test, or the rows of other files.
+
+    compute_metrics: a function of predictions and references that gives more metrics by name. Updates the report.
+    """
     from whet.evaluation.run import evaluate as run_evaluation
     from whet.report.page import write_page
 
-    opened = open_target(run)
-    result = run_evaluation(opened, max_rows=max_rows, split=split)
-    write_page(opened.path)
+    found, files = opened(run), [data] if isinstance(data, str) else list(data)
+    result = run_evaluation(found, max_rows=max_rows, split=split, data=files, compute_metrics=compute_metrics)
+    if found.has_recipe:
+        write_page(found.path)
     return result
 
 
-def merge(run: str | Path, out: str | Path, *, data: str | None = None) -> dict[str, Any]:
+def merge(run: str | Path | Run, out: str | Path, *, data: str | None = None) -> dict[str, Any]:
     """Fold the adapter of a run, or in a folder of its own, into a plain model in `out`; returns the certificate.
 
     data: rows on which an adapter without a run is compared; None: the built-in ones.
     """
+    from whet.adapter_folder import with_rows
     from whet.report.page import write_page
     from whet.ship.merge import merge as run_merge
 
-    opened = with_rows(open_target(run), data)
-    certificate = run_merge(opened, Path(out))
-    if not isinstance(opened, AdapterFolder):
-        write_page(opened.path)
+    found = with_rows(opened(run), data)
+    certificate = run_merge(found, Path(out))
+    if found.has_recipe:
+        write_page(found.path)
     return certificate
 
 
-def predict(run: str | Path, texts: Iterable[Any]) -> list[dict[str, Any]]:
-    """The answer of a run with labels, or of an encoder-decoder, for each text: label and probabilities, value or text.
+def predict(
+    run: str | Path | Run, rows: str | Iterable[Any], *, top: int | None = None, max_new_tokens: int = 256
+) -> list[dict[str, Any]]:
+    """The answer of a run to each row: label and probabilities, value, or text.
 
-    texts: strings, pairs of strings, or objects with `text` and `text_pair`. Raises UserError for bad rows.
+    rows: strings, pairs of strings, lists of messages, or objects as in a data file; one string is one row. top: the
+    likeliest classes alone. Raises UserError for bad rows.
     """
-    from whet.ship.predict import given, open_predictor
+    from whet.ship.predict import Wanted, open_predictor
     from whet.ship.predict import predict as run_prediction
+    from whet.ship.questions import Asks, given
 
-    with open_predictor(open_target(run)) as predictor:
-        return list(run_prediction(predictor, given(texts)))
+    found = opened(run)
+    questions = list(given([rows] if isinstance(rows, str) else rows, Asks.of(found)))
+    with open_predictor(found, Wanted(top, max_new_tokens)) as predictor:
+        return [answer for _, answer in run_prediction(predictor, questions)]
+
+
+def opened(run: str | Path | Run) -> Run:
+    """A run, or the folder of an adapter alone, as what answers. Raises UserError."""
+    if isinstance(run, Run):
+        return run
+    if is_adapter_alone(run):
+        from whet.adapter_folder import open_folder
+
+        return open_folder(run)
+    return open_run(run)
 
 
 def plan(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:

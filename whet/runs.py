@@ -39,6 +39,11 @@ class Run:
     recipe: Recipe
 
     @property
+    def has_recipe(self) -> bool:
+        """Whether this is a run directory; the folder of an adapter alone has none, and no report."""
+        return True
+
+    @property
     def adapter(self) -> Path:
         """The directory of the trained adapter, in PEFT's format."""
         return self.path / "adapter"
@@ -105,6 +110,18 @@ class Run:
         if not path.is_file():
             return []
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+
+
+def is_adapter_alone(path: str | Path) -> bool:
+    """Whether a directory is the folder of an adapter that belongs to no run."""
+    place = Path(path)
+    return (place / "adapter_config.json").is_file() and not (place / "recipe.yaml").is_file()
+
+
+def check_target(path: str | Path) -> None:
+    """Raise UserError where there is neither a run nor an adapter, before anything heavy is imported."""
+    if not is_adapter_alone(path):
+        open_run(path)
 
 
 def task_in(directory: Path) -> Task | None:

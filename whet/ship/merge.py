@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from whet import runs
-from whet.adapter_folder import AdapterFolder
 from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.files import whole_directory, write_json
@@ -88,7 +87,7 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
 
 def _remember(run: Run, certificate: dict[str, Any]) -> None:
     """Keep the certificate in the run; the folder of an adapter alone is somebody's input, and left as it is."""
-    if not isinstance(run, AdapterFolder):
+    if run.has_recipe:
         run.write("results/merge.json", certificate)
 
 

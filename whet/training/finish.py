@@ -16,6 +16,7 @@ from whet.training.resume import Checkpoints
 from whet.training.saved import check_saved
 from whet.training.setup import Ready
 from whet.training.state import State
+from whet.training.trend import still_falling
 
 
 def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: State, reason: str) -> None:
@@ -37,9 +38,22 @@ def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: St
         if tokenizer.template is not None:
             write_contract(tokenizer, directory / CONTRACT)
         check_saved(ready, arranged.model, directory)
-    run.write("finished.json", _summary(arranged, state, reason, kept))
-    say(f"trained {state.step} steps, {state.tokens:,} tokens in {state.seconds:.1f} s "
-        f"({state.tokens_per_second:,.0f} tok/s) -> {run.trained}")  # fmt: skip
+    summary = _summary(arranged, state, reason, kept)
+    finding = still_falling(run.lines("metrics.jsonl")) if reason == "completed" else None
+    run.write("finished.json", summary | {"findings": [] if finding is None else [finding]})
+    if finding is not None:
+        say(finding, style="yellow")
+    epochs = state.step / ready.batches.steps_per_epoch
+    say(f"trained {state.step} steps ({epochs:.3g} epochs), {state.tokens:,} tokens in {state.seconds:.1f} s "
+        f"({state.tokens_per_second:,.0f} tok/s){_best(state, kept)} -> {run.trained}")  # fmt: skip
+
+
+def _best(state: State, kept: int) -> str:
+    """Which step is kept, in words, where held-out rows were measured."""
+    if state.best_step is None or state.best_loss is None:
+        return ""
+    best = f"; lowest held-out loss {state.best_loss:.4f} at step {state.best_step}"
+    return f"{best}, kept: step {kept}"
 
 
 def _summary(arranged: Arranged, state: State, reason: str, kept_step: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from whet.base.console import Progress, bytes_text
+from whet.base.console import Progress, bytes_text, say
 from whet.base.extras import require
 from whet.training.state import EvaluationReport, State, StepReport
 
@@ -102,15 +102,25 @@ class ProgressBar(Observer):
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
+        self._lowest: float | None = None
 
     def begin(self, state: State, total: int) -> None:
+        self._lowest = state.best_loss
         self._bar = Progress("training", total, state.step)
         self._bar.__enter__()
 
     def step_done(self, report: StepReport) -> None:
         assert self._bar is not None
         speed = report.tokens / max(report.total_seconds, 1e-9)
-        self._bar.advance(f"loss {report.loss:.4f}  {speed:,.0f} tok/s  {bytes_text(report.memory_bytes)}")
+        self._bar.advance(
+            f"epoch {report.epoch:.2f}  loss {report.loss:.4f}  {speed:,.0f} tok/s  {bytes_text(report.memory_bytes)}"
+        )
+
+    def evaluated(self, report: EvaluationReport) -> None:
+        lowest = self._lowest is None or report.loss < self._lowest
+        note = "the lowest so far" if lowest else f"above the lowest, {self._lowest:.4f}"
+        self._lowest = report.loss if lowest else self._lowest
+        say(f"step {report.step} (epoch {report.epoch:.2f}): held-out loss {report.loss:.4f}, {note}")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -70,7 +70,7 @@ def get_ready(parsed: Parsed) -> Ready:
     prepared = prepare(data_for_method(recipe), tokenizer, longest_input(config), recipe.model.task, text_task(config))
     prepared.ledger.gate()
     check(replace(asked, task=prepared.task.name, held_out_rows=len(prepared.evaluation)))
-    decided = decide_settings(recipe, prepared, placement)
+    decided = decide_settings(recipe, prepared, placement, config)
     resolved = resolve(recipe, {path: value for path, (value, _) in decided.items()})
     plan = plan_of(resolved, prepared, hardware, placement)
     facts = {

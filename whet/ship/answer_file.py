@@ -1,0 +1,111 @@
+"""Answers as JSON lines or as a CSV table, on stdout or in a file that is whole or absent and never an input.
+
+A table has one row for each answer, with the text that was asked; several classes take a column each for name and
+probability. Gives up in CSV: all classes of a row where no number of them is asked for.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from whet.base.errors import UserError
+from whet.base.files import sync
+from whet.data.read.read import data_files
+from whet.engine.task import Task
+from whet.ship.questions import STANDARD_INPUT, Question
+
+SUFFIXES = (".jsonl", ".csv")
+
+
+class Writer:
+    """Writes answers to an open file. top: classes of a row in a table."""
+
+    def __init__(self, file: IO[str], task: Task, *, table: bool, top: int | None) -> None:
+        self.file, self.task, self.top = file, task, top
+        self._table = csv.writer(file, lineterminator="\n") if table else None
+        self._has_head = False
+
+    def write(self, question: Question, answer: dict[str, Any]) -> None:
+        """Write one answer."""
+        if self._table is None:
+            self.file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            return
+        cells = _cells(self.task, question, answer, self.top)
+        if not self._has_head:
+            self._table.writerow(cells)
+            self._has_head = True
+        self._table.writerow(cells.values())
+
+
+def _cells(task: Task, question: Question, answer: dict[str, Any], top: int | None) -> dict[str, Any]:
+    """The cells of a row by the names of their columns, which are the same for every row of a run."""
+    where = {} if question.file is None else {"file": question.file}
+    cells = where | {"row": answer["row"]}
+    if not task.labelled:
+        assert question.chat is not None
+        return cells | {"prompt": question.chat.question[-1].content, "text": answer["text"]}
+    cells |= {"text": question.text, "text_pair": question.text_pair or ""}
+    if task.name == "regression":
+        return cells | {"value": answer["value"]}
+    if task.name == "multi_label":
+        cells["labels"] = "; ".join(answer["labels"])
+    else:
+        cells |= {"label": answer["label"], "probability": answer["probability"]}
+    shown = list(answer["probabilities"].items())[: top or 0]
+    first = 0 if task.name == "multi_label" else 1
+    for number, (name, share) in enumerate(shown[first:], first + 1):
+        cells |= {f"label_{number}": name, f"probability_{number}": share}
+    return cells
+
+
+def check_out(out: str, source: str, run: Path) -> None:
+    """Raises UserError for a suffix that says no format, an output that is an input, and one inside of the run."""
+    path = Path(out).expanduser()
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            "the suffix says no format for answers", file=out, field="--out", found=path.suffix or "no suffix",
+            expected=" or ".join(SUFFIXES), fix=f"--out {path.with_suffix('.jsonl')}",
+        )  # fmt: skip
+    if path.is_dir():
+        raise UserError("the output is a directory", file=out, field="--out", fix=f"--out {path / 'answers.jsonl'}")
+    inputs = [] if source == STANDARD_INPUT else data_files(source)
+    if path.exists() and any(one.exists() and one.samefile(path) for one in inputs):
+        raise UserError(
+            "the output is the input", file=out, field="--out", found=source, expected="another file",
+            fix=f"--out {path.with_name(path.stem + '-answers' + path.suffix)}",
+        )  # fmt: skip
+    if run.resolve() in path.resolve().parents:
+        raise UserError("the output lies in the run directory", file=out, field="--out", fix=f"--out {path.name}")
+
+
+@contextmanager
+def writer(out: str | None, task: Task, *, table: bool, top: int | None) -> Iterator[Writer]:
+    """A writer to stdout, or to a file that appears when the block ends well. Raises UserError."""
+    if out is None:
+        yield Writer(sys.stdout, task, table=table, top=top)
+        return
+    path = Path(out).expanduser()
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            yield Writer(file, task, table=table or path.suffix.lower() == ".csv", top=top)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) not in (beside, path):
+            raise
+        raise UserError(
+            f"the file cannot be written: {error.strerror or error}", file=out, field="--out",
+            fix="name a place that can be written",
+        ) from error  # fmt: skip
+    finally:
+        beside.unlink(missing_ok=True)
