@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from whet.adapters import CONFIG, WEIGHTS, adapter_directory, base_of
+from whet.adapter_files import CONFIG, WEIGHTS, adapter_directory
+from whet.adapters import base_of
 from whet.base.errors import UserError
 from whet.data.config import Data
 from whet.data.template.named import use_template

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from whet.adapter_folder import AdapterFolder, own_tokenizer
-from whet.adapters import CONFIG, Adapters, adapter_directory, base_of
+from whet.adapter_files import CONFIG, adapter_directory
+from whet.adapters import Adapters, base_of
 from whet.base.console import say
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import check_contract

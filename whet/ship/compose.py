@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from whet.adapters import CONFIG, NOTE, WEIGHTS, Adapters, How, adapter_directory, base_of
+from whet.adapter_files import CONFIG, NOTE, WEIGHTS, adapter_directory
+from whet.adapters import Adapters, How, base_of
 from whet.base.errors import UserError
 from whet.data.template.goldens import OTHER_TEMPLATES
 from whet.engine.load.load import locate

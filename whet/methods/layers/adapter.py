@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+_COPIES = re.compile(r"\.(modules_to_save|original_module)(?=\.(weight|bias)$)")
 Beginnings = tuple[tuple[str, str], ...]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CHANGE_THE_BASE = ("pissa", "olora", "corda")
@@ -181,4 +182,7 @@ def _unplaced(wrapped: PeftModel, found: Any) -> tuple[list[str], list[str]]:
         if (prefix in key or "modules_to_save" in key) and id(parameters.get(key)) not in loaded
     ]  # fmt: skip
     virtual = ("prompt_embeddings",) if hasattr(wrapped, "prompt_encoder") else ()
-    return missing, [key for key in found.unexpected_keys if key not in virtual]
+    unplaced = [key for key in found.unexpected_keys if key not in virtual]
+    # Of a table that grew and is trained whole PEFT writes its wrapper's two copies too, beside the one that it reads.
+    wrapped_tables = {re.sub(r"\.modules_to_save\.[^.]+\.", ".", name) for name in parameters}
+    return missing, [key for key in unplaced if _COPIES.sub("", key) not in wrapped_tables or key in parameters]
