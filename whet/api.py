@@ -113,9 +113,10 @@ def opened(run: str | Path | Run) -> Run:
 
 def plan(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:
     """Parameters and memory of a recipe, from the model's config alone."""
+    from whet.further import with_starting_adapter
     from whet.planning.plan import plan_recipe
 
-    return plan_recipe(_parsed(recipe, overrides).recipe).as_dict()
+    return plan_recipe(with_starting_adapter(_parsed(recipe, overrides)).recipe).as_dict()
 
 
 def check(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:
@@ -133,10 +134,12 @@ def prepared(parsed: Parsed, *, any_model: bool = False) -> Prepared:
     from dataclasses import replace
 
     from whet.engine.load.load import load_config
+    from whet.further import with_starting_adapter
     from whet.planning.asked import Asked
     from whet.planning.rules import ROWS, TASK, check, data_for_method
     from whet.runs import prepared as prepare_rows
 
+    parsed = with_starting_adapter(parsed)
     asked = Asked.of(parsed.recipe, config=load_config(parsed.recipe.model))
     check(asked, ROWS)
     rows = prepare_rows(replace(parsed.recipe, data=data_for_method(parsed.recipe)), any_model=any_model)

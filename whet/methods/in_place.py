@@ -46,6 +46,12 @@ class InPlaceMethod(Method):
 
         delta.write(self, model, self.tensors(model), directory)
 
+    def start_from(self, model: Any, directory: Path) -> int:
+        """Give the trained parameters the saved values."""
+        from whet.methods import delta
+
+        return delta.start_from(self.name, model, directory)
+
     def check_saved(self, model: Any, directory: Path, empty: PreTrainedModel, task: Task = CAUSAL) -> None:
         """Compare the file with the trained values."""
         from whet.methods.delta import TENSORS

@@ -64,6 +64,16 @@ class Method:
         """
         raise NotImplementedError
 
+    def make_room(self, network: PreTrainedModel, directory: Path) -> None:
+        """Let a freshly loaded `network` have what the adapter in `directory` was trained on, before `attach`."""
+
+    def start_from(self, model: Any, directory: Path) -> int:
+        """Give what `attach` added the numbers in `directory`, to the bit; returns how many tensors. UserError."""
+        raise UserError(
+            f"what {self.name} trained cannot be trained further by itself", field="model.adapter",
+            found=str(directory), fix="merge it, and train on the merged model",
+        )  # fmt: skip
+
     def load(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> nn.Module:
         """Put what `save` wrote on a freshly loaded `network`; returns the model, in evaluation mode."""
         raise NotImplementedError
@@ -146,6 +156,18 @@ class PeftMethod(Method):
         if self.opens_empty:
             with torch.device("meta"):
                 attach_adapter(empty, directory, task)
+
+    def make_room(self, network: PreTrainedModel, directory: Path) -> None:
+        """Make the tables as large as those that are saved with the adapter."""
+        from whet.methods.layers.adapter import grow_tables
+
+        grow_tables(network, directory)
+
+    def start_from(self, model: Any, directory: Path) -> int:
+        """Load PEFT's file, and compare each of its tensors with the model's."""
+        from whet.methods.layers.adapter import continue_adapter
+
+        return continue_adapter(model, directory)
 
     @property
     def opens_empty(self) -> bool:

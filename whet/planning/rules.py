@@ -314,6 +314,20 @@ ROWS = (
     ),
 )  # fmt: skip
 
+START = (
+    Rule(
+        name="another_start_of_an_adapter", field="method.init_lora_weights",
+        broken=lambda asked: asked.model.adapter and getattr(asked.method, "init_lora_weights", "kaiming") != "kaiming",
+        problem="an adapter that is trained further starts where it is", found="{method.init_lora_weights}",
+        expected="kaiming, which has no effect then", fix="remove the line",
+    ),
+    Rule(
+        name="adapter_of_random_weights", field="model.from_config",
+        broken=lambda asked: asked.model.adapter and asked.model.from_config,
+        problem="an adapter belongs to the weights that it was trained on", expected="false", fix="remove the line",
+    ),
+)  # fmt: skip
+
 STRUCTURE = (
     Rule(
         name="embedding_on_the_host", field="base.offload_embedding", needs=("structure",),
@@ -376,5 +390,5 @@ LOADED = (
     ),
 )  # fmt: skip
 
-RULES = (*STORAGE, *OPTIMISER, *LAYOUT, *TASK, *ROWS, *STRUCTURE, *LOADED)
+RULES = (*STORAGE, *OPTIMISER, *LAYOUT, *TASK, *ROWS, *START, *STRUCTURE, *LOADED)
 OF_ANY_MACHINE = tuple(rule for rule in RULES if not {"device", "can_capture"} & {*rule.needs})

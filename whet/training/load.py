@@ -13,6 +13,7 @@ from whet.engine.compute.isolation import check_causality, check_isolation
 from whet.engine.load.load import load_model, rebuilding_notice
 from whet.engine.memory.host_adam import shorten_weights
 from whet.engine.weights.linear import count_parameters
+from whet.further import start_directory
 from whet.recipe import resolve
 from whet.training.apply import Loaded
 from whet.training.setup import Ready, plan_of
@@ -33,7 +34,13 @@ def load(ready: Ready) -> tuple[Loaded, Ready]:
     if notice := rebuilding_notice(recipe.model, home):
         say(notice, style="yellow")
     network = load_model(recipe.model, home, ready.plan.task)
+    start = None if recipe.model.adapter is None else start_directory(recipe.model.adapter)
+    if start is not None:
+        recipe.method.make_room(network, start)
     model = recipe.method.attach(network, ready.plan.task)
+    if start is not None:
+        count = recipe.method.start_from(model, start)
+        say(f"going on from {start}: {count} tensors, equal to the bit")
     masters = shorten_weights(network, placement.device, placement.compute) if layout.short_weights else {}
     if not ready.plan.facts.padded_task:
         ready = _with_proven_attention(ready, model, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]

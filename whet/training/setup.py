@@ -25,6 +25,7 @@ from whet.data.read.read import check_unchanged
 from whet.engine.device import Hardware, Placement
 from whet.engine.load.load import load_config, longest_input
 from whet.engine.task import text_task
+from whet.further import START, check_labels, check_same_start, start_directory, start_facts, with_starting_adapter
 from whet.planning.asked import Asked
 from whet.planning.facts import Work
 from whet.planning.plan import Plan, plan_run, resolve_base
@@ -61,6 +62,7 @@ class Ready:
 
 def get_ready(parsed: Parsed) -> Ready:
     """Check everything, decide what is open, and make the run directory. Raises UserError; loads no model."""
+    parsed = with_starting_adapter(parsed)
     recipe = parsed.recipe
     config = load_config(recipe.model)
     hardware, placement = resolve_base(recipe, config)
@@ -73,12 +75,17 @@ def get_ready(parsed: Parsed) -> Ready:
     decided = decide_settings(recipe, prepared, placement, config)
     resolved = resolve(recipe, {path: value for path, (value, _) in decided.items()})
     plan = plan_of(resolved, prepared, hardware, placement)
+    started = start_facts(recipe)
+    if started:
+        check_labels(start_directory(str(recipe.model.adapter)), prepared.task.labels)
     facts = {
         "environment.json": environment(hardware, placement),
         "data.json": prepared.ledger.as_dict(),
         "plan.json": plan.as_dict(),
+        **({START: started} if started else {}),
     }
     run = runs.start(resolved, parsed.origins, decided, facts)
+    check_same_start(run)
     _check_same_rows(run, prepared.ledger)
     return Ready(run, prepared, plan)
 

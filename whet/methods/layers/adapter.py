@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from whet.base.errors import UserError
 from whet.base.private import adapt_by, has_sdpa
 from whet.engine.compute.cached_attention import CACHED_ATTENTION
@@ -76,6 +78,42 @@ def attach_adapter(
     return wrapped.eval()
 
 
+def grow_tables(network: PreTrainedModel, directory: Path) -> None:
+    """Make the embedding and head of a plain `network` as large as those in the adapter's file, where it has some."""
+    rows = _grown_rows(network, saved_shapes(directory), ())
+    if rows is not None:
+        network.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def continue_adapter(wrapped: PeftModel, directory: Path, name: str = "default") -> int:
+    """Give the adapter of a model that is about to be trained the numbers of the one in `directory`.
+
+    Returns how many tensors. They are read again and compared, so that step 0 is that adapter and no other. Raises
+    UserError where a tensor has no place, or something trained would start from random numbers.
+    """
+    from peft import get_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+    from safetensors import safe_open
+
+    shapes, config = saved_shapes(directory), wrapped.peft_config[name]
+    prefix = "" if config.is_prompt_learning else PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    beginnings = renamed_beginnings(wrapped.get_base_model(), shapes, prefix) if prefix else ()
+    load_weights(wrapped, directory, name, beginnings)
+    state = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
+    names = {PREFIX + turn(key.removeprefix(PREFIX), beginnings) if key.startswith(PREFIX) else key: key for key in shapes}
+    problem = next((f"nothing for {key}" for key in state if key not in names), None)
+    with safe_open(str(directory / WEIGHTS), "pt", device=str(next(wrapped.parameters()).device)) as file:
+        for key in state.keys() & names.keys():
+            if not torch.equal(file.get_tensor(names[key]).to(state[key].dtype), state[key]):
+                problem = problem or f"other numbers in {key}"
+    if problem is not None:
+        raise UserError(
+            "the adapter is not what this recipe would begin with", file=str(directory), field="model.adapter",
+            found=problem, expected="every trained tensor in the file, to the bit", fix="merge it, and train on that",
+        )  # fmt: skip
+    return len(state)
+
+
 def saved_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Name to shape of every tensor of the adapter in `directory`, from the header of its file. Raises UserError."""
     from safetensors import SafetensorError, safe_open
@@ -118,6 +156,7 @@ def load_weights(wrapped: PeftModel, directory: Path, name: str, beginnings: Beg
             fix="check model.path",
         ) from error  # fmt: skip
     missing, unexpected = _unplaced(wrapped, found)
+    missing += _without_values(wrapped, directory, name, beginnings)
     if missing or unexpected:
         names = (*missing, *unexpected)
         raise UserError(
@@ -166,6 +205,17 @@ def _grown_rows(network: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]],
             if name.endswith(".weight") and whole == wanted and shape[0] != table.weight.shape[0]:  # type: ignore[union-attr,index]
                 return shape[0]
     return None
+
+
+def _without_values(wrapped: PeftModel, directory: Path, name: str, beginnings: Beginnings) -> list[str]:
+    """Modules that are saved whole and are not in the file: PEFT leaves them as they were drawn, without a word."""
+    held = {turn(key.removeprefix(PREFIX), beginnings) for key in saved_shapes(directory)}
+    whole = f".modules_to_save.{name}."
+    return [
+        key for key, _ in wrapped.named_parameters()
+        if whole in key and key.removeprefix(PREFIX).replace(whole, ".") not in held
+        and ".lora_" not in key.partition(whole)[2]
+    ]  # fmt: skip
 
 
 def _unplaced(wrapped: PeftModel, found: Any) -> tuple[list[str], list[str]]:
