@@ -44,6 +44,8 @@ def load(ready: Ready) -> tuple[Loaded, Ready]:
     masters = shorten_weights(network, placement.device, placement.compute) if layout.short_weights else {}
     if not ready.plan.facts.padded_task:
         ready = _with_proven_attention(ready, model, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+    for notice in ready.plan.notices:
+        say(notice, style="yellow")
     trainable, total = count_parameters(model)
     say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
     return Loaded(network, model.train(), masters), ready
