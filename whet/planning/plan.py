@@ -17,6 +17,7 @@ from whet.data.batch.batches import Cut, Order
 from whet.data.batch.rows import Rows
 from whet.data.batch.text_batches import TextBatches
 from whet.engine.device import PACKED, Hardware, Placement, find_hardware, resolve_placement
+from whet.engine.load.left_out import left_out_notice
 from whet.engine.load.load import checkpoint_storage, empty_model, load_config, longest_input
 from whet.engine.task import Task, text_task
 from whet.engine.weights.linear import frozen_names
@@ -103,6 +104,8 @@ def plan_run(
         experts, sum(parameter.numel() for parameter in network.parameters()), packed=bool(packed),
         trained=[one for one in experts if recipe.method.can.whole_model or is_trained(one, wanted)],
     )  # fmt: skip
+    notice = left_out_notice(recipe.model, network)
+    left_out = (*left_out, *(() if notice is None else (notice,)))
     asked = replace(asked, structure=Structure.of(network, model, packed))
     check(asked, rules)
     facts = Facts(

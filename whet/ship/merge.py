@@ -25,12 +25,14 @@ from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import write_contract
 from whet.engine.config import Model
 from whet.engine.device import PACKED, Placement
+from whet.engine.load.left_out import left_out
 from whet.engine.load.load import load_config, load_model, rebuilding_notice
 from whet.engine.load.open import Opened
 from whet.engine.weights.linear import FrozenLinear
 from whet.methods.all import METHODS
 from whet.opening import open_answerer
 from whet.runs import Run
+from whet.ship.carry import carry_over
 from whet.ship.agreement import MEAN_KL_LIMIT, Agreement, decoder_reference, encoder_decoder_reference
 from whet.ship.label_agreement import LabelAgreement, label_reference
 
@@ -181,6 +183,8 @@ def _write_candidate(run: Run, live: Opened, base_kind: str, dtype: str, folder:
     if run.task.name == "causal":
         plain.generation_config.eos_token_id = stop_ids  # type: ignore[union-attr]
     plain.save_pretrained(str(folder), safe_serialization=True)
+    if parts := left_out(run.recipe.model, plain):
+        carry_over(run.recipe.model, folder, parts, str(TYPES[dtype]).removeprefix("torch."))
     return True
 
 
