@@ -22,6 +22,7 @@ import tiny
 import torch
 
 import whet
+from whet.engine.answer import state
 from whet.evaluation import compare, labels
 from whet.methods.bridge import Bridge
 from whet.methods.in_place import InPlaceMethod
@@ -205,6 +206,13 @@ def half_the_interval(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(compare, "Paired", lambda mean, low, high, p, test: right(mean, 0.0, high, p, test))
 
 
+def dropout_stays_on(patch: pytest.MonkeyPatch) -> None:
+    """The model answers as it trains: its dropout draws at every question."""
+    right = Lora.load
+    patch.setattr(Lora, "load", lambda self, *given, **more: right(self, *given, **more).train())
+    patch.setattr(state, "evaluating", lambda model: contextlib.nullcontext())
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: tasks.save_model(kind, tmp_path_factory.mktemp(kind)) for kind in ("llama", "bert", "t5")}
@@ -236,6 +244,17 @@ def test_a_planted_fault_in_the_comparison_of_texts_is_seen(
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         holds_for_texts(*written[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_off_in_evaluation_and_would_be_seen(
+    kind: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = make_written_run(kind, models[kind], tmp_path, method__lora_dropout=0.6)
+    holds_for_texts(*given)
+    dropout_stays_on(monkeypatch)
+    with pytest.raises(AssertionError):
+        holds_for_texts(*given)
 
 
 @pytest.mark.parametrize(

@@ -76,13 +76,10 @@ def test_the_merged_model_in_plain_transformers_is_the_live_adapter(
     assert not list(out.glob("adapter*"))
 
 
-def test_merged_in_fp32_the_logits_agree_to_rounding(
-    trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_merged_in_fp32_the_logits_agree_to_rounding(trained: dict[str, Run], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr("whet.ship.merge._candidates", lambda *_: [("trained", "fp32")])
-    merge(trained["fp32"], tmp_path / "out")
+    assert merge(trained["fp32"], tmp_path / "out")["chosen"] == "trained base, fp32"
     plain = AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"))
     assert plain.dtype == torch.float32
     assert float((logits(plain) - live_logits(trained["fp32"])).abs().max()) <= 1e-4
@@ -95,7 +92,7 @@ def test_a_quantised_run_tries_the_base_it_was_trained_on_and_the_original(
     monkeypatch.setattr("whet.ship.merge.Agreement.perfect", property(lambda self: False))
     certificate = merge(trained[storage], tmp_path / "out")
     tried = {(one["name"], one["dtype"]): one["mean_kl"] for one in certificate["candidates"]}
-    assert tried.keys() == {(base, dtype) for base in ("dequantised", "16-bit") for dtype in ("bf16", "fp32")}
+    assert tried.keys() == {(base, "fp32") for base in ("dequantised", "16-bit")}
     assert tried["dequantised", "fp32"] < tried["16-bit", "fp32"]
     assert certificate["chosen"].startswith("dequantised")
 
@@ -139,7 +136,7 @@ def test_a_wrong_merge_is_refused_and_nothing_is_written(
     monkeypatch.setattr(LoraLinear, "get_delta_weight", lambda self, name: 10 * right(self, name))
     with pytest.raises(UserError, match="near enough") as caught:
         merge(trained[storage], tmp_path / "out")
-    assert float(str(caught.value.found).split()[-1]) > MEAN_KL_LIMIT
+    assert float(str(caught.value.found).split(",")[0].split()[-1]) > MEAN_KL_LIMIT
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.iterdir()) == []
     assert read(trained[storage].path / "results/merge.json")["path"] is None

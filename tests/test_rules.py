@@ -53,6 +53,12 @@ def built(asked: Asked, **facts: Any) -> Asked:
     return replace(asked, structure=Structure(**facts))
 
 
+def mixture(**more: Any) -> Any:
+    from transformers import MixtralConfig
+
+    return MixtralConfig(num_hidden_layers=1, hidden_size=16, router_aux_loss_coef=0.01, **more)
+
+
 # Each rule: (what breaks it, the same but for one fact).
 CASES: dict[str, tuple[Asked, Asked]] = {
     "storage_of_method": (replace(GPU, method=method("full"), storage="nf4"), replace(GPU, storage="nf4")),
@@ -78,6 +84,10 @@ CASES: dict[str, tuple[Asked, Asked]] = {
     "captured_tokens": (
         trains(replace(GPU, model=Model(path="m", new_tokens=("<a>",))), cuda_graphs=True),
         replace(GPU, model=Model(path="m", new_tokens=("<a>",))),
+    ),
+    "captured_parameters": (
+        trains(replace(GPU, method=method("lora", target_parameters="[experts.down_proj]")), cuda_graphs=True),
+        replace(GPU, method=method("lora", target_parameters="[experts.down_proj]")),
     ),
     "captured_optimiser": (trains(GPU, cuda_graphs=True, optim="sgd"), trains(GPU, optim="sgd")),
     "captured_host_optimiser": (
@@ -106,6 +116,7 @@ CASES: dict[str, tuple[Asked, Asked]] = {
     "task_of_another_kind_of_model": (
         replace(GPU, task="seq2seq"), replace(GPU, task="seq2seq", config=tasks.config("t5"))
     ),
+    "router_loss": (replace(GPU, config=mixture(output_router_logits=True)), replace(GPU, config=mixture())),
     "task_of_another_method": (
         replace(LABELS, method=method("adaption_prompt")), replace(GPU, method=method("adaption_prompt"))
     ),
@@ -133,6 +144,14 @@ CASES: dict[str, tuple[Asked, Asked]] = {
     ),
     "stopping_early_without_held_out_rows": (
         trains(replace(GPU, held_out_rows=0), early_stopping_patience=2), trains(GPU, early_stopping_patience=2)
+    ),
+    "another_start_of_an_adapter": (
+        replace(GPU, model=Model(path="m", adapter="a"), method=method("lora", init_lora_weights="pissa")),
+        replace(GPU, method=method("lora", init_lora_weights="pissa")),
+    ),
+    "adapter_of_random_weights": (
+        replace(GPU, model=Model(path="m", adapter="a", from_config=True)),
+        replace(GPU, model=Model(path="m", from_config=True)),
     ),
     "embedding_on_the_host": (
         built(based(GPU, offload_embedding=True), embedding_obstacle="it is the output head too", tied=True),

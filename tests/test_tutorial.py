@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 import whet
 from whet import api, cli
-from whet.adapters import describe
+from whet.adapter_files import describe
 from whet.runs import open_run
 from whet.training.run import train
 

@@ -15,15 +15,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from whet.adapter_files import CONFIG, NOTE, adapter_directory, describe
 from whet.base.errors import UserError, nearest
 from whet.base.files import read_json, whole_directory
 from whet.base.outputs import output_path
 from whet.engine.config import Base, Model
-from whet.engine.load.headers import adapter_weights
 from whet.engine.load.identity import check_sealed, seal, seal_digest
 from whet.engine.load.load import load_tokenizer
 from whet.methods.layers.adapter import attach_adapter
@@ -35,64 +34,6 @@ if TYPE_CHECKING:
 How = Literal["cat", "linear", "svd", "ties", "dare"]
 _PEFT_HOW = {"ties": "ties_svd", "dare": "dare_linear_svd"}
 BESIDE = ("use_dora", "trainable_token_indices", "modules_to_save")
-CONFIG, WEIGHTS, NOTE = "adapter_config.json", "adapter_model.safetensors", "whet_composed.json"
-
-
-@dataclass(frozen=True)
-class Described:
-    """An adapter on disk. parameters: numbers in it; tasks: PEFT's name of what it was trained for."""
-
-    name: str
-    path: Path
-    kind: str
-    task: str | None
-    base: str | None
-    rank: int | None
-    parameters: int
-    bytes: int
-
-
-def adapter_directory(target: str | Path) -> Path:
-    """The adapter that a run directory or an adapter directory holds. Raises UserError."""
-    directory = Path(target)
-    for candidate in (directory, directory / "adapter"):
-        if (candidate / CONFIG).is_file():
-            return candidate
-    raise UserError(
-        "there is no adapter here", file=str(directory), expected=f"a run of whet train, or a folder with {CONFIG}",
-        fix="give runs/NAME, or its adapter/ folder",
-    )  # fmt: skip
-
-
-def describe(target: str | Path) -> Described:
-    """The facts about an adapter, read from its files without loading a model. Raises UserError."""
-    from safetensors import SafetensorError, safe_open
-
-    directory = adapter_directory(target)
-    adapter_weights(directory)
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        with safe_open(str(directory / WEIGHTS), "np") as file:
-            numbers = sum(_count(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"the adapter cannot be read: {error}", file=str(directory), expected=f"{CONFIG} and {WEIGHTS}",
-            fix="copy it again, whole",
-        ) from error  # fmt: skip
-    name = directory.parent.name if directory.name == "adapter" else directory.name
-    return Described(
-        name, directory, str(config.get("peft_type", "?")).lower(), config.get("task_type"),
-        config.get("base_model_name_or_path"), config.get("r"), numbers, (directory / WEIGHTS).stat().st_size,
-    )  # fmt: skip
-
-
-def find(folder: str | Path) -> list[Described]:
-    """The adapters in `folder` and one or two levels below it, by name."""
-    top = Path(folder)
-    if not top.is_dir():
-        raise UserError("there is no such folder", file=str(top), fix="give a folder of runs or adapters")
-    patterns = (CONFIG, f"*/{CONFIG}", f"*/*/{CONFIG}")
-    return [describe(path) for path in sorted({file.parent for pattern in patterns for file in top.glob(pattern)})]
 
 
 class Adapters:
@@ -120,6 +61,11 @@ class Adapters:
         check_adapter(directory)
         self._check_free(name)
         kind = describe(directory).kind
+        if kind in ("prompt_tuning", "p_tuning", "prefix_tuning"):
+            raise UserError(
+                "virtual tokens stand in front of each row, and cannot be switched beside other adapters",
+                file=str(directory), found=kind, expected="an adapter inside of the layers", fix="chat with it alone",
+            )  # fmt: skip
         if self.wrapped is not None and kind != self._kind():
             raise UserError(
                 "adapters of different kinds cannot stand side by side", file=str(directory), found=kind,
@@ -229,7 +175,7 @@ class Adapters:
             if note is not None:
                 (directory / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
             for file in beside:
-                shutil.copyfile(file, directory / file.name)
+                (shutil.copytree if file.is_dir() else shutil.copyfile)(file, directory / file.name)
             seal(directory, base)
         return new
 
@@ -324,13 +270,16 @@ def base_of(target: str | Path) -> tuple[Model, Base]:
     note = directory / NOTE
     if note.is_file():
         return Model(**json.loads(note.read_text(encoding="utf-8"))["base"]), Base()
-    base = describe(directory).base
-    if base is None:
+    found = describe(directory)
+    if not found.base:
         raise UserError(
             "the adapter does not say which model it was trained on", file=str(directory / CONFIG),
             field="base_model_name_or_path", expected="a model directory or a hub name", fix="write it there",
         )  # fmt: skip
-    return Model(path=base, new_tokens=_added_tokens(base, directory)), Base()
+    path = found.base
+    if not Path(path).is_absolute() and not Path(path).exists() and (directory / path / "config.json").is_file():
+        path = str(directory / path)
+    return Model(path=path, new_tokens=_added_tokens(path, directory)), Base()
 
 
 def _added_tokens(base: str, directory: Path) -> list[str]:
@@ -344,10 +293,3 @@ def _added_tokens(base: str, directory: Path) -> list[str]:
     known = load_tokenizer(Model(path=base)).get_vocab()
     theirs = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
     return sorted(theirs.keys() - known.keys(), key=theirs.__getitem__)
-
-
-def _count(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

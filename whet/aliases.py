@@ -26,6 +26,7 @@ NAMES = {
     "tokenizer_name_or_path": "model.tokenizer", "template": "model.chat_template",
     "bnb_4bit_use_double_quant": "base.double_quant", "use_double_quant": "base.double_quant",
     "double_quantization": "base.double_quant", "keep_fp8_transpose_cache": "base.keep_transposed",
+    "adapter_name_or_path": "model.adapter", "lora_model_dir": "model.adapter",
     "peft": "method.name", "adapter": "method.name", "finetuning_type": "method.name", "tuner_type": "method.name",
     "fine_tune_type": "method.name",
     "r": "method.r", "bias": "method.bias", "modules_to_save": "method.modules_to_save", "use_dora": "method.use_dora",

@@ -7,13 +7,14 @@ print(whet.evaluate(run.path)["tuned"]["metrics"])
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from whet.recipe import Parsed, parse
-from whet.runs import Run, open_run
+from whet.runs import Run, is_adapter_alone, open_run
 
 if TYPE_CHECKING:
     from whet.data.judge.endpoint import Endpoint
@@ -107,24 +108,31 @@ def evaluate(
     from whet.report.page import write_page
 
     _quiet()
-    opened = _opened(run)
-    with DirectoryLock(opened.path) as lock:
-        lock.take()
-        files = [] if data is None else files_of_rows(data, opened.path)
-        result = run_evaluation(opened, max_rows=max_rows, split=split, data=files, compute_metrics=compute_metrics)
-        write_page(opened.path)
+    found = opened(run)
+    files = [] if data is None else files_of_rows(data, found.path)
+    with DirectoryLock(found.path) if found.has_recipe else contextlib.nullcontext() as lock:
+        if lock is not None:
+            lock.take()
+        result = run_evaluation(found, max_rows=max_rows, split=split, data=files, compute_metrics=compute_metrics)
+        if found.has_recipe:
+            write_page(found.path)
     return result
 
 
-def merge(run: str | Path | Run, out: str | Path) -> dict[str, Any]:
-    """Fold a run's adapter into a plain model in `out`; returns the certificate of agreement."""
+def merge(run: str | Path | Run, out: str | Path, *, data: str | None = None) -> dict[str, Any]:
+    """Fold the adapter of a run, or in a folder of its own, into a plain model in `out`; returns the certificate.
+
+    data: rows on which an adapter without a run is compared; None: the built-in ones.
+    """
+    from whet.adapter_folder import with_rows
     from whet.report.page import write_page
     from whet.ship.merge import merge as run_merge
 
-    opened = _opened(run)
     _quiet()
-    certificate = run_merge(opened, Path(out))
-    write_page(opened.path)
+    found = with_rows(opened(run), data)
+    certificate = run_merge(found, Path(out))
+    if found.has_recipe:
+        write_page(found.path)
     return certificate
 
 
@@ -140,22 +148,30 @@ def predict(
     from whet.ship.predict import predict as run_prediction
     from whet.ship.questions import Asks, given
 
-    opened = _opened(run)
     _quiet()
-    questions = list(given([rows] if isinstance(rows, str) else rows, Asks.of(opened)))
-    with open_predictor(opened, Wanted(top, max_new_tokens)) as predictor:
+    found = opened(run)
+    questions = list(given([rows] if isinstance(rows, str) else rows, Asks.of(found)))
+    with open_predictor(found, Wanted(top, max_new_tokens)) as predictor:
         return [answer for _, answer in run_prediction(predictor, questions)]
 
 
-def _opened(run: str | Path | Run) -> Run:
-    return run if isinstance(run, Run) else open_run(run)
+def opened(run: str | Path | Run) -> Run:
+    """A run, or the folder of an adapter alone, as what answers. Raises UserError."""
+    if isinstance(run, Run):
+        return run
+    if is_adapter_alone(run):
+        from whet.adapter_folder import open_folder
+
+        return open_folder(run)
+    return open_run(run)
 
 
 def plan(recipe: Given = None, /, **overrides: Any) -> dict[str, Any]:
     """Parameters and memory of a recipe, from the model's config alone."""
+    from whet.further import with_starting_adapter
     from whet.planning.plan import plan_recipe
 
-    return plan_recipe(_parsed(recipe, overrides).recipe).as_dict()
+    return plan_recipe(with_starting_adapter(_parsed(recipe, overrides)).recipe).as_dict()
 
 
 def check(recipe: Given = None, /, **overrides: Any) -> dict[str, Any]:
@@ -177,6 +193,10 @@ def prepared(parsed: Parsed, *, any_model: bool = False) -> Prepared:
     from whet.planning.rules import ROWS, TASK, check, data_for_method
     from whet.runs import prepared as prepare_rows
 
+    if parsed.recipe.model.adapter is not None:
+        from whet.further import with_starting_adapter
+
+        parsed = with_starting_adapter(parsed)
     asked = Asked.of(parsed.recipe)
     check(asked, ROWS)
     model = remembered_row_model(parsed.recipe.model)

@@ -175,8 +175,10 @@ def _run_verbs(verbs: Any) -> None:
     predict.add_argument("--top", type=_positive, metavar="K", help="the K likeliest classes of each row (all)")
     predict.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest text (256)")
     merge = _verb(verbs, "merge", "plain weights, with a certificate of agreement", answers.merge,
-                  "whet merge runs/tickets out/", target="a run directory")  # fmt: skip
+                  "whet merge runs/tickets out/\n  whet merge adapters/theirs out/ --data rows.jsonl",
+                  target="a run directory, or the folder of an adapter")  # fmt: skip
     merge.add_argument("out", help="a new directory for the merged model")
+    merge.add_argument("--data", metavar="FILE", help="rows to compare an adapter without a run on (built-in ones)")
 
 
 def _data_verbs(verbs: Any) -> None:

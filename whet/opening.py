@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from whet.adapters import CONFIG, Adapters, adapter_directory, base_of, check_adapter
+from whet.adapter_files import CONFIG, adapter_directory
+from whet.adapter_folder import AdapterFolder, own_tokenizer
+from whet.adapters import Adapters, base_of, check_adapter
 from whet.base.console import say
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import check_contract
@@ -45,6 +47,8 @@ def open_answerer(run: Run, *, row_tokenizer: RowTokenizer | None = None, task: 
     Raises UserError when the run is unfinished, or the row tokenizer is not the one that it was trained with.
     """
     check_trained(run.trained)
+    for text in run.said if isinstance(run, AdapterFolder) else ():
+        say(text, style="yellow")
     recipe, task = run.recipe, run.task if task is None else task
     if row_tokenizer is None and task.name == "causal":
         row_tokenizer = RowTokenizer(chat_tokenizer(recipe.model), chat=True)
@@ -83,6 +87,10 @@ def open_adapters(target: str, beside: Mapping[str, str]) -> Answerer:
     path = Path(target)
     own = path if (path / CONFIG).is_file() or (path / "recipe.yaml").is_file() else None
     model, base = (Model(path=target), Base()) if own is None else base_of(own)
+    if own is not None:
+        model, said = own_tokenizer(model, adapter_directory(own))
+        for text in said:
+            say(text, style="yellow")
     row_tokenizer = RowTokenizer(chat_tokenizer(model), chat=True)
     targets = ({path.name: str(own)} if own is not None else {}) | dict(beside)
     for adapter in targets.values():

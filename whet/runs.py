@@ -48,6 +48,11 @@ class Run:
     recipe: Recipe
 
     @property
+    def has_recipe(self) -> bool:
+        """Whether this is a run directory; the folder of an adapter alone has none, and no report."""
+        return True
+
+    @property
     def adapter(self) -> Path:
         """The directory of the trained adapter, in PEFT's format."""
         return self.path / "adapter"
@@ -65,20 +70,7 @@ class Run:
     @property
     def task(self) -> Task:
         """The trained task, with the labels in the order of the head's outputs; causal before anything is trained."""
-        path = self.trained / LABELS
-        if not path.is_file():
-            return CAUSAL
-        try:
-            found = read_json(path)
-            task = Task(found["task"], tuple(str(name) for name in found["labels"]))
-            if task.name not in get_args(TaskName):
-                raise ValueError(f"no such task: {task.name}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"the names of the labels cannot be read: {error}", file=str(path),
-                expected='{"task": "classification", "labels": ["a", "b"]}', fix="copy it back, or train again",
-            ) from error  # fmt: skip
-        return task
+        return task_in(self.trained) or CAUSAL
 
     @property
     def checkpoints(self) -> Path:
@@ -141,6 +133,36 @@ def record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def is_adapter_alone(path: str | Path) -> bool:
+    """Whether a directory is the folder of an adapter that belongs to no run."""
+    place = Path(path)
+    return (place / "adapter_config.json").is_file() and not (place / "recipe.yaml").is_file()
+
+
+def check_target(path: str | Path) -> None:
+    """Raise UserError where there is neither a run nor an adapter, before anything heavy is imported."""
+    if not is_adapter_alone(path):
+        open_run(path)
+
+
+def task_in(directory: Path) -> Task | None:
+    """The task that stands beside what was trained, or None. Raises UserError where it cannot be read."""
+    path = directory / LABELS
+    if not path.is_file():
+        return None
+    try:
+        found = read_json(path)
+        task = Task(found["task"], tuple(str(name) for name in found["labels"]))
+        if task.name not in get_args(TaskName):
+            raise ValueError(f"no such task: {task.name}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the names of the labels cannot be read: {error}", file=str(path),
+            expected='{"task": "classification", "labels": ["a", "b"]}', fix="copy it back, or train again",
+        ) from error  # fmt: skip
+    return task
 
 
 def prepared(recipe: Recipe, *, any_model: bool = False, model: RowModel | None = None) -> Prepared:

@@ -6,6 +6,7 @@ MERGE = "test_merge.py"
 CERTIFICATE = "test_certificate.py"
 ADAPTERS = "test_adapters.py"
 EDGES = "test_ship_edges.py"
+ATTENTION = "test_certificate_attention.py"
 
 MUTANTS = [
     Mutant(
@@ -42,6 +43,27 @@ MUTANTS = [
         "merge: the 16-bit base for the dequantised", "ship/merge.py",
         '        if base_kind == "dequantised":\n', '        if base_kind != "dequantised":\n',
         "the certificate names another base than was merged", "test_merge.py -k 'quantised_run or plain_transformers'",
+    ),
+    Mutant(
+        "merge: read back with whet's own attention", "ship/merge.py",
+        "from_pretrained(str(folder), dtype=compute, use_safetensors=True)",
+        "from_pretrained(str(folder), dtype=compute, attn_implementation=\"whet\")",
+        "an attention that is wrong in whet is in both sides of the proof", ATTENTION,
+    ),
+    Mutant(
+        "merge: always bf16", "ship/merge.py",
+        "for dtype in (stored, *WIDER[stored]) for base", 'for dtype in ("bf16", "fp32") for base',
+        "a checkpoint in fp16 or fp32 loses its type", ATTENTION,
+    ),
+    Mutant(
+        "merge: infinite weights are written", "ship/merge.py",
+        "if not all(bool(tensor.isfinite().all())", "if not any(bool(tensor.isfinite().all())",
+        "weights that the type cannot hold become infinite", ATTENTION,
+    ),
+    Mutant(
+        "agreement: the loss decides nothing", "ship/agreement.py",
+        "and self.moved_loss <= self.loss_limit", "and self.moved_loss >= 0",
+        "a merged model that predicts held-out rows worse passes", ATTENTION,
     ),
     Mutant(
         "agreement: divergence the other way", "ship/agreement.py",

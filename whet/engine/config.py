@@ -26,6 +26,9 @@ class Model:
     new_tokens: list[str] = setting(
         [], "Tokens to add, each read and written whole; their rows are trained (methods lora and full)."
     )
+    adapter: str | None = setting(
+        None, "Run, or folder of an adapter, that is trained further; its method and its model where none is named."
+    )
     from_config: bool = setting(False, "Start from random weights of the model's `config.json` (pre-training).")
 
 

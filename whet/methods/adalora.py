@@ -128,6 +128,10 @@ class AdaLora(PeftMethod):
         with _without_alarm():
             super().save(model, directory)
 
+    @property
+    def opens_empty(self) -> bool:
+        return False  # PEFT reads off the weights what has been pruned
+
     def load(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> nn.Module:
         """PEFT's model with the adapter in `directory`."""
         with _without_alarm():

@@ -68,6 +68,19 @@ class Bottleneck(Method):
 
         delta.write(self, model, delta.trained_values(model), directory)
 
+    def start_from(self, model: Any, directory: Path) -> int:
+        """Give the adapters and the head the saved values."""
+        from whet.methods import delta
+
+        return delta.start_from(self.name, model, directory)
+
+    def check_saved(self, model: Any, directory: Path, empty: PreTrainedModel, task: Task = CAUSAL) -> None:
+        """Compare the file with the trained values."""
+        from whet.methods import delta
+        from whet.methods.saved import compare_tensors
+
+        compare_tensors(directory / delta.TENSORS, delta.trained_values(model))
+
     def load(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> nn.Module:
         """The same network with the saved adapters in it, as its own settings say. Raises UserError."""
         from whet.methods import delta

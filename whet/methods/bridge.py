@@ -81,6 +81,10 @@ class Bridge(PeftMethod):
         except REFUSALS as error:
             raise self._refused(error) from error
 
+    @property
+    def opens_empty(self) -> bool:
+        return self.can.inside and BRIDGED[self.name].count is None
+
     @contextlib.contextmanager
     def base_only(self, model: Any) -> Iterator[None]:
         if self.can.inside or "generate" in vars(type(model)):

@@ -179,6 +179,24 @@ def put(network: nn.Module, tensors: dict[str, torch.Tensor], directory: Path) -
     _changes[network] = changes
 
 
+@torch.no_grad()
+def start_from(method: str, model: nn.Module, directory: Path) -> int:
+    """Give the trainable parameters the values that `method` saved; returns how many. Raises UserError where the two
+    are not the same parameters."""
+    tensors, _ = read(method, model, directory)
+    trained = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    if trained.keys() != tensors.keys() or any(trained[name].shape != tensors[name].shape for name in trained):
+        odd = sorted(trained.keys() ^ tensors.keys()) or ["a tensor of another shape"]
+        raise UserError(
+            "the adapter does not hold what this recipe trains", file=str(directory), field="model.adapter",
+            found=odd[0], expected="the same parameters", fix="merge it, and train on the merged model",
+        )  # fmt: skip
+    for name, value in tensors.items():
+        trained[name].copy_(value)
+        assert torch.equal(trained[name], value.to(trained[name].dtype)), name
+    return len(tensors)
+
+
 def keep_changes(network: nn.Module) -> None:
     """What `put` changed is the network's own from now on: its base values are let go."""
     _changes.pop(network)

@@ -46,5 +46,16 @@ class Full(Method):
         saved = copy.deepcopy(model) if self.save_dtype == "bf16" else model
         if self.save_dtype == "bf16":
             saved.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
-        saved.set_attn_implementation("sdpa")
         saved.save_pretrained(str(directory), safe_serialization=True)
+
+    def check_saved(self, model: PreTrainedModel, directory: Path, empty: PreTrainedModel, task: Task = CAUSAL) -> None:
+        """Compare the files with the model in the type that was written; tensors that transformers saves under other
+        names are left to it."""
+        import torch
+
+        from whet.methods.saved import compare_tensors
+
+        short = torch.bfloat16 if self.save_dtype == "bf16" else torch.float32
+        known = model.state_dict()
+        for file in sorted(directory.glob("*.safetensors")):
+            compare_tensors(file, known, cast=short, all_of_them=False)

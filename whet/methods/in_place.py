@@ -46,6 +46,19 @@ class InPlaceMethod(Method):
 
         delta.write(self, model, self.tensors(model), directory)
 
+    def start_from(self, model: Any, directory: Path) -> int:
+        """Give the trained parameters the saved values."""
+        from whet.methods import delta
+
+        return delta.start_from(self.name, model, directory)
+
+    def check_saved(self, model: Any, directory: Path, empty: PreTrainedModel, task: Task = CAUSAL) -> None:
+        """Compare the file with the trained values."""
+        from whet.methods.delta import TENSORS
+        from whet.methods.saved import compare_tensors
+
+        compare_tensors(directory / TENSORS, self.tensors(model))
+
     def load(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> nn.Module:
         """The same network with the trained values in it. Raises UserError when they belong to another model."""
         from whet.methods import delta

@@ -22,7 +22,14 @@ from whet.base.private import revision_of
 from whet.engine.task import CAUSAL, Task
 from whet.methods.capability import ANY, DENSE, Capability
 from whet.methods.method import PeftMethod
-from whet.methods.targets import check_expression, find_targets, fits, no_match, shortest_endings
+from whet.methods.targets import (
+    check_expression,
+    find_targets,
+    fits,
+    no_match,
+    shortest_endings,
+    shortest_parameter_endings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,6 +66,10 @@ class Lora(PeftMethod):
         "all-linear",
         "all-linear (but the output head), attention, mlp (the rest of a layer), a list of layer names, or a regular "
         "expression.",
+    )
+    target_parameters: list[str] = setting(
+        [], "Parameters that are no linear layer, by name or its end: the experts of a mixture, such as "
+        "mlp.experts.gate_up_proj; on dense storage.",
     )
     exclude_modules: str | list[str] = setting([], "Names or a regular expression of targets to leave out.")
     layers_to_transform: list[Index] | None = setting(None, "Only these layers, counted from 0; auto = all.")
@@ -123,6 +134,16 @@ class Lora(PeftMethod):
                 "LoftQ starts on a quantised base, whose biases cannot be trained", field="method.bias",
                 found=self.bias, expected="none", fix="method.bias=none, or method.init_lora_weights=pissa",
             )  # fmt: skip
+        odd = [
+            name for name, usual in (("lora_dropout", 0.0), ("use_dora", False), ("init_lora_weights", "kaiming"))
+            if getattr(self, name) != usual
+        ]  # fmt: skip
+        if self.target_parameters and odd:
+            raise UserError(
+                f"{odd[0]} is for linear layers, and PEFT has no form of it for parameters",
+                field=f"method.{odd[0]}", found=str(getattr(self, odd[0])), expected="the default",
+                fix=f"remove method.{odd[0]}, or method.target_parameters",
+            )  # fmt: skip
         if self.trainable_token_indices and any("embed" in name for name in self.modules_to_save):
             raise UserError(
                 "an embedding that is trained whole has no rows to train apart", field="method.trainable_token_indices",
@@ -137,9 +158,12 @@ class Lora(PeftMethod):
     @property
     def can(self) -> Capability:
         """DoRA, patterns and whatever lies outside of A and B cost some of what plain LoRA can."""
-        changed = self._takes_out or self.bias != "none"
+        changed = self._takes_out or self.bias != "none" or bool(self.target_parameters)
         storages = PACKED if self.init_lora_weights == "loftq" else DENSE if changed else ANY
-        plain = not (self.use_dora or self.bias != "none" or self.modules_to_save or self.trainable_token_indices)
+        plain = not (
+            self.use_dora or self.bias != "none" or self.modules_to_save or self.trainable_token_indices
+            or self.target_parameters
+        )  # fmt: skip
         whole = plain and not (self.rank_pattern or self.alpha_pattern)
         return dataclasses.replace(self.capability, storages=storages, vllm=whole, composable=plain, compiles=plain)
 
@@ -223,9 +247,12 @@ class Lora(PeftMethod):
         import peft
         from transformers.pytorch_utils import Conv1D
 
-        names = find_targets(
+        from whet.methods.experts import chosen_parameters
+
+        parameters = chosen_parameters(network, self.target_parameters)
+        names = [] if parameters and self.target_modules == [] else find_targets(
             network, self.target_modules, exclude=self.exclude_modules, layers=self.layers_to_transform
-        )
+        )  # fmt: skip
         for field in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, field):
                 if not any(fits(key, name) for name in names):
@@ -247,7 +274,8 @@ class Lora(PeftMethod):
             bias=self.bias,
             modules_to_save=list(self.modules_to_save) or None,
             trainable_token_indices=self._rows(network),
-            fan_in_fan_out=all(isinstance(network.get_submodule(name), Conv1D) for name in names),
+            target_parameters=shortest_parameter_endings(network, parameters) or None,
+            fan_in_fan_out=bool(names) and all(isinstance(network.get_submodule(name), Conv1D) for name in names),
         )
 
     def _rows(self, network: PreTrainedModel) -> Any:

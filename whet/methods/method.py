@@ -62,6 +62,23 @@ class Method:
         """Write what was trained to an existing directory, as safetensors and JSON."""
         raise NotImplementedError
 
+    def check_saved(self, model: Any, directory: Path, empty: PreTrainedModel, task: Task = CAUSAL) -> None:
+        """Raise UserError unless `directory` holds what is trained in `model`, to the bit, as `load` will read it.
+
+        empty: the network without memory, which gets the adapter as an answering one does.
+        """
+        raise NotImplementedError
+
+    def make_room(self, network: PreTrainedModel, directory: Path) -> None:
+        """Let a freshly loaded `network` have what the adapter in `directory` was trained on, before `attach`."""
+
+    def start_from(self, model: Any, directory: Path) -> int:
+        """Give what `attach` added the numbers in `directory`, to the bit; returns how many tensors. UserError."""
+        raise UserError(
+            f"what {self.name} trained cannot be trained further by itself", field="model.adapter",
+            found=str(directory), fix="merge it, and train on the merged model",
+        )  # fmt: skip
+
     def load(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> nn.Module:
         """Put what `save` wrote on a freshly loaded `network`; returns the model, in evaluation mode."""
         raise NotImplementedError
@@ -129,6 +146,38 @@ class PeftMethod(Method):
         tables = False if new_token_ids(model.get_base_model()) else "auto"
         state = saved_state(model)
         model.save_pretrained(str(directory), state_dict=state, save_embedding_layers=tables)
+
+    def check_saved(self, model: Any, directory: Path, empty: PreTrainedModel, task: Task = CAUSAL) -> None:
+        """Compare the file with what PEFT says of the model, and put it on `empty`, where names and shapes must fit."""
+        import torch
+        from peft import get_peft_model_state_dict
+
+        from whet.methods.layers.adapter import WEIGHTS, attach_adapter
+        from whet.methods.layers.state import saved_state
+        from whet.methods.saved import compare_tensors
+
+        wanted = get_peft_model_state_dict(model, state_dict=saved_state(model), save_embedding_layers=False)
+        compare_tensors(directory / WEIGHTS, wanted)
+        if self.opens_empty:
+            with torch.device("meta"):
+                attach_adapter(empty, directory, task)
+
+    def make_room(self, network: PreTrainedModel, directory: Path) -> None:
+        """Make the tables as large as those that are saved with the adapter."""
+        from whet.methods.layers.adapter import grow_tables
+
+        grow_tables(network, directory)
+
+    def start_from(self, model: Any, directory: Path) -> int:
+        """Load PEFT's file, and compare each of its tensors with the model's."""
+        from whet.methods.layers.adapter import continue_adapter
+
+        return continue_adapter(model, directory)
+
+    @property
+    def opens_empty(self) -> bool:
+        """Whether an adapter can be put on a network without memory, none of whose weights PEFT reads for it."""
+        return True
 
     def load(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> nn.Module:
         """PEFT's model with the adapter in `directory`."""

@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from whet.base.errors import UserError, nearest
+from whet.methods.experts import expert_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +49,12 @@ def find_targets(
             )  # fmt: skip
         found = [name for name in found if layer_index(name) in layers]
     if not found:
+        if wanted == "mlp" and (experts := expert_parameters(network)):
+            raise UserError(
+                "the feed-forward part of this model is made of experts, which are no linear layers",
+                field="method.target_modules", found="mlp", expected="all-linear or attention, and target_parameters",
+                fix=f"method.target_modules=attention method.target_parameters=[{','.join(experts)}]",
+            )  # fmt: skip
         raise UserError(
             "no layer is left to train", field="method.target_modules", found=_shown(wanted),
             expected="layers that are not excluded", fix="use target_modules: all-linear, or exclude less",
@@ -59,6 +66,12 @@ def shortest_endings(network: nn.Module, names: Collection[str]) -> list[str]:
     """Dotted endings that pick exactly `names` of all modules, as PEFT matches them: equal, or after a dot."""
     taken = {ending for name, _ in network.named_modules() if name not in names for ending in _endings(name)}
     return sorted({next((e for e in _endings(name) if e not in taken), name) for name in names})
+
+
+def shortest_parameter_endings(network: nn.Module, names: Collection[str]) -> list[str]:
+    """Dotted endings that pick exactly these parameters of all, as PEFT matches them."""
+    taken = {ending for name, _ in network.named_parameters() if name not in names for ending in _endings(name)}
+    return sorted({next((e for e in _endings(name) if e not in taken and "." in e), name) for name in names})
 
 
 def layer_index(name: str) -> int | None:

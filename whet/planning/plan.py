@@ -17,9 +17,11 @@ from whet.data.batch.batches import Cut, Order
 from whet.data.batch.rows import Rows
 from whet.data.batch.text_batches import TextBatches
 from whet.engine.device import PACKED, Hardware, Placement, find_hardware, resolve_placement
+from whet.engine.load.left_out import left_out_notice
 from whet.engine.load.load import checkpoint_storage, empty_model, load_config, longest_input
 from whet.engine.task import Task, text_task
 from whet.engine.weights.linear import frozen_names
+from whet.methods.experts import expert_notices, expert_parameters, is_trained
 from whet.planning.asked import Asked, Structure
 from whet.planning.decide import decide
 from whet.planning.facts import Facts, Work, count_model
@@ -34,13 +36,15 @@ ASSUMED_STEPS = 1000
 
 @dataclass(frozen=True)
 class Plan:
-    """How a recipe would run: the facts, and the layout that follows from them; asked: the facts of the rules."""
+    """How a recipe would run: the facts, and the layout that follows from them; asked: the facts of the rules; notices:
+    what a person should know of parts that are left out."""
 
     recipe: Recipe
     task: Task
     asked: Asked
     facts: Facts
     layout: Layout
+    notices: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """trainable_params, all_params, memory by class (bytes), peak_bytes, host_bytes, the layout, and what they rest
@@ -61,6 +65,7 @@ class Plan:
             "model": self.recipe.model.path, "method": self.recipe.method.name, "trainable_params": model.trainable,
             "all_params": model.total, "memory": layout.memory, "peak_bytes": layout.peak_bytes,
             "host_bytes": layout.host_bytes, "layout": layout.as_dict(), "assumed": assumed,
+            "notices": list(self.notices),
         }  # fmt: skip
 
 
@@ -91,8 +96,16 @@ def plan_run(
     check(asked, rules)
     network = empty_model(recipe.model, "fp32", task)
     packed = frozen_names(network) if placement.storage in PACKED else []
+    experts = expert_parameters(network)
     with torch.device("meta"):
         model = recipe.method.attach(network, task)
+    wanted = getattr(recipe.method, "target_parameters", ())
+    left_out = expert_notices(
+        experts, sum(parameter.numel() for parameter in network.parameters()), packed=bool(packed),
+        trained=[one for one in experts if recipe.method.can.whole_model or is_trained(one, wanted)],
+    )  # fmt: skip
+    notice = left_out_notice(recipe.model, network)
+    left_out = (*left_out, *(() if notice is None else (notice,)))
     asked = replace(asked, structure=Structure.of(network, model, packed))
     check(asked, rules)
     facts = Facts(
@@ -101,7 +114,7 @@ def plan_run(
     )  # fmt: skip
     layout = decide(decided(asked), facts)
     check(replace(asked, can_capture=layout.cuda_graphs), rules)
-    return Plan(recipe, task, asked, facts, layout)
+    return Plan(recipe, task, asked, facts, layout, left_out)
 
 
 def assumed_task(recipe: Recipe, config: Any) -> Task:
@@ -126,7 +139,7 @@ def print_plan(found: dict[str, Any]) -> None:
     """Print a plan for people."""
     from rich.table import Table
 
-    from whet.base.console import answer, bytes_text, console
+    from whet.base.console import answer, bytes_text, console, say
 
     trainable, total = found["trainable_params"], found["all_params"]
     answer(f"{found['model']}: {trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
@@ -139,6 +152,8 @@ def print_plan(found: dict[str, Any]) -> None:
     if found["host_bytes"]:
         table.add_row("in host memory", bytes_text(found["host_bytes"]))
     console(stdout=True).print(table)
+    for notice in found["notices"]:
+        say(notice, style="yellow")
     assumed = found["assumed"]
     answer(
         f"an estimate for {assumed['tokens_per_forward']:,} tokens in a forward pass, {assumed['storage']} weights and "

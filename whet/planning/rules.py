@@ -87,6 +87,15 @@ def _kind_for_the_task(asked: Asked) -> str:
     return wanted.get(str(asked.task), "a model with a classification head in transformers")
 
 
+def _router_loss(asked: Asked) -> float:
+    """The weight of the loss that keeps experts equally busy, where the model's own loss would have it."""
+    assert asked.config is not None
+    text = asked.config.get_text_config()
+    if asked.task != "causal" or not getattr(text, "output_router_logits", False):
+        return 0.0
+    return float(getattr(text, "router_aux_loss_coef", None) or 0.0)
+
+
 def _task_for_the_kind(asked: Asked) -> str:
     """The fix where a model cannot be trained for a task."""
     assert asked.config is not None
@@ -192,6 +201,12 @@ LAYOUT = (
         expected="auto or false", fix="train.cuda_graphs=auto",
     ),
     Rule(
+        name="captured_parameters", field="train.cuda_graphs",
+        broken=lambda asked: asked.train.cuda_graphs and getattr(asked.method, "target_parameters", None),
+        problem="PEFT makes the weights of adapted parameters anew in every forward pass", expected="auto or false",
+        fix="train.cuda_graphs=auto",
+    ),
+    Rule(
         name="captured_optimiser", field="train.optim",
         broken=lambda asked: asked.train.cuda_graphs and asked.train.optim != "adamw",
         problem="only adamw can be captured in a CUDA graph", found="{train.optim}",
@@ -247,6 +262,14 @@ TASK = (
         broken=lambda asked: not _fits_the_task(asked),
         problem="this kind of model cannot be trained for the task {task}", found=_kind, expected=_kind_for_the_task,
         fix=_task_for_the_kind,
+    ),
+    Rule(
+        name="router_loss", field="model.path", needs=("config",),
+        broken=lambda asked: _router_loss(asked) > 0,
+        problem="the model's config asks for a loss of its router, which whet does not add to that of the rows",
+        found=lambda asked: f"output_router_logits true, router_aux_loss_coef {_router_loss(asked):g}",
+        expected="output_router_logits false, as transformers trains without it",
+        fix="write output_router_logits: false into the model's config.json",
     ),
     Rule(
         name="task_of_another_method", field="model.task", needs=("task",),
@@ -314,6 +337,20 @@ ROWS = (
     ),
 )  # fmt: skip
 
+START = (
+    Rule(
+        name="another_start_of_an_adapter", field="method.init_lora_weights",
+        broken=lambda asked: asked.model.adapter and getattr(asked.method, "init_lora_weights", "kaiming") != "kaiming",
+        problem="an adapter that is trained further starts where it is", found="{method.init_lora_weights}",
+        expected="kaiming, which has no effect then", fix="remove the line",
+    ),
+    Rule(
+        name="adapter_of_random_weights", field="model.from_config",
+        broken=lambda asked: asked.model.adapter and asked.model.from_config,
+        problem="an adapter belongs to the weights that it was trained on", expected="false", fix="remove the line",
+    ),
+)  # fmt: skip
+
 STRUCTURE = (
     Rule(
         name="embedding_on_the_host", field="base.offload_embedding", needs=("structure",),
@@ -376,5 +413,5 @@ LOADED = (
     ),
 )  # fmt: skip
 
-RULES = (*STORAGE, *OPTIMISER, *LAYOUT, *TASK, *ROWS, *STRUCTURE, *LOADED)
+RULES = (*STORAGE, *OPTIMISER, *LAYOUT, *TASK, *ROWS, *START, *STRUCTURE, *LOADED)
 OF_ANY_MACHINE = tuple(rule for rule in RULES if not {"device", "can_capture"} & {*rule.needs})

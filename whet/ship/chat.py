@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from whet.adapters import CONFIG, Adapters
+from whet.adapter_files import CONFIG
+from whet.adapter_folder import open_folder
+from whet.adapters import Adapters
 from whet.base.errors import UserError
 from whet.data.example import Message
 from whet.data.labels import encode_texts
 from whet.engine.answer.session import TextSession, text_session
 from whet.opening import Answerer, open_adapters, open_answerer, open_model_for_chat, tell
-from whet.runs import Run, open_run
+from whet.runs import Run, is_adapter_alone, open_run
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,11 @@ def open_chat(target: str, *, max_new_tokens: int = 256, beside: Mapping[str, st
     beside: runs or adapters by name, loaded too and switched to by `Chat.use`; the target's own is called by its
     folder. Raises UserError, also for a run with labels, which has nothing to say.
     """
-    if beside or (Path(target) / CONFIG).is_file():
+    alone = None if beside or not is_adapter_alone(target) else _check_writes(open_folder(target))
+    # Only an adapter inside of the layers can be switched by name: virtual tokens stand in front of each row.
+    if alone is not None and (alone.task.name != "causal" or not alone.recipe.method.can.inside):
+        answerer = open_answerer(alone)
+    elif beside or (Path(target) / CONFIG).is_file():
         answerer = open_adapters(target, beside or {})
     elif (Path(target) / "recipe.yaml").is_file():
         answerer = open_answerer(_check_writes(open_run(target)))

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from whet.adapters import CONFIG, NOTE, WEIGHTS, Adapters, How, adapter_directory, base_of, check_adapter
+from whet.adapter_files import CONFIG, NOTE, WEIGHTS, adapter_directory
+from whet.adapters import Adapters, How, base_of, check_adapter
 from whet.base.errors import UserError
 from whet.base.outputs import output_directory, output_path
+from whet.data.template.goldens import OTHER_TEMPLATES
 from whet.engine.load.identity import SEAL, base_identity, check_base
 from whet.engine.load.locate import locate
 from whet.inputs import inputs_of_adapter
@@ -51,7 +53,10 @@ def compose_on_disk(
         "parts": [str(part) for part in parts], "weights": list(weights or [1.0] * len(parts)), "how": how,
         "base": {name: value for name, value in asdict(model).items() if value is not None},
     }  # fmt: skip
-    beside = [file for file in folders[0].iterdir() if file.is_file() and _is_of_tokenizer(file) and file.name != SEAL]
+    beside = [
+        file for file in folders[0].iterdir()
+        if file.name == OTHER_TEMPLATES or (file.is_file() and _is_of_tokenizer(file) and file.name != SEAL)
+    ]  # fmt: skip
     return adapters.write("out", out, note, beside=beside, base=recorded[0] or base_identity(model))
 
 
@@ -69,7 +74,7 @@ def delete_on_disk(target: str | Path) -> Path:
     """Remove the directory of an adapter. Raises UserError when other files lie in it, or it belongs to a run."""
     directory = adapter_directory(target)
     _check_stands_alone(directory)
-    known = {CONFIG, WEIGHTS, NOTE, "README.md"}
+    known = {CONFIG, WEIGHTS, NOTE, OTHER_TEMPLATES, "README.md"}
     others = sorted(path.name for path in directory.iterdir() if path.name not in known and not _is_of_tokenizer(path))
     if others:
         raise UserError(

@@ -1,11 +1,12 @@
 """Fold the adapter into plain weights, and prove that the result answers as the trained model does.
 
-What the adapter was trained on (the dequantised base) and the 16-bit base are both tried, in the type of the
-checkpoint first and in fp32 when that loses answers; each is written, read back by plain transformers, and compared
-with the live adapter on held-out rows: `ship.agreement` for models that write, `ship.label_agreement` for labels and
-values. The first candidate that agrees everywhere is kept, else the closest; too far away is refused. The certificate
-lies beside the weights and says what they were made of and what they are, so that the same merge is not made twice. A
-directory with anything else in it is never replaced.
+What the adapter was trained on (the dequantised base) and the base as its checkpoint has it are both tried, in the type
+of the checkpoint first and in wider ones when that loses answers or cannot hold a weight; each is written, read back by
+plain transformers with the attention that it gives the model, and compared with the live adapter on held-out rows:
+`ship.agreement` for models that write, `ship.label_agreement` for labels and values. The first candidate that agrees
+everywhere is kept, else the closest; too far away is refused. The certificate lies beside the weights and says what they
+were made of and what they are, so that the same merge is not made twice. A directory with anything else in it is never
+replaced.
 """
 
 from __future__ import annotations
@@ -26,23 +27,27 @@ from whet.data.prepare import Prepared
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import write_contract
 from whet.engine.config import Model
-from whet.engine.device import DTYPES, PACKED, Placement
+from whet.engine.device import PACKED, Placement
 from whet.engine.load.identity import base_identity, seal_digest
-from whet.engine.load.load import load_model, rebuilding_notice
-from whet.engine.load.open import Opened, check_trained, open_model
-from whet.engine.task import Task
+from whet.engine.load.left_out import left_out
+from whet.engine.load.load import load_config, load_model, rebuilding_notice
+from whet.engine.load.open import Opened, check_trained
 from whet.engine.weights.linear import FrozenLinear
 from whet.inputs import inputs_of_run
 from whet.methods.all import METHODS
 from whet.opening import open_answerer
 from whet.runs import Run
 from whet.ship.agreement import MEAN_KL_LIMIT, Agreement, decoder_reference, encoder_decoder_reference
+from whet.ship.carry import carry_over
 from whet.ship.label_agreement import LabelAgreement, label_reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CERTIFICATE = "whet_merge.json"
+TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# Types to write in after that of the checkpoint: none that holds less than it.
+WIDER = {"fp16": ("bf16", "fp32"), "bf16": ("fp32",), "fp32": ()}
 __all__ = ["CERTIFICATE", "MEAN_KL_LIMIT", "merge"]
 Verdict = Agreement | LabelAgreement
 
@@ -63,8 +68,8 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
     origin = _origin(run)
     if (earlier := _earlier(target, origin)) is not None:
         say(f"{out} holds this merge already: nothing to do")
-        if run.read("results/merge.json") != earlier:  # killed between the two
-            run.write("results/merge.json", earlier)
+        if run.has_recipe and run.read("results/merge.json") != earlier:  # killed between the two
+            _remember(run, earlier)
         return earlier
     prepared = runs.rows_of(run)
     live = open_answerer(run, row_tokenizer=prepared.row_tokenizer).opened
@@ -90,7 +95,7 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
                 write_contract(prepared.row_tokenizer, directory / CONTRACT)
             certificate["files"] = files_in(directory)
             write_json(directory / CERTIFICATE, certificate)
-    run.write("results/merge.json", certificate)
+    _remember(run, certificate)
     return certificate
 
 
@@ -120,6 +125,10 @@ def _earlier(out: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
             expected="a new or empty directory", fix="give a new directory, or remove this one yourself",
         )  # fmt: skip
     return found
+def _remember(run: Run, certificate: dict[str, Any]) -> None:
+    """Keep the certificate in the run; the folder of an adapter alone is somebody's input, and left as it is."""
+    if run.has_recipe:
+        run.write("results/merge.json", certificate)
 
 
 def _best_candidate(
@@ -129,10 +138,12 @@ def _best_candidate(
     stop_ids = prepared.row_tokenizer.stop_ids() if live.task.name == "causal" else []
     best: tuple[Verdict, Path] | None = None
     tried: list[Verdict] = []
-    for base_kind, dtype in _candidates(run.recipe.base.storage or "", live.network):
+    for base_kind, dtype in _candidates(run.recipe.base.storage or "", _type_of_checkpoint(run.recipe.model)):
         folder = scratch / f"{base_kind}-{dtype}"
-        _write_candidate(run, live, base_kind, dtype, folder, stop_ids)
-        candidate = _read_back(folder, live.placement, live.task)
+        if not _write_candidate(run, live, base_kind, dtype, folder, stop_ids):
+            say(f"merged on {base_kind} base, weights are too large for {dtype}: trying another type", style="yellow")
+            continue
+        candidate = _read_back(folder, live, dtype)
         verdict = judge.compare(base_kind, dtype, candidate, best[0] if best else None)
         del candidate
         tried.append(verdict)
@@ -142,8 +153,11 @@ def _best_candidate(
             best = (verdict, folder)
         if verdict.perfect:
             break
-        say(f"merged on {base_kind} base in {dtype}: {verdict.summary}", style="dim")
-    assert best is not None
+    if best is None:
+        raise UserError(
+            "the merged weights are not finite in any type, so none was written", file=str(run.path),
+            expected="finite weights", fix="train again with a lower train.learning_rate",
+        )  # fmt: skip
     return *best, tried
 
 
@@ -174,14 +188,22 @@ def _judge(live: Opened, prepared: Prepared) -> Judge:
     return decoder_reference(live, prepared)
 
 
-def _candidates(storage: str, network: PreTrainedModel) -> list[tuple[str, str]]:
-    """(base, dtype) in the order in which they are tried: what was trained on first, small types first."""
+def _candidates(storage: str, stored: str) -> list[tuple[str, str]]:
+    """(base, dtype) in the order in which they are tried: what was trained on, the type of the checkpoint first."""
     bases = ["dequantised", "16-bit"] if storage in PACKED else ["trained"]
-    return [(base, dtype) for dtype in ("bf16", "fp32") for base in bases]
+    return [(base, dtype) for dtype in (stored, *WIDER[stored]) for base in bases]
 
 
-def _write_candidate(run: Run, live: Opened, base_kind: str, dtype: str, folder: Path, stop_ids: list[int]) -> None:
-    """Fold base and what was trained together in fp32, and write a plain model in `dtype`."""
+def _type_of_checkpoint(model: Model) -> str:
+    """The type that a checkpoint's weights are kept in, as its config says it: what plain transformers would open."""
+    found = None if model.from_config else load_config(model).dtype
+    names = {str(dtype).removeprefix("torch."): name for name, dtype in TYPES.items()}
+    return names.get(str(found).removeprefix("torch."), "fp32")
+
+
+def _write_candidate(run: Run, live: Opened, base_kind: str, dtype: str, folder: Path, stop_ids: list[int]) -> bool:
+    """Fold base and what was trained together in fp32, and write a plain model in `dtype`; False where that cannot
+    hold a weight."""
     target = Placement(torch.device("cpu"), "fp32", torch.float32, False, {})
     if notice := rebuilding_notice(run.recipe.model, target):
         say(notice, style="yellow")
@@ -190,25 +212,31 @@ def _write_candidate(run: Run, live: Opened, base_kind: str, dtype: str, folder:
         if base_kind == "dequantised":
             _copy_dequantised(live.network, plain)
         plain = run.recipe.method.fold(plain, run.trained, run.task)
-    plain.to(DTYPES[dtype])  # type: ignore[arg-type]
+    plain.to(TYPES[dtype])  # type: ignore[arg-type]
+    if not all(bool(tensor.isfinite().all()) for tensor in plain.parameters()):
+        return False
     if run.task.name == "causal":
-        plain.set_attn_implementation("sdpa")
         plain.generation_config.eos_token_id = stop_ids  # type: ignore[union-attr]
     plain.save_pretrained(str(folder), safe_serialization=True)
+    if parts := left_out(run.recipe.model, plain):
+        carry_over(run.recipe.model, folder, parts, str(TYPES[dtype]).removeprefix("torch."))
+    return True
 
 
-def _read_back(folder: Path, placement: Placement, task: Task) -> Opened:
-    """The candidate from the disk as a stranger would read it, in the arithmetic of the live model.
+def _read_back(folder: Path, live: Opened, dtype: str) -> Opened:
+    """The candidate from the disk as a stranger would read it: plain transformers, the attention that it chooses, in
+    the arithmetic of the live model (fp16 as it is, where that is a short one).
 
     Nothing is told of labels: that the config knows them is part of what is proven.
     """
-    compute = placement.compute
+    placement, task = live.placement, live.task
+    short = placement.compute != torch.float32
+    compute = torch.float16 if short and dtype == "fp16" else placement.compute
     plain = Placement(placement.device, "fp32" if compute == torch.float32 else "bf16", compute, False, {})
-    if task.name == "causal":
-        return open_model(Model(path=str(folder)), plain)
-    network = task.auto_class().from_pretrained(str(folder), dtype=compute)
-    names = tuple(network.config.id2label[index] for index in range(len(task.labels)))
-    assert names == task.labels, f"the merged model names its labels {names}, not {task.labels}"
+    network = task.auto_class().from_pretrained(str(folder), dtype=compute, use_safetensors=True)
+    if task.labelled:
+        names = tuple(network.config.id2label[index] for index in range(len(task.labels)))
+        assert names == task.labels, f"the merged model names its labels {names}, not {task.labels}"
     return Opened(network.to(placement.device).eval(), None, plain, task=task)
 
 

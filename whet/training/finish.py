@@ -14,6 +14,7 @@ from whet.engine.weights.linear import count_parameters
 from whet.runs import IDENTITY, LABELS, Run
 from whet.training.apply import Arranged
 from whet.training.resume import Checkpoints
+from whet.training.saved import check_saved
 from whet.training.setup import Ready
 from whet.training.state import State
 from whet.training.trend import still_falling
@@ -36,6 +37,7 @@ def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: St
         if tokenizer.template is not None:
             write_contract(tokenizer, directory / CONTRACT)
         seal(directory, run.read(IDENTITY))
+        check_saved(ready, arranged.model, directory)
     summary = _summary(arranged, state, reason, kept) | {"trained_sha256": seal_digest(run.trained)}
     finding = still_falling(run.lines("metrics.jsonl")) if reason == "completed" else None
     run.write("finished.json", summary | {"findings": [] if finding is None else [finding]})

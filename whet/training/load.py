@@ -14,6 +14,7 @@ from whet.engine.load.identity import base_identity, check_base
 from whet.engine.load.load import load_model, rebuilding_notice
 from whet.engine.memory.host_adam import shorten_weights
 from whet.engine.weights.linear import count_parameters
+from whet.further import start_directory
 from whet.recipe import resolve
 from whet.runs import IDENTITY
 from whet.training.apply import Loaded
@@ -39,10 +40,18 @@ def load(ready: Ready) -> tuple[Loaded, Ready]:
     if not known:  # it was fetched just now
         _check_base(ready)
     _check_ends(ready, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+    start = None if recipe.model.adapter is None else start_directory(recipe.model.adapter)
+    if start is not None:
+        recipe.method.make_room(network, start)
     model = recipe.method.attach(network, ready.plan.task)
+    if start is not None:
+        count = recipe.method.start_from(model, start)
+        say(f"going on from {start}: {count} tensors, equal to the bit")
     masters = shorten_weights(network, placement.device, placement.compute) if layout.short_weights else {}
     if not ready.plan.facts.padded_task:
         ready = _with_proven_attention(ready, model, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+    for notice in ready.plan.notices:
+        say(notice, style="yellow")
     trainable, total = count_parameters(model)
     say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
     return Loaded(network, model.train(), masters), ready

@@ -30,6 +30,7 @@ from whet.engine.device import Hardware, Placement
 from whet.engine.load.headers import check_checkpoint
 from whet.engine.load.load import checkpoint_storage, load_config, longest_input
 from whet.engine.task import text_task
+from whet.further import START, check_labels, check_same_start, start_directory, start_facts, with_starting_adapter
 from whet.inputs import inputs_of_recipe
 from whet.planning.asked import Asked
 from whet.planning.facts import Work
@@ -72,6 +73,7 @@ def get_ready(parsed: Parsed, lock: DirectoryLock | None = None) -> Ready:
 
     lock: as in `runs.start`.
     """
+    parsed = with_starting_adapter(parsed)
     recipe = parsed.recipe
     _check_output(parsed)
     config = load_config(recipe.model)
@@ -88,13 +90,18 @@ def get_ready(parsed: Parsed, lock: DirectoryLock | None = None) -> Ready:
         say(f"! {sentence}", style="yellow")
     plan = plan_of(resolved, prepared, hardware, placement)
     _check_disk(plan, runs.run_directory(recipe))
+    started = start_facts(recipe)
+    if started:
+        check_labels(start_directory(str(recipe.model.adapter)), prepared.task.labels)
     facts = {
         "environment.json": environment(hardware, placement),
         "data.json": prepared.ledger.as_dict(),
         "plan.json": plan.as_dict(),
+        **({START: started} if started else {}),
     }
     check_checkpoint(recipe.model, prepared.task, plain=checkpoint_storage(recipe.model) is None)
     run = runs.start(resolved, parsed.origins, decided, facts, lock)
+    check_same_start(run)
     _check_same_rows(run, prepared.ledger)
     return Ready(run, prepared, plan)
 

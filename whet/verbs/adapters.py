@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,27 +26,34 @@ def adapters(words: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list_adapters(words: argparse.Namespace) -> dict[str, Any]:
-    from whet.adapters import find
+    from whet.adapter_files import find, head_score
+    from whet.base.console import bytes_text, say
 
     found = find(words.targets[0])
-    if not words.json:
-        from rich.table import Table
-
-        from whet.base.console import bytes_text, console, say
-
-        table = Table(box=None, pad_edge=False)
-        for name in ("adapter", "kind", "rank", "parameters", "size", "base"):
-            table.add_column(name, justify="right" if name in ("rank", "parameters", "size") else "left")
-        for one in found:
-            base = Path(one.base).name if one.base else ""
-            table.add_row(
-                str(one.path), one.kind, str(one.rank or ""), f"{one.parameters:,}", bytes_text(one.bytes), base
-            )
-        if found:
-            console(stdout=True).print(table)
-        else:
-            say(f"no adapters in {words.targets[0]}")
+    rows = [
+        (str(one.path), one.kind, str(one.rank or ""), f"{one.parameters:,}", bytes_text(one.bytes),
+         Path(one.base).name if one.base else "", head_score(one.scores))
+        for one in found
+    ]  # fmt: skip
+    if not words.json and rows:
+        _print_aligned([("adapter", "kind", "rank", "parameters", "size", "base", "score"), *rows], right=(2, 3, 4))
+    elif not words.json:
+        say(f"no adapters in {words.targets[0]}")
     return {"adapters": [asdict(one) | {"path": str(one.path)} for one in found]}
+
+
+def _print_aligned(rows: Sequence[Sequence[str]], right: Collection[int]) -> None:
+    """Print columns to stdout, whole however wide: a path that is cut cannot be used in the next command."""
+    from whet.base.console import console
+
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    out = console(stdout=True)
+    for row in rows:
+        cells = [
+            text.rjust(width) if place in right else text.ljust(width)
+            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        out.print("  ".join(cells).rstrip(), soft_wrap=True, markup=False, highlight=False)
 
 
 def _compose(words: argparse.Namespace) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from whet.verbs.libraries import prepare_libraries
 
 def evaluate(words: argparse.Namespace) -> dict[str, Any]:
     from whet import api
-    from whet.runs import open_run
+    from whet.runs import check_target
 
-    open_run(words.target)
+    check_target(words.target)
     prepare_libraries(f"eval: base against tuned of {words.target}")
     result = api.evaluate(words.target, max_rows=words.max_rows, split=words.split, data=words.data or None)
     from whet.evaluation.printed import print_scores
@@ -48,11 +48,14 @@ def _named(pairs: list[str]) -> dict[str, str]:
 
 def predict(words: argparse.Namespace) -> dict[str, Any]:
     from whet.base.console import say
-    from whet.runs import open_run
+    from whet.runs import check_target
 
-    run = open_run(words.target)
+    check_target(words.target)
     prepare_libraries(f"predict: opening {words.target}")
+    from whet.api import opened
     from whet.ship.predict import Wanted, predict_file
+
+    run = opened(words.target)
 
     wanted = Wanted(words.top, words.max_new_tokens)
     answers = predict_file(run, words.file, quiet=words.json, out=words.out, table=words.csv, wanted=wanted)
@@ -64,11 +67,11 @@ def predict(words: argparse.Namespace) -> dict[str, Any]:
 def merge(words: argparse.Namespace) -> dict[str, Any]:
     from whet import api
     from whet.base.console import answer
-    from whet.runs import open_run
+    from whet.runs import check_target
 
-    open_run(words.target)
+    check_target(words.target)
     prepare_libraries(f"merge: opening {words.target}")
-    certificate = api.merge(words.target, words.out)
+    certificate = api.merge(words.target, words.out, data=words.data)
     if not words.json:
         rows = f"on {certificate['prompts']} held-out rows"
         answer(f"merged on {certificate['chosen']}; {rows}: {certificate['summary']} -> {words.out}")

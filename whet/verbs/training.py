@@ -28,13 +28,14 @@ def init(words: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def plan(words: argparse.Namespace) -> dict[str, Any]:
+    from whet.further import with_starting_adapter
     from whet.planning.plan import plan_recipe, print_plan
     from whet.recipe import parse
 
     prepare_libraries(f"plan: {words.target}")
     source = words.target if is_recipe(words.target) else None
     extra = [] if source else [f"model.path={json.dumps(words.target)}"]
-    answer = plan_recipe(parse(source, [*extra, *words.overrides]).recipe).as_dict()
+    answer = plan_recipe(with_starting_adapter(parse(source, [*extra, *words.overrides])).recipe).as_dict()
     if not words.json:
         print_plan(answer)
     return answer

@@ -17,6 +17,7 @@ from whet.data.template.row_tokenizer import RowTokenizer
 from whet.data.template.template import contract
 
 FILE = "whet_template.json"
+OTHER_TEMPLATES = "additional_chat_templates"
 COUNT = 5
 
 _WEATHER = [{"type": "function", "function": {
@@ -68,12 +69,16 @@ def check_contract(row_tokenizer: RowTokenizer, path: Path) -> int:
     if not path.is_file():
         return 0
     record = json.loads(path.read_text(encoding="utf-8"))
-    goldens, beside = record["golden"], path.with_name("chat_template.jinja")
-    if beside.is_file() and beside.read_bytes().decode("utf-8", "replace") != record["chat_template"]:
-        raise UserError(
-            "the chat template beside the adapter is not the one that it was trained with", file=str(beside),
-            found="other text", expected=f"chat_template of {path.name}", fix=f"copy it back from {path.name}",
-        )  # fmt: skip
+    goldens, templates = record["golden"], record["chat_template"]
+    for name, text in (templates if isinstance(templates, dict) else {"default": templates}).items():
+        beside = path.with_name("chat_template.jinja")
+        if name != "default":  # as transformers saves a model's second template, such as tool_use
+            beside = path.with_name(OTHER_TEMPLATES) / f"{name}.jinja"
+        if beside.is_file() and beside.read_bytes().decode("utf-8", "replace") != text:
+            raise UserError(
+                "the chat template beside the adapter is not the one that it was trained with", file=str(beside),
+                found="other text", expected=f"chat_template of {path.name}", fix=f"copy it back from {path.name}",
+            )  # fmt: skip
     for index, golden in enumerate(goldens):
         ids, prompt, _ = _ids(row_tokenizer, golden)
         old_prompt = golden.get("prompt", prompt)

@@ -27,7 +27,13 @@ def locate(path: str, field: str = "model.path") -> str:
         return str(BUILTIN[path])
     here = Path(path).expanduser()
     if here.is_dir():
-        if not (here / "config.json").is_file():
+        own = ("tokenizer.json", "tokenizer_config.json") if field == "model.tokenizer" else ()
+        if not any((here / name).is_file() for name in ("config.json", *own)):
+            if (here / "adapter_config.json").is_file():
+                raise UserError(
+                    "this is an adapter, not a model", file=str(here), field=field, expected="a directory of a model",
+                    fix=f"model.adapter={here} trains it further; whet chat, eval and merge take the folder as it is",
+                )  # fmt: skip
             raise UserError(
                 "the directory holds no config.json, so it is no model",
                 file=str(here),
