@@ -35,6 +35,9 @@ def test_narrow_models_get_a_higher_rate() -> None:
     assert rate("lora", 64) == rate("lora", 256), "no model is so narrow that the rate grows for ever"
     assert rate("full", 768) == pytest.approx(7.6e-5, rel=0.05)
     assert rate("ia3", 384) == rate("ia3", 4096)
+    labelled, why = METHODS["lora"]().can.rate_for(SimpleNamespace(hidden_size=384), labelled=True)
+    assert labelled == pytest.approx(2e-3, rel=0.05)
+    assert why.endswith("and a new head")
 
 
 def test_the_reason_stands_in_the_run(recipe: Callable[..., Parsed]) -> None:

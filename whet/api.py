@@ -291,10 +291,10 @@ def open(target: str | Path | Run) -> Handle:
     from whet.handle import open_handle
 
     _quiet()
-    run = target if isinstance(target, Run) else None
-    if run is None and (Path(target) / "recipe.yaml").is_file():
-        run = open_run(target)
-    return open_handle(str(target if run is None else run.path), run)
+    if isinstance(target, Run):
+        return open_handle(str(target.path), target)
+    run = open_run(target) if (Path(target) / "recipe.yaml").is_file() else None
+    return open_handle(str(target), run)
 
 
 def chat(

@@ -81,7 +81,7 @@ class Predictor:
         """The text written for each question; cut: it was not finished after `max_new_tokens`."""
         row_tokenizer, limit = self.answerer.row_tokenizer, self.wanted.max_new_tokens
         tokenizer: Any = row_tokenizer.tokenizer
-        options = {"max_new_tokens": limit, "batch_size": self.batch_size}
+        options: dict[str, Any] = {"max_new_tokens": limit, "batch_size": self.batch_size}
         if isinstance(self.session, EncoderDecoderSession):
             texts = [source_text(one.chat) for one in questions if one.chat is not None]
             written = self.session.answer(encode_texts(tokenizer, texts, max_length=self.max_length), **options)
