@@ -46,7 +46,8 @@ def locate(path: str, field: str = "model.path") -> str:
         return str(BUILTIN[path])
     here = Path(path).expanduser()
     if here.is_dir():
-        if not (here / "config.json").is_file():
+        own = ("tokenizer.json", "tokenizer_config.json") if field == "model.tokenizer" else ()
+        if not any((here / name).is_file() for name in ("config.json", *own)):
             raise UserError(
                 "the directory holds no config.json, so it is no model",
                 file=str(here),
