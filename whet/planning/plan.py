@@ -18,6 +18,7 @@ from whet.data.batch.rows import Rows
 from whet.data.batch.text_batches import TextBatches
 from whet.engine.device import PACKED, Hardware, Placement, find_hardware, resolve_placement
 from whet.engine.load.load import checkpoint_storage, empty_model, load_config, longest_input
+from whet.engine.sizes import HIDDEN, largest
 from whet.engine.task import Task, text_task
 from whet.engine.weights.linear import frozen_names
 from whet.planning.asked import Asked, Structure
@@ -67,7 +68,7 @@ class Plan:
 def resolve_base(recipe: Recipe, config: Any) -> tuple[Hardware, Placement]:
     """The device and the placement of a recipe's base model. Raises UserError."""
     hardware = find_hardware(recipe.base.device)
-    width = getattr(config.get_text_config(), "hidden_size", None)
+    width = largest(config.get_text_config(), *HIDDEN)
     stored = checkpoint_storage(recipe.model)
     storages = recipe.method.can.storages
     return hardware, resolve_placement(recipe.base, storages, width, stored=stored, hardware=hardware)

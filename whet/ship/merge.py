@@ -20,6 +20,7 @@ from whet import runs
 from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.files import whole_directory, write_json
+from whet.base.private import has_sdpa
 from whet.data.prepare import Prepared
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import write_contract
@@ -155,7 +156,7 @@ def _write_candidate(run: Run, live: Opened, base_kind: str, dtype: str, folder:
         plain = run.recipe.method.fold(plain, run.trained, run.task)
     plain.to(DTYPES[dtype])  # type: ignore[arg-type]
     if run.task.name == "causal":
-        plain.set_attn_implementation("sdpa")
+        plain.set_attn_implementation("sdpa" if has_sdpa(plain) else "eager")
         plain.generation_config.eos_token_id = stop_ids  # type: ignore[union-attr]
     plain.save_pretrained(str(folder), safe_serialization=True)
 

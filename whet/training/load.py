@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.seed import seed_everything
-from whet.engine.compute.isolation import check_causality, check_isolation
+from whet.engine.compute.isolation import check_causality, check_isolation, knows_documents
+from whet.engine.compute.proven_attention import attention_notice
 from whet.engine.load.load import load_model, rebuilding_notice
 from whet.engine.memory.host_adam import shorten_weights
 from whet.engine.weights.linear import count_parameters
+from whet.methods.targets import left_alone_notices
 from whet.recipe import resolve
 from whet.training.apply import Loaded
 from whet.training.setup import Ready, plan_of
@@ -33,18 +36,25 @@ def load(ready: Ready) -> tuple[Loaded, Ready]:
     if notice := rebuilding_notice(recipe.model, home):
         say(notice, style="yellow")
     network = load_model(recipe.model, home, ready.plan.task)
+    if notice := attention_notice(network):
+        say(notice, style="yellow")
     model = recipe.method.attach(network, ready.plan.task)
+    for text in left_alone_notices(network):
+        say(text, style="yellow")
     masters = shorten_weights(network, placement.device, placement.compute) if layout.short_weights else {}
     if not ready.plan.facts.padded_task:
-        ready = _with_proven_attention(ready, model, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+        ready = _with_proven_attention(ready, model, network)
     trainable, total = count_parameters(model)
     say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
     return Loaded(network, model.train(), masters), ready
 
 
-def _with_proven_attention(ready: Ready, model: torch.nn.Module, vocabulary: int) -> Ready:
+def _with_proven_attention(ready: Ready, model: torch.nn.Module, network: Any) -> Ready:
     """Refuse a model that sees ahead; where documents share a row and see each other, fall back to padded rows."""
+    if ready.plan.facts.flat and not knows_documents(network):
+        ready = _padded(ready, "its attention is not whet's, and knows no documents")
     placement, flat = ready.plan.facts.placement, ready.plan.facts.flat
+    vocabulary = network.get_input_embeddings().weight.shape[0]
     autocast = placement.compute if placement.autocast else None
     moved = check_causality(model, vocabulary, flat=flat, autocast=autocast)
     if moved > SEES_AHEAD:
@@ -56,16 +66,16 @@ def _with_proven_attention(ready: Ready, model: torch.nn.Module, vocabulary: int
     if not flat:
         return ready
     isolation = check_isolation(model, vocabulary, autocast=autocast)
-    return ready if isolation.holds else _padded(ready, isolation.moved)
+    return ready if isolation.holds else _padded(ready, f"logits moved by {isolation.moved:.2g}")
 
 
-def _padded(ready: Ready, moved: float) -> Ready:
+def _padded(ready: Ready, reason: str) -> Ready:
     """The same run with a row for each document. Raises UserError where the recipe asks for shared rows."""
     origins = ready.run.read("origins.json") or {}
     if ready.prepared.bins is not None or origins["data.padding_free"]["origin"] != "decided":
         raise UserError(
             "the model lets documents that share a row see each other", field="data.packing",
-            found=f"logits moved by {moved:.2g}", expected="0", fix="data.packing=false data.padding_free=false",
+            found=reason, expected="0", fix="data.packing=false data.padding_free=false",
         )  # fmt: skip
     say("the model's attention cannot keep documents apart in one row: training padded instead", style="yellow")
     recipe = resolve(ready.recipe, {"data.padding_free": False})

@@ -32,6 +32,7 @@ from whet.planning.rules import check, data_for_method
 from whet.recipe import Parsed, Recipe, resolve
 from whet.runs import Run, chat_tokenizer
 from whet.training.auto import decide_settings
+from whet.training.ids import check_ids
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def get_ready(parsed: Parsed) -> Ready:
     decided = decide_settings(recipe, prepared, placement)
     resolved = resolve(recipe, {path: value for path, (value, _) in decided.items()})
     plan = plan_of(resolved, prepared, hardware, placement)
+    check_ids(prepared, plan.facts.model.vocabulary)
     facts = {
         "environment.json": environment(hardware, placement),
         "data.json": prepared.ledger.as_dict(),

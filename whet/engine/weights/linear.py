@@ -190,15 +190,28 @@ def stored_weight(linear: nn.Module) -> FrozenWeight:
     return DenseWeight(linear.weight)
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """Full names of the linear layers of a transformer, without its output head or classifier."""
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes x W^T + b and nothing else: subclasses of nn.Linear with a forward of their own (a
+    router, BitLinear) do not."""
     from transformers.pytorch_utils import Conv1D
 
-    head, new = model.get_output_embeddings(), head_names(model)  # type: ignore[operator]
-    kinds = (nn.Linear, FrozenLinear, Conv1D)
+    return isinstance(module, FrozenLinear) or type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Full names of the linear layers of a transformer, without its output head or classifier.
+
+    One whose weight the module above reads past its forward (in torch's MultiheadAttention) is none of them: what is
+    put in its place would be bypassed.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    new = tuple(f"{name}." for name in head_names(model))
+    read_by_parent = {id(inner) for module in model.modules() if isinstance(module, nn.MultiheadAttention)
+                      for inner in module.modules()}  # fmt: skip
     return [
         name for name, module in model.named_modules()
-        if isinstance(module, kinds) and module is not head and name.split(".")[0] not in new
+        if is_linear(module) and module is not head and id(module) not in read_by_parent
+        and not f"{name}.".startswith(new)
     ]  # fmt: skip
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whet.base.errors import UserError
-from whet.base.private import adapt_by, has_sdpa
-from whet.engine.compute.cached_attention import CACHED_ATTENTION
+from whet.base.private import adapt_by
+from whet.engine.compute.proven_attention import use_attention_with_masks
 from whet.engine.task import CAUSAL, Task, head_names
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def wrap(network: PreTrainedModel, config: Any, task: Task = CAUSAL, name: str =
     if task.labelled and hasattr(config, "modules_to_save"):
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *head_names(network)})
     if config.is_prompt_learning:
-        network.set_attn_implementation(CACHED_ATTENTION if has_sdpa(network) else "eager")
+        use_attention_with_masks(network)
     return getattr(peft, _MODELS[task.peft_type])(network, config, adapter_name=name)
 
 
