@@ -31,13 +31,18 @@ OWNERS = {
     "causal": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }  # fmt: skip
+# Of refusals that cannot come before the weights, because a model has to be run to see it.
+NEED_WEIGHTS = (
+    "sees the tokens that it should predict", "changes with the rows beside it", "cannot be trained on rows of tokens",
+)  # fmt: skip
 LABELS = ("bad", "fine", "good")
 KINDS = {"causal": "Llama", "classification": "Bert", "seq2seq": "T5"}
 
 
 @dataclass
 class Verdict:
-    """What became of a family. outcome: right | refused | not built | wrong | crash; notes: what whet said of it."""
+    """What became of a family. outcome: right | refused | refused late (the reason is found by asking the weights) | not
+    built | not merged (right, but the certificate is refused) | wrong | crash; notes: what whet said of it."""
 
     name: str
     outcome: str
@@ -47,7 +52,11 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        return self.outcome in ("right", "refused", "not built")
+        return self.outcome in ("right", "not merged", "refused", "refused late", "not built")
+
+
+class NotMerged(Exception):
+    """A merge that whet refuses, of a family that is right so far."""
 
 
 class Wrong(Exception):
@@ -69,7 +78,8 @@ def _verdict(entry: Entry, place: Path) -> Verdict:
         whole = save(entry, config, place / "model")
     except Exception as error:  # of transformers: whatever it raises for a family that cannot be made small
         return Verdict(entry.name, "not built", f"{type(error).__name__}: {first_line(error)}")
-    tokenizer = task_nets.tokenizer(KINDS[entry.task])
+    pairs = entry.task == "classification" and config.is_encoder_decoder  # such heads read the end token
+    tokenizer = task_nets.tokenizer("T5" if pairs else KINDS[entry.task])
     if entry.task == "causal":
         tokenizer.pad_token = "[PAD]"
     tokenizer.save_pretrained(str(place / "tokenizer"))
@@ -77,6 +87,8 @@ def _verdict(entry: Entry, place: Path) -> Verdict:
         return Verdict(entry.name, "right", notes=tried(entry, place, whole))
     except UserError as error:
         return refusal(entry, place, error)
+    except NotMerged as error:
+        return Verdict(entry.name, "not merged", str(error))
     except Wrong as error:
         return Verdict(entry.name, "wrong", str(error))
     except Exception as error:
@@ -95,6 +107,8 @@ def refusal(entry: Entry, place: Path, error: UserError) -> Verdict:
     except UserError as again:
         if again.problem == error.problem:
             return Verdict(entry.name, "refused", f"{error.problem} ({error.found})" if error.found else error.problem)
+    if any(problem in error.problem for problem in NEED_WEIGHTS):
+        return Verdict(entry.name, "refused late", f"{error.problem} ({error.found})")
     return Verdict(entry.name, "crash", f"refused after loading: {first_line(error)} {error.found}")
 
 
@@ -116,7 +130,7 @@ def save(entry: Entry, config: Any, place: Path) -> bool:
     owner = getattr(transformers, OWNERS[entry.task])
     place.mkdir(parents=True)
     if config.is_encoder_decoder:
-        config.decoder_start_token_id = 0
+        config.decoder_start_token_id = 1
     if entry.task == "classification":
         config.num_labels = len(LABELS)
         config.id2label, config.label2id = dict(enumerate(LABELS)), {name: i for i, name in enumerate(LABELS)}
@@ -182,7 +196,10 @@ def tried(entry: Entry, place: Path, whole: bool) -> list[str]:
     check_loss("the first loss", first, loss_of(entry, plain, prepared.train), NEAR)
     evaluate(run, max_rows=2)
     check_answers(entry, run, prepared, plain)
-    certificate = merge(run, place / "out")
+    try:
+        certificate = merge(run, place / "out")
+    except UserError as error:  # after everything else was right
+        raise NotMerged(f"{error.problem} ({error.found})") from error
     last = [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
     near = NEAR_ROUNDED if certificate["chosen"].endswith("bf16") else NEAR
     check_loss("the held-out loss of the merged model", last, loss_of(entry, plain_model(entry, place / "out"), prepared.evaluation), near)
@@ -212,7 +229,7 @@ def causal_logits(plain: Any, rows: Any, index: int) -> tuple[torch.Tensor, torc
     ids, learned, *_ = rows.row(index)
     tokens = torch.from_numpy(ids.astype(np.int64))
     chosen = torch.from_numpy(np.flatnonzero(learned[1:]))
-    return plain(input_ids=tokens[None]).logits[0, :-1][chosen], tokens[1:][chosen]
+    return plain(input_ids=tokens[None], use_cache=False).logits[0, :-1][chosen], tokens[1:][chosen]
 
 
 def label_logits(plain: Any, rows: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,7 +243,7 @@ def answer_logits(plain: Any, rows: Any, index: int) -> tuple[torch.Tensor, torc
     source = torch.from_numpy(rows.row(index)[0].astype(np.int64))
     answer = torch.from_numpy(rows.answers.row(index)[0].astype(np.int64))
     start = torch.tensor([start_id(plain)])
-    output = plain(input_ids=source[None], decoder_input_ids=torch.cat([start, answer[:-1]])[None])
+    output = plain(input_ids=source[None], decoder_input_ids=torch.cat([start, answer[:-1]])[None], use_cache=False)
     return output.logits[0], answer
 
 

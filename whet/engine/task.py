@@ -117,10 +117,10 @@ def set_pad(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast | None)
 
 
 def takes(model: Any, name: str) -> bool:
-    """Whether a transformers model, or PEFT's around one, has an input of this name."""
+    """Whether a transformers model, or PEFT's around one, names an input so. What it takes by ** is no input: a layer
+    further down may be given it twice."""
     network = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parameters = signature(network.forward).parameters.values()
-    return any(one.name == name or one.kind is one.VAR_KEYWORD for one in parameters)
+    return name in signature(network.forward).parameters
 
 
 def reads_types(model: Any) -> bool:

@@ -16,6 +16,7 @@ import torch
 from whet.data.batch.batches import Cut, Order
 from whet.data.batch.rows import Rows
 from whet.data.batch.text_batches import TextBatches
+from whet.engine.compute.readable import check_readable
 from whet.engine.device import PACKED, Hardware, Placement, find_hardware, resolve_placement
 from whet.engine.load.load import checkpoint_storage, empty_model, load_config, longest_input
 from whet.engine.sizes import HIDDEN, largest
@@ -91,6 +92,7 @@ def plan_run(
     asked = Asked.of(recipe, task=task.name, config=load_config(recipe.model)).on(hardware, placement)
     check(asked, rules)
     network = empty_model(recipe.model, "fp32", task)
+    check_readable(network)
     packed = frozen_names(network) if placement.storage in PACKED else []
     with torch.device("meta"):
         model = recipe.method.attach(network, task)

@@ -11,7 +11,9 @@ from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.seed import seed_everything
 from whet.engine.compute.isolation import check_causality, check_isolation, knows_documents
+from whet.engine.compute.probe import sees_padding
 from whet.engine.compute.proven_attention import attention_notice
+from whet.engine.compute.readable import check_trainable
 from whet.engine.load.load import load_model, rebuilding_notice
 from whet.engine.memory.host_adam import shorten_weights
 from whet.engine.weights.linear import count_parameters
@@ -36,6 +38,7 @@ def load(ready: Ready) -> tuple[Loaded, Ready]:
     if notice := rebuilding_notice(recipe.model, home):
         say(notice, style="yellow")
     network = load_model(recipe.model, home, ready.plan.task)
+    check_trainable(network)
     if notice := attention_notice(network):
         say(notice, style="yellow")
     model = recipe.method.attach(network, ready.plan.task)
@@ -64,9 +67,22 @@ def _with_proven_attention(ready: Ready, model: torch.nn.Module, network: Any) -
             fix="give a decoder; for a family that should be one, please report it",
         )  # fmt: skip
     if not flat:
+        _check_padding(ready, network)
         return ready
     isolation = check_isolation(model, vocabulary, autocast=autocast)
     return ready if isolation.holds else _padded(ready, f"logits moved by {isolation.moved:.2g}")
+
+
+def _check_padding(ready: Ready, network: Any) -> None:
+    """Raise UserError where rows of unlike length share a batch and the model does not keep them apart."""
+    size = ready.recipe.train.per_device_train_batch_size
+    if size > 1 and sees_padding(network, masked=False):
+        raise UserError(
+            "in this family a row's loss changes with the rows beside it, because it is filled up to their length",
+            field="train.per_device_train_batch_size", found=str(size), expected="1",
+            fix=f"train.per_device_train_batch_size=1 train.gradient_accumulation_steps="
+            f"{size * ready.recipe.train.gradient_accumulation_steps}, which is the same step",
+        )  # fmt: skip
 
 
 def _padded(ready: Ready, reason: str) -> Ready:

@@ -23,10 +23,11 @@ from whet.base.errors import UserError
 from whet.base.private import attention_name
 from whet.engine.answer.batches import in_batches
 from whet.engine.answer.decode import Decoder, padded
-from whet.engine.answer.proof import find_fault, mixes_rows
+from whet.engine.answer.proof import find_fault, find_generation_fault, mixes_rows
 from whet.engine.answer.rows import StopRule
 from whet.engine.answer.state import Session
 from whet.engine.answer.static_cache import attention_layout, generation_bytes
+from whet.engine.answer.uncached import answer_uncached
 from whet.engine.compute.proven_attention import use_attention_with_masks
 from whet.engine.weights.linear import FrozenLinear
 from whet.engine.weights.unpacked import free_bytes, unpacked
@@ -66,6 +67,7 @@ class DecoderSession(Session):
         self._packed: list[nn.Module] = []  # the quantised layers that dense copies stand for
         self._room_bytes = 0  # that the copies leave free
         self._apart = False  # prompts of unlike length share no batch
+        self._cached = True  # transformers' `generate` computes what the model does
 
     def answer(
         self,
@@ -131,8 +133,14 @@ class DecoderSession(Session):
         if undo.enter_context(unpacked(self.model, self.options.dense, self._room_bytes)):
             self._packed = [*packed]
         self._decoder = self._trusted_decoder()
-        # Padding would stand between virtual tokens and the prompt.
-        self._apart = is_wrapped(self.model) or (self._decoder is None and mixes_rows(self.model))
+        if is_wrapped(self.model):  # padding would stand between virtual tokens and the prompt
+            self._apart = True
+        elif self._decoder is None:
+            fault = find_generation_fault(self.model)
+            self._cached = not fault
+            self._apart = bool(fault) or mixes_rows(self.model)
+            if fault:
+                self.notices.add(f"answers are computed without a cache, which is slow: {fault}")
 
     def _modules(self) -> Iterable[nn.Module]:
         return chain(super()._modules(), self._packed)
@@ -155,7 +163,8 @@ class DecoderSession(Session):
     ) -> list[list[int]]:
         """Ids for each prompt, with what follows a stop token. rows: of a full group."""
         if self._decoder is None:
-            return generate(self.model, prompts, rule, streamer)
+            answer = generate if self._cached else answer_uncached
+            return answer(self.model, prompts, rule, streamer)
         if streamer is None:
             return self._decoder.answer(prompts, rows, rule)
         streamer.put(torch.tensor([*prompts]))

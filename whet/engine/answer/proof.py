@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from whet.engine.answer.decode import DecodingLoop, first_line, padded
+from whet.engine.answer.decode import DecodingLoop, padded
 from whet.engine.answer.rows import Rows, StopRule
 from whet.engine.answer.static_cache import AttentionLayout, StaticCache
-from whet.engine.compute.probe import FAILURES, row_length, tolerance
+from whet.engine.compute.probe import FAILURES, first_line, row_length, tolerance, uncached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS = 3
+FORCED = 1  # the token that every row goes on with, so that rows stay comparable
 
 
 @torch.inference_mode()
@@ -51,6 +52,26 @@ def find_fault(model: PreTrainedModel, layout: AttentionLayout | None) -> str:
 
 
 @torch.inference_mode()
+def find_generation_fault(model: Any) -> str:
+    """Why transformers' own `generate` cannot be trusted with `model`, asked one prompt; empty where it can.
+
+    A family may count its positions otherwise there than in a forward pass, or keep a cache that is not what it read.
+    """
+    prompt = _prompts(model)[1]
+    try:
+        ours = _generated(model, [prompt])[0]
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        return first_line(error)
+    ids = torch.tensor([[*prompt, FORCED]], device=ours.device)
+    exact = model(input_ids=ids, **uncached(model)).logits[0, -1].float()
+    distance = float((ours - exact).abs().max())
+    near = distance <= tolerance(model) * float(exact.abs().max())
+    return "" if near else f"the logits of its generate are {distance:.2g} from those of a forward pass"
+
+
+@torch.inference_mode()
 def mixes_rows(model: Any) -> bool:
     """Whether an answer of transformers' own `generate` depends on what stands beside its prompt in the batch.
 
@@ -72,7 +93,7 @@ def _generated(model: Any, prompts: list[list[int]]) -> torch.Tensor:
     output = model.generate(
         input_ids=ids.to(device), attention_mask=real.long().to(device), max_new_tokens=2, min_new_tokens=2,
         do_sample=False, num_beams=1, forced_bos_token_id=None, forced_eos_token_id=None, eos_token_id=None,
-        pad_token_id=0, output_logits=True, return_dict_in_generate=True, prefix_allowed_tokens_fn=lambda *_: [1],
+        pad_token_id=0, output_logits=True, return_dict_in_generate=True, prefix_allowed_tokens_fn=lambda *_: [FORCED],
     )  # fmt: skip
     return output.logits[1].float()
 

@@ -7,7 +7,7 @@ lost without a word, and a shorter loss would even look good. Therefore, wheneve
 - what each layer may see by the rule of its mask (`engine.compute.watched`) must be what the attention lets it see, at
   positions on both sides of every number in the config: exact, and as cheap for a window of 8,192 tokens as for one
   of 16;
-- the logits of a row longer than every short window must be those of the eager attention.
+- the logits of a short row, and of one longer than every short window, must be those of the eager attention.
 
 Where one of them fails the next attention is tried, and the last is the model's own. Gives up: in bf16 the logits are
 compared in the median over tokens, since rounding may send a token to another expert.
@@ -23,7 +23,8 @@ import torch
 from whet.base.private import attention_name, has_sdpa, takes_attention
 from whet.engine.compute.attention import ATTENTION, check_keywords
 from whet.engine.compute.cached_attention import CACHED_ATTENTION
-from whet.engine.compute.probe import EXACT, FAILURES, probe_inputs, row_length, tolerance
+from whet.engine.compute.probe import EXACT, FAILURES, first_line, probe_inputs, row_length, tolerance
+from whet.engine.compute.readable import cannot_read
 from whet.engine.compute.watched import WATCHED, LayerCall, positions, sees, watched_calls
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def _choose(network: Any, names: Sequence[str]) -> str:
     for name in names:
         if name == EAGER:
             break
-        own = _logits(network, EAGER) if own is None else own
+        own = _own_logits(network) if own is None else own
         reason = _difference(network, name, own)
         if not reason:
             break
@@ -81,6 +82,16 @@ def _choose(network: Any, names: Sequence[str]) -> str:
     return first
 
 
+def _own_logits(network: Any) -> torch.Tensor:
+    """The logits of the model's own attention. UserError for a model that cannot read rows of tokens."""
+    try:
+        return _logits(network, EAGER)
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        raise cannot_read(network, first_line(error)) from error
+
+
 def _difference(network: Any, name: str, own: torch.Tensor) -> str:
     """Why attention `name` is not what gave the logits `own`; nothing where it is."""
     try:
@@ -90,7 +101,7 @@ def _difference(network: Any, name: str, own: torch.Tensor) -> str:
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        return first_line(error)
     distances = (logits - own).abs().flatten(1).amax(1)
     share = tolerance(network)
     distance = float(distances.max() if share == EXACT else distances.median())
@@ -119,9 +130,11 @@ def _unseen(call: LayerCall, asked: torch.Tensor) -> Iterator[str]:
 
 
 def _logits(network: Any, name: str) -> torch.Tensor:
-    """[T, V] float32 (or [1, C] of a labelled task) with attention `name`."""
+    """[T, V] float32 (or [2, C] of a labelled task) with attention `name`, of a short row and a long one: within a
+    window transformers leaves out masks that some families take for given."""
     network.set_attn_implementation(name)
-    return torch.atleast_2d(_pass(network, row_length(network.config)).logits[0].float())
+    lengths = (8, row_length(network.config))
+    return torch.cat([torch.atleast_2d(_pass(network, tokens).logits[0].float()) for tokens in lengths])
 
 
 def _pass(network: Any, tokens: int) -> Any:
