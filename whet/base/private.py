@@ -53,6 +53,8 @@ SEAMS = (
     Seam("torch.nn.Module", "__class__", "one instance gets another class, as FSDP2's fully_shard does; hooks cannot "
          "replace a forward, and a wrapper would rename weights", TORCH),
     Seam("torch.nn.Module", "forward", "one instance calls another forward for a while", TORCH),
+    Seam("peft.tuners.tuners_utils", "_check_lora_target_modules_mamba", "which layers of a family PEFT refuses, to "
+         "leave them out of all-linear and not to fail", PEFT),
     Seam("transformers.PreTrainedModel", "_supports_sdpa", "whether torch's attention computes what the model means",
          TRANSFORMERS),
     Seam("transformers.PreTrainedModel", "_keys_to_ignore_on_load_unexpected", "tensors of a checkpoint that a model "
@@ -259,6 +261,21 @@ def unmark_quantised(config: Any) -> None:
 def checkpoint_with(layer: Any, function: Callable[..., Any]) -> None:
     """Let a GradientCheckpointingLayer call `function(partial(layer, **kwargs), *args)` in place of itself."""
     layer._gradient_checkpointing_func = function
+
+
+def peft_forbids(config: PreTrainedConfig, name: str) -> bool:
+    """Tell whether PEFT refuses to adapt a module of this name in the family of `config`."""
+    from types import SimpleNamespace
+
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    model: Any = SimpleNamespace(config=config)
+    asked: Any = SimpleNamespace(peft_type="LORA")
+    try:
+        _check_lora_target_modules_mamba(asked, model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
 
 
 def adapt_by(config: Any, layers: dict[type[nn.Module], type[nn.Module]]) -> None:

@@ -7,6 +7,7 @@ else of a run is told apart by the shape of its batches.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,7 +49,7 @@ class Task:
         """transformers' class that loads a model for the task."""
         import transformers
 
-        return getattr(transformers, _AUTO.get(self.name, "AutoModelForSequenceClassification"))
+        return getattr(transformers, auto_name(self.name))
 
     def classes(self) -> Mapping[Any, Any]:
         """transformers' models for the task: class of config to class of model."""
@@ -68,6 +69,11 @@ class Task:
 
 
 CAUSAL = Task()
+
+
+def auto_name(task: TaskName) -> str:
+    """The name of transformers' class that loads a model for a task."""
+    return _AUTO.get(task, "AutoModelForSequenceClassification")
 
 
 def kind_of(config: PreTrainedConfig) -> Literal["decoder", "encoder", "encoder_decoder"]:
@@ -110,6 +116,21 @@ def set_pad(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast | None)
     text.pad_token_id = config.pad_token_id = found  # type: ignore[assignment]
 
 
+def takes(model: Any, name: str) -> bool:
+    """Whether a transformers model, or PEFT's around one, names an input so. What it takes by ** is no input: a layer
+    further down may be given it twice."""
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return name in signature(network.forward).parameters
+
+
+def reads_types(model: Any) -> bool:
+    """Whether a model is told which token belongs to which of two texts: training, evaluation, prediction and merging
+    ask here, and nowhere else. Those that have an input for it but no table of types (GPT-2) would add the embedding of
+    a token."""
+    types = getattr(model.config, "type_vocab_size", None) or 0
+    return types > 1 and takes(model, "token_type_ids")
+
+
 def head_names(network: nn.Module) -> list[str]:
     """Names of the modules outside of the pretrained body that have parameters: a classifier and what leads to it.
 
@@ -122,4 +143,13 @@ def head_names(network: nn.Module) -> list[str]:
     return [
         name for name, child in network.named_children()
         if name != body and next(child.parameters(), None) is not None
-    ]  # fmt: skip
+    ] + list(getattr(network, "new_poolers", ()))  # fmt: skip
+
+
+def poolers(network: nn.Module) -> list[str]:
+    """Names of the modules of the body that lead to a head for labels, and to nothing else: further masked
+    pre-training leaves them out of the checkpoint, and then they start new as the head does."""
+    return [
+        name for name, module in network.named_modules()
+        if name.rpartition(".")[2] == "pooler" and next(module.parameters(), None) is not None
+    ] if head_names(network) else []  # fmt: skip

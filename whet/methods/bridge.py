@@ -18,7 +18,7 @@ from whet.base.private import other_forward
 from whet.engine.task import CAUSAL, Task, head_names
 from whet.methods.bridged import BRIDGED, BridgedName
 from whet.methods.capability import Capability
-from whet.methods.method import PeftMethod
+from whet.methods.method import REFUSALS, PeftMethod, refused_by_peft
 from whet.methods.options import check_options, config_class
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
     from torch import nn
     from transformers import PreTrainedModel
-
-# What PEFT raises for a model or options that a method cannot take.
-REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError, KeyError, AttributeError)
 
 
 @config
@@ -55,11 +52,7 @@ class Bridge(PeftMethod):
         self._check(network, task)
         if BRIDGED[self.name].count is not None and next(network.parameters()).is_meta:
             return self._counted(network, task)
-        try:
-            wrapped = super().attach(network, task)
-        except REFUSALS as error:
-            raise self._refused(error) from error
-        return wrapped
+        return super().attach(network, task)
 
     def peft_config(self, network: PreTrainedModel, task: Task) -> Any:
         row = BRIDGED[self.name]
@@ -79,7 +72,7 @@ class Bridge(PeftMethod):
         try:
             return config_class(self.name)(**options)
         except REFUSALS as error:
-            raise self._refused(error) from error
+            raise refused_by_peft(self.name, error) from error
 
     @property
     def opens_empty(self) -> bool:
@@ -166,15 +159,6 @@ class Bridge(PeftMethod):
                 "PEFT's prefix tuning leaves out parts of this model's head", field="method.name", found="prefix",
                 expected="a decoder, or a head of one layer on a pooled output", fix="method.name=prompt",
             )  # fmt: skip
-
-    def _refused(self, error: Exception) -> UserError:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return UserError(
-            f"PEFT cannot put {self.name} on this model: {reason}", field="method", found=self.name,
-            expected=f"a model and options that PEFT's {self.name} takes",
-            fix="change the method's options, or method.name=lora",
-        )  # fmt: skip
-
 
 def _shapes(network: nn.Module, targets: Any) -> list[tuple[int, int]]:
     """(in, out) of every layer that PEFT will adapt: names, endings or a regular expression."""

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     Pass = tuple[Callable[[], object], torch.Tensor | None]
 
 
+# What PEFT raises for a model or options that a method cannot take.
+REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError, KeyError, AttributeError)
+
+
 class Method:
     """The behaviour of a method. Subclasses are configs (`base.config.config`) with a Literal `name`."""
 
@@ -114,6 +118,17 @@ class Method:
         """Called once after the last step, before the weights are written."""
 
 
+def refused_by_peft(name: str, error: Exception) -> UserError:
+    """The error for a model or options that PEFT does not take."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"PEFT cannot put {name} on this model: {reason}", field="method", found=name,
+        expected=f"a model and options that PEFT's {name} takes",
+        fix="change the method's options, or method.name=lora" if name != "lora"
+        else "name other layers in method.target_modules, or method.name=full",
+    )  # fmt: skip
+
+
 def check_updates(optimiser: torch.optim.Optimizer, parameter: torch.nn.Parameter, name: str) -> None:
     """Raise UserError unless the optimiser updates this parameter of the model itself, not a copy of it on the host:
     a method that changes parameters between the steps would change what the next update overwrites."""
@@ -135,7 +150,11 @@ class PeftMethod(Method):
         """PEFT's model around `network`; `network` itself is frozen, its layers are wrapped on the instance."""
         from whet.methods.layers.adapter import wrap
 
-        return wrap(network, self.peft_config(network, task), task)
+        made = self.peft_config(network, task)
+        try:
+            return wrap(network, made, task)
+        except REFUSALS as error:
+            raise refused_by_peft(self.name, error) from error
 
     def save(self, model: Any, directory: Path) -> None:
         """Write the adapter in PEFT's format. Where the model is sharded every rank must call."""

@@ -122,13 +122,9 @@ def _attentions(module: nn.Module, prefix: str) -> Iterator[tuple[str, tuple[str
 
 
 def _linears(prefix: str, module: nn.Module) -> list[str]:
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
+    from whet.engine.weights.linear import is_linear
 
-    from whet.engine.weights.linear import FrozenLinear
-
-    kinds = (nn.Linear, FrozenLinear, Conv1D)
-    found = [name for name, child in module.named_modules() if isinstance(child, kinds)]
+    found = [name for name, child in module.named_modules() if is_linear(child)]
     return [f"{prefix}.{name}" if name else prefix for name in found]
 
 

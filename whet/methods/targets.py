@@ -4,16 +4,20 @@ The families name their projections differently (`q_proj`, `c_attn`, `query_key_
 table of names is always one family behind. What they share is how they are built: transformers calls every attention
 block *Attention, and layers stand in a ModuleList. `attention` is every linear layer below such a block, `mlp` every
 other one of a layer that has attention. Names are handed to PEFT as the shortest endings that fit no other module, so
-that the saved config stays readable. Gives up: attention under a class of another name counts as `mlp`.
+that the saved config stays readable. The kinds stay in the part that reads text, and leave out what PEFT does not adapt
+in a family, since fused kernels read such weights past their layer; both are said. Gives up: attention under a class of
+another name counts as `mlp`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from whet.base.errors import UserError, nearest
+from whet.base.private import peft_forbids
 from whet.methods.experts import expert_parameters
 
 if TYPE_CHECKING:
@@ -21,6 +25,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KINDS = ("all-linear", "attention", "mlp")
+TEXT_INPUTS = ("input_ids", "inputs_embeds")  # what transformers calls the main input of models that read text
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """The linear layers that `all-linear` and its like leave out. beside: how many lie outside of the part that reads
+    text, which rows of text never reach; forbidden: names of those that PEFT refuses to adapt in this family."""
+
+    beside: int
+    forbidden: tuple[str, ...]
+
+    @property
+    def notices(self) -> list[str]:
+        """What to tell a person."""
+        found = []
+        if self.beside:
+            found.append(f"{self.beside} linear layers beside the text part (pictures, sound) are left as they are")
+        if self.forbidden:
+            names = ", ".join(self.forbidden)
+            found.append(f"left as they are, because PEFT does not adapt them in this family: {names}")
+        return found
+
+
+def left_alone_notices(network: Any) -> list[str]:
+    """What to tell a person of the layers that were left out for `network`."""
+    left = getattr(network, "left_alone", None)
+    return [] if left is None else left.notices
 
 
 def find_targets(
@@ -35,7 +66,13 @@ def find_targets(
     from whet.engine.weights.linear import linear_names
 
     names = linear_names(network)
-    found = _kind(network, names, wanted) if wanted in KINDS else _matching(names, wanted, "target_modules", KINDS)
+    if wanted in KINDS:
+        inside = within_text(network, names)
+        allowed = [name for name in inside if not peft_forbids(network.config, name)]
+        network.left_alone = LeftAlone(len(names) - len(inside), _leaves(set(inside) - set(allowed)))  # type: ignore[assignment]
+        found = _kind(network, allowed, str(wanted))
+    else:
+        found = _matching(names, wanted, "target_modules", KINDS)
     if exclude:
         dropped = set(_matching(names, exclude, "exclude_modules"))
         found = [name for name in found if name not in dropped]
@@ -104,6 +141,29 @@ def no_match(wanted: str, names: Collection[str], field: str, more: Sequence[str
         "no linear layer of the model has this name", field=f"method.{field}", found=wanted,
         expected=", ".join(leaves), fix=f"write {near}" if near else "use target_modules: all-linear",
     )  # fmt: skip
+
+
+def within_text(network: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """Those of `names` that lie in the part of the model that reads text; all where it reads nothing else."""
+    from transformers import PreTrainedModel
+
+    text = network.get_decoder()
+    towers = [
+        name for name, module in network.named_modules()
+        if name and isinstance(module, PreTrainedModel) and module.main_input_name not in TEXT_INPUTS
+        and module is not text
+    ]  # fmt: skip
+    if not towers:
+        return list(names)
+    prefix = next((name for name, module in network.named_modules() if module is text), "")
+    if prefix and not any(tower.startswith(f"{prefix}.") for tower in towers):
+        return [name for name in names if name.startswith(f"{prefix}.")]
+    outside = tuple(f"{tower}." for tower in towers)
+    return [name for name in names if not name.startswith(outside)]
+
+
+def _leaves(names: Collection[str]) -> tuple[str, ...]:
+    return tuple(sorted({name.rpartition(".")[2] for name in names}))
 
 
 def _kind(network: PreTrainedModel, names: list[str], kind: str) -> list[str]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from whet.base.errors import UserError
+from whet.engine.sizes import sizes_of
 from whet.settings import TILE_TOKENS
 
 RING_BYTES = 128 << 20  # chunks through which the optimiser on the host sends and receives
@@ -74,29 +75,16 @@ class LayerShape:
         return 2 * self.hidden * self.itemsize + self.working_wide_bytes
 
 
-def layer_shape(config: Any, itemsize: int = 2) -> LayerShape:
+def layer_shape(config: Any, itemsize: int = 2, network: Any = None) -> LayerShape:
     """The shape of the text part in a transformers config; itemsize: bytes of one activation.
 
-    A config without attention heads counts as one head over the hidden size.
+    A config without attention heads counts as one head over the hidden size. network: for what the config leaves out.
     """
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None) or 1
-    intermediate = getattr(text, "intermediate_size", None)
-    gated = intermediate is not None
-    experts = getattr(text, "num_experts_per_tok", None)
-    if experts:
-        intermediate = experts * (getattr(text, "moe_intermediate_size", None) or intermediate or 0)
+    sizes = sizes_of(config, network)
     return LayerShape(
-        hidden=text.hidden_size,
-        # GPT-2 has another name for it and its own default.
-        intermediate=intermediate or getattr(text, "n_inner", None) or 4 * text.hidden_size,
-        heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        layers=text.num_hidden_layers,
-        gated=gated,
-        itemsize=itemsize,
-    )
+        hidden=sizes.hidden, intermediate=sizes.intermediate, heads=sizes.heads or 1, kv_heads=sizes.kv_heads or 1,
+        head_dim=sizes.head_dim or sizes.hidden, layers=sizes.layers, gated=sizes.gated, itemsize=itemsize,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

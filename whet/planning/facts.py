@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import nn
+
 from whet.data.batch.batches import Batches
 from whet.engine.device import PACKED, Hardware, Placement
 from whet.engine.weights.linear import frozen_names
@@ -27,7 +29,7 @@ class ModelFacts:
     on the device as they are stored; fp8_bytes: of these, codes that could be kept in both orders. table_bytes,
     head_bytes: input embedding and output head, as far as frozen; head_numbers: weights of the head; tied: they are one
     tensor. short_numbers: weights of linear layers of a model that is trained whole, which autocast casts to bf16
-    anyway; else 0. has_peft: PEFT wraps the model.
+    anyway; else 0. has_peft: PEFT wraps the model. vocabulary: rows of the input embedding, 0 where it has no such table.
     """
 
     shape: LayerShape
@@ -42,6 +44,7 @@ class ModelFacts:
     tied: bool = False
     short_numbers: int = 0
     has_peft: bool = False
+    vocabulary: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def count_model(model: Any, network: Any, placement: Placement) -> ModelFacts:
     head = getattr(head, "weight", None)
     whole = not hasattr(model, "peft_config") and not frozen
     return ModelFacts(
-        shape=layer_shape(network.config, DTYPE_BYTES.get(placement.arithmetic, 2)),
+        shape=layer_shape(network.config, DTYPE_BYTES.get(placement.arithmetic, 2), network),
         trainable=sum(p.numel() for p in trained),
         total=sum(p.numel() for p in model.parameters()),
         largest_trained=max((p.numel() for p in trained), default=0),
@@ -111,6 +114,7 @@ def count_model(model: Any, network: Any, placement: Placement) -> ModelFacts:
         tied=head is table,
         short_numbers=sum(p.numel() for p in linears.values()) if whole else 0,
         has_peft=hasattr(model, "peft_config"),
+        vocabulary=table.shape[0] if isinstance(network.get_input_embeddings(), nn.Embedding) else 0,
     )
 
 

@@ -16,9 +16,11 @@ import torch
 from whet.data.batch.batches import Cut, Order
 from whet.data.batch.rows import Rows
 from whet.data.batch.text_batches import TextBatches
+from whet.engine.compute.readable import check_readable
 from whet.engine.device import PACKED, Hardware, Placement, find_hardware, resolve_placement
 from whet.engine.load.left_out import left_out_notice
 from whet.engine.load.load import checkpoint_storage, empty_model, load_config, longest_input
+from whet.engine.sizes import HIDDEN, largest
 from whet.engine.task import Task, text_task
 from whet.engine.weights.linear import frozen_names
 from whet.methods.experts import expert_notices, expert_parameters, is_trained
@@ -72,7 +74,7 @@ class Plan:
 def resolve_base(recipe: Recipe, config: Any) -> tuple[Hardware, Placement]:
     """The device and the placement of a recipe's base model. Raises UserError."""
     hardware = find_hardware(recipe.base.device)
-    width = getattr(config.get_text_config(), "hidden_size", None)
+    width = largest(config.get_text_config(), *HIDDEN)
     stored = checkpoint_storage(recipe.model)
     storages = recipe.method.can.storages
     return hardware, resolve_placement(recipe.base, storages, width, stored=stored, hardware=hardware)
@@ -95,6 +97,7 @@ def plan_run(
     asked = Asked.of(recipe, task=task.name, config=load_config(recipe.model)).on(hardware, placement)
     check(asked, rules)
     network = empty_model(recipe.model, "fp32", task)
+    check_readable(network)
     packed = frozen_names(network) if placement.storage in PACKED else []
     experts = expert_parameters(network)
     with torch.device("meta"):

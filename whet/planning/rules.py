@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from whet.data.config import Data
-from whet.engine.task import LABELLED, fits_task, kind_of
+from whet.engine.task import LABELLED, auto_name, fits_task, kind_of
 from whet.methods.capability import DENSE
 from whet.methods.method import Method
 from whet.planning.asked import Asked
@@ -69,6 +69,9 @@ def _packed(asked: Asked) -> list[str]:
     return [one for one in PACKED_FIRST if one in asked.method.can.storages]
 
 
+_KINDS = {"causal": "decoder", "seq2seq": "encoder_decoder"}
+
+
 def _fits_the_task(asked: Asked) -> bool:
     assert asked.task is not None
     assert asked.config is not None
@@ -76,15 +79,19 @@ def _fits_the_task(asked: Asked) -> bool:
 
 
 def _kind(asked: Asked) -> str:
-    """The model's family and kind, as in `bert, an encoder`."""
+    """The model's family and kind, as in `bert, an encoder`; where the kind is right, the class that it lacks."""
     assert asked.config is not None
     kind = kind_of(asked.config)
+    if asked.task is not None and kind == _KINDS.get(asked.task, kind):
+        return f"{asked.config.model_type}, which transformers' {auto_name(asked.task)} does not know"
     return f"{asked.config.model_type}, {'an' if kind[0] == 'e' else 'a'} {kind.replace('_', '-')}"
 
 
 def _kind_for_the_task(asked: Asked) -> str:
+    assert asked.task is not None
     wanted = {"causal": "a decoder (Llama, Qwen, GPT-2)", "seq2seq": "an encoder-decoder (T5)"}
-    return wanted.get(str(asked.task), "a model with a classification head in transformers")
+    kind = wanted.get(asked.task, "a model with a classification head")
+    return f"{kind} that transformers' {auto_name(asked.task)} opens"
 
 
 def _router_loss(asked: Asked) -> float:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.seed import seed_everything
-from whet.engine.compute.isolation import check_causality, check_isolation
+from whet.engine.compute.isolation import check_causality, check_isolation, knows_documents
+from whet.engine.compute.probe import sees_padding
+from whet.engine.compute.proven_attention import attention_notice
+from whet.engine.compute.readable import check_trainable
 from whet.engine.load.identity import base_identity, check_base
 from whet.engine.load.load import load_model, rebuilding_notice
 from whet.engine.memory.host_adam import shorten_weights
 from whet.engine.weights.linear import count_parameters
 from whet.further import start_directory
+from whet.methods.targets import left_alone_notices
 from whet.recipe import resolve
 from whet.runs import IDENTITY
 from whet.training.apply import Loaded
@@ -39,7 +44,10 @@ def load(ready: Ready) -> tuple[Loaded, Ready]:
     network = load_model(recipe.model, home, ready.plan.task)
     if not known:  # it was fetched just now
         _check_base(ready)
+    check_trainable(network)
     _check_ends(ready, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+    if notice := attention_notice(network):
+        say(notice, style="yellow")
     start = None if recipe.model.adapter is None else start_directory(recipe.model.adapter)
     if start is not None:
         recipe.method.make_room(network, start)
@@ -47,9 +55,11 @@ def load(ready: Ready) -> tuple[Loaded, Ready]:
     if start is not None:
         count = recipe.method.start_from(model, start)
         say(f"going on from {start}: {count} tensors, equal to the bit")
+    for text in left_alone_notices(network):
+        say(text, style="yellow")
     masters = shorten_weights(network, placement.device, placement.compute) if layout.short_weights else {}
     if not ready.plan.facts.padded_task:
-        ready = _with_proven_attention(ready, model, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+        ready = _with_proven_attention(ready, model, network)
     for notice in ready.plan.notices:
         say(notice, style="yellow")
     trainable, total = count_parameters(model)
@@ -81,9 +91,12 @@ def _check_ends(ready: Ready, rows: int) -> None:
         )  # fmt: skip
 
 
-def _with_proven_attention(ready: Ready, model: torch.nn.Module, vocabulary: int) -> Ready:
+def _with_proven_attention(ready: Ready, model: torch.nn.Module, network: Any) -> Ready:
     """Refuse a model that sees ahead; where documents share a row and see each other, fall back to padded rows."""
+    if ready.plan.facts.flat and not knows_documents(network):
+        ready = _padded(ready, "its attention is not whet's, and knows no documents")
     placement, flat = ready.plan.facts.placement, ready.plan.facts.flat
+    vocabulary = network.get_input_embeddings().weight.shape[0]
     autocast = placement.compute if placement.autocast else None
     moved = check_causality(model, vocabulary, flat=flat, autocast=autocast)
     if moved > SEES_AHEAD:
@@ -93,18 +106,31 @@ def _with_proven_attention(ready: Ready, model: torch.nn.Module, vocabulary: int
             fix="give a decoder; for a family that should be one, please report it",
         )  # fmt: skip
     if not flat:
+        _check_padding(ready, network)
         return ready
     isolation = check_isolation(model, vocabulary, autocast=autocast)
-    return ready if isolation.holds else _padded(ready, isolation.moved)
+    return ready if isolation.holds else _padded(ready, f"logits moved by {isolation.moved:.2g}")
 
 
-def _padded(ready: Ready, moved: float) -> Ready:
+def _check_padding(ready: Ready, network: Any) -> None:
+    """Raise UserError where rows of unlike length share a batch and the model does not keep them apart."""
+    size = ready.recipe.train.per_device_train_batch_size
+    if size > 1 and sees_padding(network, masked=False):
+        raise UserError(
+            "in this family a row's loss changes with the rows beside it, because it is filled up to their length",
+            field="train.per_device_train_batch_size", found=str(size), expected="1",
+            fix=f"train.per_device_train_batch_size=1 train.gradient_accumulation_steps="
+            f"{size * ready.recipe.train.gradient_accumulation_steps}, which is the same step",
+        )  # fmt: skip
+
+
+def _padded(ready: Ready, reason: str) -> Ready:
     """The same run with a row for each document. Raises UserError where the recipe asks for shared rows."""
     origins = ready.run.read("origins.json") or {}
     if ready.prepared.bins is not None or origins["data.padding_free"]["origin"] != "decided":
         raise UserError(
             "the model lets documents that share a row see each other", field="data.packing",
-            found=f"logits moved by {moved:.2g}", expected="0", fix="data.packing=false data.padding_free=false",
+            found=reason, expected="0", fix="data.packing=false data.padding_free=false",
         )  # fmt: skip
     say("the model's attention cannot keep documents apart in one row: training padded instead", style="yellow")
     recipe = resolve(ready.recipe, {"data.padding_free": False})

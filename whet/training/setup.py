@@ -41,6 +41,7 @@ from whet.planning.rules import check, data_for_method
 from whet.recipe import Parsed, Recipe, resolve
 from whet.runs import Run, chat_tokenizer
 from whet.training.auto import decide_settings
+from whet.training.ids import check_ids
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def get_ready(parsed: Parsed, lock: DirectoryLock | None = None) -> Ready:
     started = start_facts(recipe)
     if started:
         check_labels(start_directory(str(recipe.model.adapter)), prepared.task.labels)
+    check_ids(prepared, plan.facts.model.vocabulary)
     facts = {
         "environment.json": environment(hardware, placement),
         "data.json": prepared.ledger.as_dict(),

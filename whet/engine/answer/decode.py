@@ -22,6 +22,7 @@ from whet.engine.answer.choice import Choose, greedy
 from whet.engine.answer.notices import Notices
 from whet.engine.answer.rows import Rows, StopRule
 from whet.engine.answer.static_cache import AttentionLayout, StaticCache
+from whet.engine.compute.probe import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -251,8 +252,3 @@ def restore(state: list[torch.Tensor], before: list[torch.Tensor]) -> None:
     """Put the values of `before` into the same memory."""
     for tensor, value in zip(state, before, strict=True):
         tensor.copy_(value)
-
-
-def first_line(error: BaseException) -> str:
-    """An error in a few words."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"

@@ -20,14 +20,15 @@ import torch
 from torch import nn
 
 from whet.base.errors import UserError
-from whet.base.private import attention_name, has_sdpa
+from whet.base.private import attention_name
 from whet.engine.answer.batches import in_batches
 from whet.engine.answer.decode import Decoder, padded
-from whet.engine.answer.proof import find_fault
+from whet.engine.answer.proof import find_fault, find_generation_fault, mixes_rows
 from whet.engine.answer.rows import StopRule
 from whet.engine.answer.state import Session
 from whet.engine.answer.static_cache import attention_layout, generation_bytes
-from whet.engine.compute.cached_attention import CACHED_ATTENTION
+from whet.engine.answer.uncached import answer_uncached
+from whet.engine.compute.proven_attention import use_attention_with_masks
 from whet.engine.weights.linear import FrozenLinear
 from whet.engine.weights.unpacked import free_bytes, unpacked
 
@@ -65,6 +66,8 @@ class DecoderSession(Session):
         self._decoder: Decoder | None = None
         self._packed: list[nn.Module] = []  # the quantised layers that dense copies stand for
         self._room_bytes = 0  # that the copies leave free
+        self._apart = False  # prompts of unlike length share no batch
+        self._cached = True  # transformers' `generate` computes what the model does
 
     def answer(
         self,
@@ -93,7 +96,7 @@ class DecoderSession(Session):
         with torch.inference_mode():
             return in_batches(
                 lengths, batch_size, answers_of, done=done,
-                equal_lengths=is_wrapped(self.model),  # padding would stand between the virtual tokens and the prompt
+                equal_lengths=self._apart,
                 fewer=lambda size: self.notices.add(f"out of memory: answering {size} prompts together"),
             )  # fmt: skip
 
@@ -130,6 +133,14 @@ class DecoderSession(Session):
         if undo.enter_context(unpacked(self.model, self.options.dense, self._room_bytes)):
             self._packed = [*packed]
         self._decoder = self._trusted_decoder()
+        if is_wrapped(self.model):  # padding would stand between virtual tokens and the prompt
+            self._apart = True
+        elif self._decoder is None:
+            fault = find_generation_fault(self.model)
+            self._cached = not fault
+            self._apart = bool(fault) or mixes_rows(self.model)
+            if fault:
+                self.notices.add(f"answers are computed without a cache, which is slow: {fault}")
 
     def _modules(self) -> Iterable[nn.Module]:
         return chain(super()._modules(), self._packed)
@@ -152,7 +163,8 @@ class DecoderSession(Session):
     ) -> list[list[int]]:
         """Ids for each prompt, with what follows a stop token. rows: of a full group."""
         if self._decoder is None:
-            return generate(self.model, prompts, rule, streamer)
+            answer = generate if self._cached else answer_uncached
+            return answer(self.model, prompts, rule, streamer)
         if streamer is None:
             return self._decoder.answer(prompts, rows, rule)
         streamer.put(torch.tensor([*prompts]))
@@ -165,8 +177,7 @@ class DecoderSession(Session):
 def use_cached_attention(model: PreTrainedModel) -> Iterator[None]:
     """Attention that reads caches and masks inside, what was before outside."""
     before = attention_name(model)
-    # Without sdpa of its own a model has scores that only its eager attention knows, as with attention sinks.
-    model.set_attn_implementation(CACHED_ATTENTION if has_sdpa(model) else "eager")
+    use_attention_with_masks(model)
     try:
         yield
     finally:
@@ -195,6 +206,8 @@ def generate(
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
+        forced_bos_token_id=None,
+        forced_eos_token_id=None,
         eos_token_id=list(rule.stop_ids) or None,
         pad_token_id=rule.pad,
         use_cache=True,

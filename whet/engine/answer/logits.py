@@ -1,15 +1,15 @@
 """Sessions with a model that labels rows: its logits, and from them probabilities and decisions.
 
 Rows of similar length are computed together, padded on the right under an attention mask, so that a row's answer does
-not depend on what stands beside it. Methods with virtual tokens hand a decoder embeddings, of which its head takes the
+not depend on what stands beside it; a family whose answers change all the same gets rows of one length only. Methods with virtual tokens hand a decoder embeddings, of which its head takes the
 last, padding or not: with them only rows of one length share a batch. A model without a padding token gets one row at
 a time. Given up: the order of additions, hence the last bits, still varies with a batch's shape.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,20 @@ from numpy.typing import NDArray
 from whet.base.errors import UserError
 from whet.engine.answer.batches import in_batches
 from whet.engine.answer.state import Session
-from whet.engine.task import Task
+from whet.engine.compute.probe import sees_padding
+from whet.engine.task import Task, reads_types
 
 Row = Sequence[int] | NDArray[np.integer[Any]]
 
 
 class LabelSession(Session):
     """Asks a transformers model with a head for sequences, or PEFT's around one."""
+
+    _apart = False  # rows of unlike length share no batch
+
+    def _set_up(self, undo: contextlib.ExitStack) -> None:
+        super()._set_up(undo)
+        self._apart = _has_virtual_tokens(self.model) or sees_padding(self.model)
 
     def logits(
         self, rows: Sequence[Row], types: Sequence[Row] | None = None, *, batch_size: int,
@@ -43,13 +50,13 @@ class LabelSession(Session):
         def values_of(batch: list[int], _: int) -> list[NDArray[np.float32]]:
             chosen = [np.asarray(rows[index], np.int64) for index in batch]
             inputs = {"input_ids": filled_up(chosen, pad or 0), "attention_mask": filled_up(map(np.ones_like, chosen))}
-            if types is not None and _knows_types(model):
+            if types is not None and reads_types(model):
                 inputs["token_type_ids"] = filled_up(np.asarray(types[index], np.int64) for index in batch)
             return [*_logits(model, inputs)]
 
         values = in_batches(
             [len(row) for row in rows], 1 if pad is None else batch_size, values_of, done=done,
-            equal_lengths=_has_virtual_tokens(model),
+            equal_lengths=self._apart,
             fewer=lambda size: self.notices.add(f"out of memory: {size} rows together"),
         )  # fmt: skip
         result = np.stack(values) if values else np.zeros((0, model.config.num_labels), np.float32)
@@ -91,11 +98,6 @@ def filled_up(rows: Iterable[NDArray[np.int64]], value: int = 0) -> torch.Tensor
 
 def _has_virtual_tokens(model: Any) -> bool:
     return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-
-
-def _knows_types(model: Any) -> bool:
-    network = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "token_type_ids" in signature(network.forward).parameters
 
 
 def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> NDArray[np.float32]:

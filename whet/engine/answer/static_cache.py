@@ -18,6 +18,8 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from whet.engine.sizes import largest, sizes_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -36,13 +38,15 @@ def attention_layout(model: PreTrainedModel) -> AttentionLayout | None:
     """The attention layers, or None for a model that keeps something else than keys and values of each layer."""
     text = model.config.get_text_config(decoder=True)
     names = getattr(text, "layer_types", None)
-    window = getattr(text, "sliding_window", None)
+    if sizes_of(model.config).heads is None or getattr(text, "per_layer_attributes", None):
+        return None
+    window = largest(text, "sliding_window")
     kinds = frozenset(names or ["full_attention" if window is None else "sliding_attention"])
     unusual = ("attention_chunk_size", "num_kv_shared_layers", "is_encoder_decoder")
     if kinds - {"full_attention", "sliding_attention"} or any(getattr(text, name, None) for name in unusual):
         return None
     sliding = window if "sliding_attention" in kinds else None
-    return AttentionLayout(text.num_hidden_layers, kinds, sliding, names is not None)
+    return AttentionLayout(sizes_of(model.config).layers, kinds, sliding, names is not None)
 
 
 @dataclass
@@ -172,11 +176,9 @@ class StaticCache:
 
 def generation_bytes(model: PreTrainedModel, rows: int, tokens: int) -> int:
     """Bytes that generating takes beside the weights: the cache of `rows` x `tokens`, and one forward pass over it."""
-    text: Any = model.config.get_text_config(decoder=True)
-    item: Any = model.get_input_embeddings().weight.dtype.itemsize  # type: ignore[union-attr]
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    cached = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    passing = 3 * inner + 6 * text.hidden_size + 3 * heads * width
-    return item * rows * (tokens * (cached + passing) + 4 * text.vocab_size)
+    sizes, table = sizes_of(model.config, model), model.get_input_embeddings().weight  # type: ignore[union-attr]
+    item: Any = table.dtype.itemsize  # type: ignore[union-attr]
+    width = sizes.head_dim or sizes.hidden
+    cached = 2 * sizes.layers * (sizes.kv_heads or 1) * width
+    passing = 3 * sizes.intermediate + 6 * sizes.hidden + 3 * (sizes.heads or 1) * width
+    return item * rows * (tokens * (cached + passing) + 4 * (sizes.vocabulary or table.shape[0]))  # type: ignore[union-attr,index]

@@ -10,8 +10,9 @@ cap runs in FlexAttention, whose scores are compiled with it.
 
 No mask function is registered on purpose: transformers then makes no mask, and looks at no position on the host, as a
 captured step could not. So a 2-D `attention_mask` has no effect here; generation, which pads on the left, uses an
-attention of its own. A model whose layers do not pass `documents` on is found by `engine.compute.isolation` before the
-first step.
+attention of its own. What a model would have put into its mask is found by `engine.compute.proven_attention` when it is
+loaded, a model whose layers do not pass `documents` on by `engine.compute.isolation` before the first step, and a
+keyword that changes scores in a way unknown here is an error.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,11 @@ from whet.base.private import flash_attention
 
 ATTENTION = "whet"
 FUSED_TYPES = (torch.float16, torch.bfloat16)
+# Keywords that reach attention and change nothing of what it computes; `is_causal` where it is not False.
+INERT = frozenset((
+    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
+    "logits_to_keep", "is_causal", "deterministic", "output_router_logits", "layer_idx", "past_key_values",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,15 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     documents: Documents | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [B, Hq, T, D], key and value [B, Hkv, T, D]; returns [B, T, Hq, D] as transformers expects it."""
+    """query [B, Hq, T, D], key and value [B, Hkv, T, D]; returns [B, T, Hq, D] as transformers expects it.
+
+    Raises TypeError for a keyword that would change what is computed.
+    """
+    check_keywords(more)
+    if documents is not None and attention_mask is not None:
+        raise TypeError("a mask of the model's own, which knows no documents that share a row")
     if query.dtype != value.dtype:  # under autocast, rotary positions leave query and key in fp32
         query, key = query.to(value.dtype), key.to(value.dtype)
     fused = query.is_cuda and query.dtype in FUSED_TYPES and attention_mask is None
@@ -90,7 +102,14 @@ def attend(
         for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     ]
     output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-    return output.transpose(1, 2).to(given), None
+    return output.transpose(1, 2).contiguous().to(given), None
+
+
+def check_keywords(given: Mapping[str, Any]) -> None:
+    """Raise TypeError for what whet's attention would ignore although it changes the scores or who sees whom."""
+    for name, value in given.items():
+        if value is not None and (name not in INERT or (name == "is_causal" and value is False)):
+            raise TypeError(f"its layers ask attention for {name}, which whet's own does not compute")
 
 
 def _rows(
@@ -187,7 +206,7 @@ def _flexible(
     mask = create_block_mask(allowed, None, None, length, length, device=query.device)
     run = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     output = run(query, key, value, capped, mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-    return output.transpose(1, 2)
+    return output.transpose(1, 2).contiguous()
 
 
 @functools.cache

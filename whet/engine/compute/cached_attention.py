@@ -71,7 +71,7 @@ def _softcapped(
         scores = scores + mask
     weights = torch.softmax(scores.float(), dim=-1).to(value.dtype)
     output = weights.view(rows, key.shape[1], groups * length, key.shape[2]) @ value
-    return output.view(rows, heads, length, value.shape[-1]).transpose(1, 2)
+    return output.view(rows, heads, length, value.shape[-1]).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(CACHED_ATTENTION, attend_cached)

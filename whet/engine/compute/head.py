@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from whet.engine.memory.host_tables import HostTensors, offload_head
+from whet.engine.task import takes
 from whet.engine.weights.linear import freeze
 from whet.engine.weights.product import backward_product, forward_product
 from whet.engine.weights.stored import Fp8Weight
@@ -242,7 +243,7 @@ def find_head(network: nn.Module, *, autocast: torch.dtype | None = None) -> Hea
     """The parts that `HeadLoss` needs, or None when head(decoder(x)) is not what `network` computes."""
     output = network.get_output_embeddings()  # type: ignore[operator]
     decoder = network.get_decoder() if hasattr(network, "get_decoder") else None  # type: ignore[operator]
-    if not isinstance(output, nn.Linear) or decoder is None or decoder is network:
+    if not isinstance(output, nn.Linear) or decoder is None or decoder is network or not takes(decoder, "input_ids"):
         return None
     softcap = getattr(network.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[union-attr,operator]
     device = output.weight.device

@@ -8,23 +8,34 @@ ignores `documents` fails at once, and is then trained padded instead of contami
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from whet.engine.compute.attention import Documents
+from whet.base.private import attention_name
+from whet.engine.compute.attention import ATTENTION, Documents
+from whet.engine.compute.probe import ROUNDED, tolerance
 
 
 @dataclass(frozen=True)
 class Isolation:
-    """moved: largest change of the second document's logits; alone: its largest difference to being alone."""
+    """moved: largest change of the second document's logits; alone: its largest difference to being alone; share: how
+    much of `scale`, the largest logit, that may be."""
 
     moved: float
     alone: float
     scale: float
+    share: float = ROUNDED
 
     @property
     def holds(self) -> bool:
-        return self.moved == 0.0 and self.alone <= 0.05 * max(self.scale, 1e-6)
+        return self.moved == 0.0 and self.alone <= self.share * max(self.scale, 1e-6)
+
+
+def knows_documents(network: Any) -> bool:
+    """Whether a model computes with whet's attention: any other one counts windows, chunks and what it selects over the
+    whole row, whatever documents stand in it."""
+    return attention_name(network) == ATTENTION
 
 
 def check_isolation(
@@ -45,6 +56,7 @@ def check_isolation(
         moved=float((one - two).abs().max()),
         alone=float((one - alone).abs().max()),
         scale=float(alone.abs().max()),
+        share=tolerance(model) if autocast is None else ROUNDED,
     )
 
 

@@ -12,10 +12,12 @@ import torch
 from whet.base.errors import UserError
 from whet.base.private import has_sdpa, takes_attention
 from whet.engine.compute import attention
+from whet.engine.compute.proven_attention import prove_attention
 from whet.engine.config import Model
 from whet.engine.device import DTYPES, PACKED, Placement
 from whet.engine.load.locate import locate
 from whet.engine.load.new_tokens import add_tokens, grow
+from whet.engine.sizes import longest_text
 from whet.engine.task import CAUSAL, Task, set_pad
 
 if TYPE_CHECKING:
@@ -58,7 +60,8 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
 
 
 def load_model(model: Model, placement: Placement, task: Task = CAUSAL) -> PreTrainedModel:
-    """The model on its device, weights stored as `placement` says, in evaluation mode, attention for training.
+    """The model on its device, weights stored as `placement` says, in evaluation mode, with the fastest attention for
+    training that computes what the model's own does.
 
     Host and device hold the final weights and one dense layer at most. Raises UserError for what cannot be opened and
     for a checkpoint whose weights are absent, of another shape, or in a format that cannot be trained on.
@@ -74,7 +77,9 @@ def load_model(model: Model, placement: Placement, task: Task = CAUSAL) -> PreTr
     if task.labelled:
         pad = network.config.get_text_config().pad_token_id
         set_pad(network.config, load_tokenizer(model) if pad is None or pad < 0 else None)  # type: ignore[operator]
-    return network.to(placement.device).eval()  # type: ignore[arg-type]
+    network = network.to(placement.device).eval()  # type: ignore[arg-type]
+    prove_attention(network)
+    return network
 
 
 def _stored_model(
@@ -166,10 +171,10 @@ def longest_input(config: PreTrainedConfig) -> int | None:
     text = config.get_text_config()
     if getattr(text, "relative_attention_num_buckets", None) and config.is_encoder_decoder:
         return None
-    found = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    found = longest_text(config)
     if found and config.model_type in _POSITIONS_AFTER_PAD:
         found -= (text.pad_token_id or 0) + 1
-    return int(found) if found else None
+    return found if found and found > 0 else None
 
 
 def _opened(open_it, source: str, what: str, field: str = "model.path"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from whet.base.errors import UserError
+from whet.engine.compute.proven_attention import attention_notice
 from whet.engine.config import Base, Model
 from whet.engine.device import PACKED, Placement, resolve_placement
 from whet.engine.load.load import checkpoint_storage, load_model, rebuilding_notice
@@ -71,7 +72,8 @@ def answering_placement(model: Model, base: Base) -> Placement:
 
 def open_model(model: Model, placement: Placement, task: Task = CAUSAL) -> Opened:
     """A plain model, loaded as `placement` says."""
-    return Opened(load_model(model, placement, task), None, placement, None, task, _notices(model, placement))
+    network = load_model(model, placement, task)
+    return Opened(network, None, placement, None, task, _notices(model, placement, network))
 
 
 def open_trained(model: Model, base: Base, trained: Path, method: Opens, task: Task = CAUSAL) -> Opened:
@@ -81,7 +83,7 @@ def open_trained(model: Model, base: Base, trained: Path, method: Opens, task: T
     placement = answering_placement(whole, base)
     network = load_model(whole, placement, task)
     wrapped = None if method.can.whole_model else method.load(network, trained, task)
-    return Opened(network, wrapped, placement, method, task, _notices(whole, placement))
+    return Opened(network, wrapped, placement, method, task, _notices(whole, placement, network))
 
 
 def check_trained(trained: Path) -> None:
@@ -93,6 +95,6 @@ def check_trained(trained: Path) -> None:
         )  # fmt: skip
 
 
-def _notices(model: Model, placement: Placement) -> tuple[str, ...]:
-    notice = rebuilding_notice(model, placement)
-    return () if notice is None else (notice,)
+def _notices(model: Model, placement: Placement, network: PreTrainedModel) -> tuple[str, ...]:
+    found = rebuilding_notice(model, placement), attention_notice(network)
+    return tuple(notice for notice in found if notice is not None)

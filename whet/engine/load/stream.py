@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from whet.base.errors import UserError
 from whet.base.extras import require
 from whet.base.private import draw_weights, mark_initialised, unmark_quantised, weight_conversions
-from whet.engine.task import CAUSAL, Task, head_names
+from whet.engine.task import CAUSAL, Task, head_names, poolers
 from whet.engine.weights.linear import FrozenLinear, freeze_linears, frozen_names, hollow
 from whet.engine.weights.nf4 import BLOCK
 
@@ -159,13 +159,15 @@ def load_frozen(
 def load_plain(source: str, options: dict[str, Any], task: Task = CAUSAL) -> PreTrainedModel:
     """`from_pretrained`, refusing a checkpoint whose weights do not fit; transformers would fill in random ones.
 
-    The head of a labelled task may be absent or made for other labels: it is new then.
+    The head of a labelled task, and a pooler before it, may be absent or made for other labels: it is new then.
     """
     loaded: Any = task.auto_class().from_pretrained(
         source, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **options,
         **task.config_values(),
     )  # fmt: skip
     network, report = loaded
+    absent = [name for name in poolers(network) if any(key.startswith(f"{name}.") for key in report["missing_keys"])]
+    network.new_poolers = tuple(absent)
     new = tuple(f"{name}." for name in head_names(network))
     wrong = {name: shapes for name, *shapes in report["mismatched_keys"] if not name.startswith(new)}
     refuse_misfits(source, wrong, {name for name in report["missing_keys"] if not name.startswith(new)})

@@ -15,6 +15,7 @@ from them for FP8 products (`keep_for_fp8`) is a parameter too, so that sharding
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -190,15 +191,45 @@ def stored_weight(linear: nn.Module) -> FrozenWeight:
     return DenseWeight(linear.weight)
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """Full names of the linear layers of a transformer, without its output head or classifier."""
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes x W^T + b and nothing else: a subclass of nn.Linear that gives something else (a
+    router, BitLinear) does not."""
+    return isinstance(module, FrozenLinear) or _is_linear_class(type(module))
+
+
+@functools.cache
+def _is_linear_class(kind: type[nn.Module]) -> bool:
+    """The same of a class. One with a forward of its own is tried on a layer of 4 by 3: Falcon's gives what nn.Linear
+    does, and what cannot be made or gives another result is none."""
     from transformers.pytorch_utils import Conv1D
 
-    head, new = model.get_output_embeddings(), head_names(model)  # type: ignore[operator]
-    kinds = (nn.Linear, FrozenLinear, Conv1D)
+    if kind.forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if not issubclass(kind, nn.Linear):
+        return False
+    try:
+        with torch.no_grad(), torch.device("cpu"):  # a plan counts its model without memory
+            x, tried = torch.linspace(-2, 2, 20).view(5, 4), kind(4, 3)
+            given = tried(x)
+        return isinstance(given, torch.Tensor) and torch.allclose(given, nn.functional.linear(x, tried.weight, tried.bias))
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+        return False
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Full names of the linear layers of a transformer, without its output head or classifier.
+
+    One whose weight the module above reads past its forward (in torch's MultiheadAttention) is none of them: what is
+    put in its place would be bypassed.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    new = tuple(f"{name}." for name in head_names(model))
+    read_by_parent = {id(inner) for module in model.modules() if isinstance(module, nn.MultiheadAttention)
+                      for inner in module.modules()}  # fmt: skip
     return [
         name for name, module in model.named_modules()
-        if isinstance(module, kinds) and module is not head and name.split(".")[0] not in new
+        if is_linear(module) and module is not head and id(module) not in read_by_parent
+        and not f"{name}.".startswith(new)
     ]  # fmt: skip
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from whet.base.errors import UserError
-from whet.base.private import adapt_by, has_sdpa
-from whet.engine.compute.cached_attention import CACHED_ATTENTION
+from whet.base.private import adapt_by
+from whet.engine.compute.proven_attention import use_attention_with_masks
 from whet.engine.load.headers import adapter_weights, check_trained_tensors
 from whet.engine.task import CAUSAL, Task, head_names
 from whet.methods.layers.key_names import PREFIX, rename_config, renamed_beginnings, turn
@@ -48,7 +48,7 @@ def wrap(network: PreTrainedModel, config: Any, task: Task = CAUSAL, name: str =
     if task.labelled and hasattr(config, "modules_to_save"):
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *head_names(network)})
     if config.is_prompt_learning:
-        network.set_attn_implementation(CACHED_ATTENTION if has_sdpa(network) else "eager")
+        use_attention_with_masks(network)
     return getattr(peft, _MODELS[task.peft_type])(network, config, adapter_name=name)
 
 

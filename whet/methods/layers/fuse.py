@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from whet.base.private import version_of
 from whet.base.errors import UserError
 from whet.engine.weights.joined import Nf4Rows, can_join, join
 from whet.engine.weights.linear import FrozenLinear
@@ -127,18 +128,24 @@ def _dropout(layer: Any) -> float:
 
 @torch.no_grad()
 def _sharing(model: nn.Module, run: Callable[[], object] | None) -> list[list[LoraLinear]]:
-    """The trained plain LoRA layers in groups that read the same tensor, in the order in which the model calls them."""
+    """The trained plain LoRA layers in groups that read the same tensor, in the order in which the model calls them;
+    without those whose output the model changes in place."""
     from whet.methods.layers.lora_layer import LoraLinear
 
     layers = [module for module in model.modules() if isinstance(module, LoraLinear) and module.trains_lora_alone()]
     if not layers:
         return []
     calls: list[tuple[LoraLinear, torch.Tensor]] = []
+    outputs: list[tuple[LoraLinear, torch.Tensor, int]] = []
 
     def look(layer: Any, args: tuple[Any, ...]) -> None:
         calls.append((layer, args[0]))
 
+    def note(layer: Any, _: object, output: torch.Tensor) -> None:
+        outputs.append((layer, output, version_of(output)))
+
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    hooks += [layer.register_forward_hook(note) for layer in layers]
     was_training = model.training
     model.eval()
     try:
@@ -151,6 +158,9 @@ def _sharing(model: nn.Module, run: Callable[[], object] | None) -> list[list[Lo
         for hook in hooks:
             hook.remove()
         model.train(was_training)
+    # Some models scale what a layer gives in place (Longformer), and the parts of a joint product cannot be changed so.
+    changed = {layer for layer, output, version in outputs if version_of(output) != version}
+    calls = [(layer, x) for layer, x in calls if layer not in changed]
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     groups: list[list[LoraLinear]] = []
     grouped: set[LoraLinear] = set()

@@ -28,12 +28,12 @@ class LoraFunction(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         weight = dense_weight(base, x.dtype)
         bias = base.bias
-        output = torch.nn.functional.linear(flat, weight, bias)  # type: ignore[arg-type]
+        output = torch.nn.functional.linear(x, weight, bias)  # type: ignore[arg-type]
         reduced = flat @ a.to(x.dtype).t()
-        output.addmm_(reduced, b.to(x.dtype).t(), alpha=scale)
+        output.view(-1, output.shape[-1]).addmm_(reduced, b.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(flat, reduced, a, b)
         ctx.base, ctx.scale, ctx.input_shape = base, scale, x.shape
-        return output.view(*x.shape[:-1], output.shape[-1])
+        return output  # and not a view of it, which a model could not change in place (Falcon)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor):

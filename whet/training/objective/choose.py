@@ -6,8 +6,9 @@ from typing import Any
 
 from whet.base.errors import UserError
 from whet.engine.compute.head import find_head
+from whet.engine.compute.probe import sees_padding
 from whet.engine.device import Placement
-from whet.engine.task import Task, kind_of
+from whet.engine.task import Task, kind_of, reads_types, takes
 from whet.training.objective.labels import LabelObjective
 from whet.training.objective.objective import Arithmetic, Objective
 from whet.training.objective.seq2seq import Seq2SeqObjective
@@ -28,14 +29,14 @@ def objective_for(
     arithmetic = Arithmetic.of(placement, float32_trained=padded)
     config, kind = network.config, kind_of(network.config)
     pad = config.get_text_config().pad_token_id
-    pad, cached = 0 if pad is None or pad < 0 else pad, kind != "encoder"
+    pad, cached = 0 if pad is None or pad < 0 else pad, kind != "encoder" and takes(network, "use_cache")
     if task.name == "causal":
         return VirtualTextObjective(arithmetic, pad=pad, cached=cached)
     if task.name == "seq2seq":
         return Seq2SeqObjective(arithmetic, pad=pad, cached=cached, start=_start(network))
     return LabelObjective(
-        arithmetic, pad=pad, cached=cached, task=task.name, typed=(getattr(config, "type_vocab_size", None) or 0) > 1,
-        end=config.eos_token_id if kind == "encoder_decoder" else None, apart=virtual and kind == "decoder",
+        arithmetic, pad=pad, cached=cached, task=task.name, typed=reads_types(network),
+        end=config.eos_token_id if kind == "encoder_decoder" else None, apart=(virtual and kind == "decoder") or sees_padding(network),
     )  # fmt: skip
 
 

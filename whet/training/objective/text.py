@@ -63,9 +63,9 @@ class TextObjective(Objective[TextBatch, TextOnDevice]):
         )  # fmt: skip
 
     def losses(self, model: torch.nn.Module, on_device: TextOnDevice) -> torch.Tensor:
-        inputs: dict[str, Any] = {"input_ids": on_device.ids, "position_ids": on_device.positions, "use_cache": False}
-        if on_device.documents is not None:
-            inputs["documents"] = on_device.documents
+        inputs: dict[str, Any] = {"input_ids": on_device.ids, "use_cache": False}
+        if on_device.documents is not None:  # padded rows have the model's own positions, which RoBERTa counts from 2
+            inputs |= {"position_ids": on_device.positions, "documents": on_device.documents}
         with self.arithmetic.context():
             if self.head is not None:
                 return self.head.losses(inputs, on_device.indices, on_device.targets, on_device.weights)

@@ -1,0 +1,101 @@
+"""Every text family of transformers through whet, judged by plain transformers: `make families`.
+
+    python tests/families/run.py [--only NAME ...] [--jobs N]
+
+NAME is a family (llama) or a family for a task (llama:classification). Without --only the result is also written to
+docs/families.md. The exit code is 1 where a family is neither right nor refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ |= {"WHET_CACHE": "off", "HF_HUB_OFFLINE": "1"}
+
+from families.configs import entries  # noqa: E402
+from families.judge import Verdict, judged  # noqa: E402
+from families.table import document  # noqa: E402
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
+LIMIT_SECONDS = 180
+TOLD = ("attention as", "padded instead", "without a cache", "left as they are", "beside the text part", "generate:")
+
+
+class TooLong(BaseException):
+    """A family that takes more than its time."""
+
+
+def one(name: str) -> Verdict:
+    """The verdict on one family, in a process that may have judged others before."""
+    import torch
+
+    from whet.base.console import quiet_libraries
+
+    torch.set_num_threads(1)
+    quiet_libraries()
+    entry = next(entry for entry in entries() if entry.name == name)
+    said = io.StringIO()
+
+    def stop(*_: object) -> None:
+        raise TooLong
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LIMIT_SECONDS)
+    try:
+        with tempfile.TemporaryDirectory() as place, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            verdict = judged(entry, Path(place) / "family")
+    except TooLong:
+        return Verdict(name, "crash", f"not done after {LIMIT_SECONDS} s")
+    finally:
+        signal.alarm(0)
+    lines = said.getvalue().splitlines()
+    verdict.notes = list(dict.fromkeys(line.strip() for line in lines if any(phrase in line for phrase in TOLD)))
+    return verdict
+
+
+def verdicts(names: Sequence[str], jobs: int) -> Iterable[Verdict]:
+    """The verdicts in the order of the names, each as soon as it is there."""
+    if jobs == 1:
+        yield from map(one, names)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(one, names)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="families, or family:task")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
+    asked = parser.parse_args(words)
+    names = [entry.name for entry in entries()]
+    if asked.only:
+        names = [name for name in names if name in asked.only or name.partition(":")[0] in asked.only]
+        if not names:
+            parser.error(f"transformers has no such text family: {', '.join(asked.only)}")
+    found = []
+    for verdict in verdicts(names, asked.jobs):
+        found.append(verdict)
+        print(f"{len(found)}/{len(names)} {verdict.name}: {verdict.outcome} {verdict.reason}".rstrip(), flush=True)
+    counts = Counter(verdict.outcome for verdict in found)
+    held = sum(verdict.holds for verdict in found)
+    print(f"families: {held}/{len(found)} hold ({', '.join(f'{count} {name}' for name, count in counts.most_common())})")
+    if not asked.only:
+        DOCUMENT.write_text(document(found), encoding="utf-8")
+        print(f"written: {DOCUMENT}")
+    return int(held < len(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""docs/families.md from the verdicts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from families.judge import Verdict
+
+HEAD = """# Model families
+
+Every family that transformers {version} offers as a language model, a classifier of sequences or an encoder-decoder,
+built small with random weights, and taken through whet: trained, evaluated, asked one by one and in batches, and, with
+its adapter, merged. The judge is plain transformers, with the attention that the family is written in, one row at a
+time, without padding: the loss of the first step, greedy answers, and the held-out loss of the merged model must be
+what it computes. `make families` does it again, and writes this page; `tests/families` holds the code.
+
+**{held} of {all}**: {right} are right, {refused} are refused with a reason before weights are read, {late} once they are
+there, because the reason is found by asking them; {absent} cannot be built here.
+
+How whet computes attention in a family is not listed anywhere: it is asked of the model when it is loaded. Where the
+model's own attention has to be used, training takes padded rows and is slower; the run says so.
+"""
+TASKS = {"causal": "Language models", "classification": "Classifiers", "seq2seq": "Encoder-decoders"}
+SHORT = {
+    "attention as": "own attention", "padded instead": "padded rows", "without a cache": "answers without a cache",
+    "left as they are, because": "some layers not adapted", "beside the text part": "text part alone",
+    "transformers' generate": "answers by transformers' generate",
+}  # fmt: skip
+
+
+def document(verdicts: Sequence[Verdict]) -> str:
+    """The page, as Markdown."""
+    import transformers
+
+    count = {name: sum(v.outcome == name for v in verdicts) for name in ("right", "refused", "refused late", "not built")}
+    held = sum(verdict.holds for verdict in verdicts)
+    parts = [HEAD.format(
+        version=".".join(transformers.__version__.split(".")[:2]), held=held, all=len(verdicts), right=count["right"],
+        refused=count["refused"], late=count["refused late"], absent=count["not built"],
+    )]  # fmt: skip
+    for task, title in TASKS.items():
+        of_task = [verdict for verdict in verdicts if verdict.name.endswith(f":{task}")]
+        parts.append(f"## {title}\n")
+        parts.append(_supported(of_task))
+        parts.append(_listed(of_task, "not merged", "Right, but not merged"))
+        parts += [_listed(of_task, "refused", "Refused"), _listed(of_task, "refused late", "Refused once loaded")]
+        parts += [_listed(of_task, "not built", "Not built here"), _listed(of_task, "wrong", "Wrong")]
+        parts.append(_listed(of_task, "crash", "Fails"))
+    return "\n".join(part for part in parts if part)
+
+
+def _supported(verdicts: Sequence[Verdict]) -> str:
+    """The families that are right, by what whet says of them."""
+    groups: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.outcome == "right":
+            said = [short for phrase, short in SHORT.items() if any(phrase in note for note in verdict.notes)]
+            groups.setdefault(", ".join(said) or "on the fast path", []).append(verdict.name.partition(":")[0])
+    lines = ["| how | families |", "| --- | --- |"]
+    lines += [f"| {how} | {', '.join(sorted(names))} |" for how, names in sorted(groups.items(), key=lambda one: -len(one[1]))]
+    return "\n".join(lines) + "\n"
+
+
+def _listed(verdicts: Sequence[Verdict], outcome: str, title: str) -> str:
+    """A table of the families of one outcome with the reason of each; nothing where there are none."""
+    chosen = [verdict for verdict in verdicts if verdict.outcome == outcome]
+    if not chosen:
+        return ""
+    rows = [f"| {verdict.name.partition(':')[0]} | {_plain(verdict.reason)} |" for verdict in chosen]
+    return "\n".join([f"{title}:\n", "| family | why |", "| --- | --- |", *rows]) + "\n"
+
+
+def _plain(reason: str) -> str:
+    """A reason that a table cell can hold."""
+    return re.sub(r"\s+", " ", reason).replace("|", "/").strip()[:220]

@@ -1,0 +1,142 @@
+"""The choice of a model's attention: the fastest one that computes what the model's own does, asked of the model.
+
+Own means the eager attention that its family is written in. whet's attention makes no mask, so what a family puts into
+a mask (windows, chunks), adds to the scores (biases, caps, sinks) or asks of attention by a keyword of its own would be
+lost without a word, and a shorter loss would even look good. Therefore, whenever a model is loaded:
+
+- what each layer may see by the rule of its mask (`engine.compute.watched`) must be what the attention lets it see, at
+  positions on both sides of every number in the config: exact, and as cheap for a window of 8,192 tokens as for one
+  of 16;
+- the logits of a short row, and of one longer than every short window, must be those of the eager attention.
+
+Where one of them fails the next attention is tried, and the last is the model's own. Gives up: in bf16 the logits are
+compared in the median over tokens, since rounding may send a token to another expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from whet.base.private import attention_name, has_sdpa, takes_attention
+from whet.engine.compute.attention import ATTENTION, check_keywords
+from whet.engine.compute.cached_attention import CACHED_ATTENTION
+from whet.engine.compute.probe import EXACT, FAILURES, first_line, probe_inputs, row_length, tolerance
+from whet.engine.compute.readable import cannot_read
+from whet.engine.compute.watched import WATCHED, LayerCall, positions, sees, watched_calls
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EAGER = "eager"
+COMPUTED = ("scaling", "dropout", "softcap", "sliding_window")  # keywords that whet's attention computes with
+
+
+def prove_attention(network: PreTrainedModel) -> str:
+    """Give `network`, which is loaded with the attention that is wanted, the fastest that is right; returns why it is
+    another one, or nothing. The reason also stays with the network, for `attention_notice`."""
+    wanted = attention_name(network)
+    reason = _choose(network, [wanted, *(["sdpa"] if wanted == ATTENTION and has_sdpa(network) else [])])
+    network.attention_reason = reason  # type: ignore[assignment]
+    return reason
+
+
+def attention_notice(network: Any) -> str | None:
+    """What to tell a person of a network whose attention is not the one that was wanted, or None."""
+    reason = getattr(network, "attention_reason", "")
+    return f"attention as the model's own code computes it: {reason}" if reason else None
+
+
+def use_attention_with_masks(network: PreTrainedModel) -> str:
+    """Give `network` an attention that reads masks and caches; returns why it is the eager one, or nothing."""
+    if has_sdpa(network):
+        return _choose(network, [CACHED_ATTENTION])
+    # Without sdpa of its own a model has scores that only its eager attention knows, as with attention sinks.
+    network.set_attn_implementation(EAGER)
+    return ""
+
+
+@torch.inference_mode()
+def _choose(network: Any, names: Sequence[str]) -> str:
+    """Set the first of `names` that computes what eager attention does, else that one; returns why not the first."""
+    if not takes_attention(type(network)):
+        return ""
+    first = ""
+    was_training = network.training
+    network.eval()
+    own: torch.Tensor | None = None
+    for name in names:
+        if name == EAGER:
+            break
+        own = _own_logits(network) if own is None else own
+        reason = _difference(network, name, own)
+        if not reason:
+            break
+        first = first or reason
+    else:
+        name = EAGER
+    network.set_attn_implementation(name)
+    network.train(was_training)
+    return first
+
+
+def _own_logits(network: Any) -> torch.Tensor:
+    """The logits of the model's own attention. UserError for a model that cannot read rows of tokens."""
+    try:
+        return _logits(network, EAGER)
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        raise cannot_read(network, first_line(error)) from error
+
+
+def _difference(network: Any, name: str, own: torch.Tensor) -> str:
+    """Why attention `name` is not what gave the logits `own`; nothing where it is."""
+    try:
+        if name == ATTENTION and (unlike := next(_unlike(network), "")):
+            return unlike
+        logits = _logits(network, name)
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        return first_line(error)
+    distances = (logits - own).abs().flatten(1).amax(1)
+    share = tolerance(network)
+    distance = float(distances.max() if share == EXACT else distances.median())
+    return "" if distance <= share * float(own.abs().max()) else f"with another one its logits are {distance:.2g} away"
+
+
+def _unlike(network: Any) -> Iterator[str]:
+    """What whet's attention would leave out, layer by layer."""
+    network.set_attn_implementation(WATCHED)
+    calls = watched_calls(lambda: _pass(network, 8))
+    device = next(network.parameters()).device
+    asked = positions(network.config.get_text_config(decoder=True), device)
+    for call in calls:
+        check_keywords({name: value for name, value in call.keywords.items() if name not in COMPUTED})
+        yield from _unseen(call, asked)
+
+
+def _unseen(call: LayerCall, asked: torch.Tensor) -> Iterator[str]:
+    seen = call.sees(asked, asked)
+    if not call.causal:
+        yield "its layers also look ahead"
+    elif seen is None:
+        yield "it makes its masks by itself"
+    elif not torch.equal(seen, sees(call.keywords.get("sliding_window"), asked, asked)):
+        yield "its windows or chunks stand in the mask alone"
+
+
+def _logits(network: Any, name: str) -> torch.Tensor:
+    """[T, V] float32 (or [2, C] of a labelled task) with attention `name`, of a short row and a long one: within a
+    window transformers leaves out masks that some families take for given."""
+    network.set_attn_implementation(name)
+    lengths = (8, row_length(network.config))
+    return torch.cat([torch.atleast_2d(_pass(network, tokens).logits[0].float()) for tokens in lengths])
+
+
+def _pass(network: Any, tokens: int) -> Any:
+    """The output for one row of `tokens` ids."""
+    return network(**probe_inputs(network, tokens))
