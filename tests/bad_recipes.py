@@ -202,7 +202,7 @@ THINGS = [
     given("one_row_too_long", "data.max_length=8 data.over_length=error", "row 1", "field data.over_length",
           "at most 8", file="rows.jsonl"),
     given("all_held_out", "data.val_size=4", "no row is left", "4 held out", "lower data.val_size"),
-    given("output_is_a_file", "output_dir=file", "output_dir is a file", "field output_dir", file="file"),
+    given("output_is_a_file", "output_dir=file", "it is a file", "field output_dir", file="file"),
     given("output_in_a_file", "output_dir=file/run", "field output_dir", file="file/run"),
     given("output_is_foreign", "output_dir=foreign", "not empty", "field output_dir", "foreign-2", file="foreign"),
     given("output_is_another_run", "output_dir=earlier", "another recipe", "earlier-2", file="earlier"),

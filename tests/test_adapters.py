@@ -46,7 +46,7 @@ def pair(model_dir: Path, tmp_path: Path) -> list[Path]:
                     parameter.normal_(std=0.1)
         place = tmp_path / "runs" / f"run{index}" / "adapter"
         place.mkdir(parents=True)
-        (place.parent / "recipe.yaml").write_text("", encoding="utf-8")
+        (place.parent / "recipe.yaml").write_text(f"method: {{name: lora, r: {rank}}}\n", encoding="utf-8")
         method.save(model, place)
     return [tmp_path / "runs" / f"run{index}" for index in range(2)]
 

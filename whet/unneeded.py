@@ -90,7 +90,6 @@ NOT_THERE: dict[str, tuple[Any, ...]] = dict.fromkeys(
         "layers_pattern",
         "loftq_config",
         "lora_bias",
-        "lora_model_dir",
         "lr_scheduler_kwargs",
         "mask_history",
         "megatron_config",
