@@ -237,8 +237,7 @@ def merge(words: argparse.Namespace) -> dict[str, Any]:
     open_run(words.target)
     _prepare_libraries()
     certificate = api.merge(words.target, words.out)
-    say(f"merged on {certificate['chosen']}; on {certificate['prompts']} held-out rows: {certificate['summary']} -> "
-        f"{words.out}")  # fmt: skip
+    say(f"{words.out}: {certificate['chosen']}, compared on {certificate['prompts']} held-out rows")
     return certificate
 
 

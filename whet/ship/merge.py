@@ -20,7 +20,7 @@ from whet import runs
 from whet.base.console import say
 from whet.base.content import difference, digest_of, files_in
 from whet.base.errors import UserError
-from whet.base.files import hidden_directory, read_json, whole_directory, write_json
+from whet.base.files import hidden_directory, read_json, sweep, whole_directory, write_json
 from whet.base.outputs import output_directory
 from whet.data.prepare import Prepared
 from whet.data.template.goldens import FILE as CONTRACT
@@ -61,6 +61,7 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
     """
     target = _check(run, out)
     origin = _origin(run)
+    sweep(target.parent, target.name)
     if (earlier := _earlier(target, origin)) is not None:
         say(f"{out} holds this merge already: nothing to do")
         if run.read("results/merge.json") != earlier:  # killed between the two
@@ -136,11 +137,11 @@ def _best_candidate(
         verdict = judge.compare(base_kind, dtype, candidate, best[0] if best else None)
         del candidate
         tried.append(verdict)
+        say(f"merged on {base_kind} base in {dtype}: {verdict.summary}")
         if best is None or verdict.order < best[0].order:
             best = (verdict, folder)
         if verdict.perfect:
             break
-        say(f"merged on {base_kind} base in {dtype}: {verdict.summary}", style="dim")
     assert best is not None
     return *best, tried
 
