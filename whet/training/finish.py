@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from whet.base.console import say
+from whet.base.console import bytes_text, say
 from whet.base.files import whole_directory, write_json
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import write_contract
@@ -16,6 +16,8 @@ from whet.training.apply import Arranged
 from whet.training.resume import Checkpoints
 from whet.training.setup import Ready
 from whet.training.state import State
+
+WORTH_SAYING_BYTES = 100 << 20
 
 
 def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: State, reason: str) -> None:
@@ -38,6 +40,9 @@ def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: St
     run.write("finished.json", _summary(arranged, state, reason, kept) | {"trained_sha256": seal_digest(run.trained)})
     say(f"trained {state.step} steps, {state.tokens:,} tokens in {state.seconds:.1f} s "
         f"({state.tokens_per_second:,.0f} tok/s) -> {run.trained}")  # fmt: skip
+    left = sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
+    if left >= WORTH_SAYING_BYTES:
+        say(f"{run.checkpoints} holds {bytes_text(left)} that nothing reads any more; it may be removed", style="dim")
 
 
 def _load_best(run: Run, checkpoints: Checkpoints, state: State) -> int:
