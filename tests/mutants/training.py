@@ -8,8 +8,8 @@ SCHEDULE = "test_training.py -k 'schedule or rates or ends'"
 
 MUTANTS = [
     Mutant(
-        "checkpoint: sizes are enough", "training/checkpoint.py",
-        '        if _sha256(file) != facts["sha256"]:\n', "        if not file.name:\n",
+        "checkpoint: sizes are enough", "base/content.py",
+        '        if found[name]["sha256"] != facts.get("sha256"):\n', "        if not found[name]:\n",
         "a flipped bit is trained on", "test_resume.py -k damaged",
     ),
     Mutant(
@@ -20,12 +20,12 @@ MUTANTS = [
     ),
     Mutant(
         "checkpoint: steps by the alphabet", "training/checkpoint.py",
-        "return int(tail) if tail.isdigit() else -1", "return tail if tail.isdigit() else \"\"  # type: ignore",
+        "return int(found[1]) if found else -1", "return int(found[1][0]) if found else -1",
         "step-9 counts as newer than step-10", EDGES,
     ),
     Mutant(
         "checkpoint: other rows go unseen", "training/checkpoint.py",
-        '            if manifest["data"] != identity.data:\n', '            if manifest["data"] != manifest["data"]:\n',
+        "            if written != identity.data:\n", "            if written != written:\n",
         "a run is continued on other data", EDGES,
     ),
     Mutant(
@@ -41,7 +41,7 @@ MUTANTS = [
     ),
     Mutant(
         "checkpoint: damaged later ones count", "training/checkpoint.py",
-        "reverse=True) if _step_of(path) <= saved]", "reverse=True)]",
+        "if 0 <= _step_of(path) <= saved and path.is_dir()]", "if path.is_dir()]",
         "the only sound checkpoint is removed for a damaged one", "test_resume.py -k pruning",
     ),
     Mutant(
@@ -55,14 +55,13 @@ MUTANTS = [
         "a resumed run has no momentum", RESUME,
     ),
     Mutant(
-        "checkpoint: the manifest is written first", "training/checkpoint.py",
-        "        for file in sorted(beside.iterdir()):\n            sync(file)\n",
-        "        for file in sorted(beside.iterdir())[:-1]:\n            sync(file)\n",
+        "checkpoint: a manifest may leave files out", "training/checkpoint.py",
+        '        missing = sorted(FILES - set(files))\n', "        missing: list[str] = []\n",
         "a file is missing in the manifest and may be damaged unseen", EDGES,
     ),
     Mutant(
-        "checkpoint: leftovers stay", "training/checkpoint.py",
-        'if path.suffix in (".tmp", ".old"):', 'if path.suffix in (".old",):',
+        "checkpoint: leftovers stay", "base/files.py",
+        'TEMPORARY = (".tmp", ".old")', 'TEMPORARY = (".old",)',
         "what killed writes left fills the disk", "test_resume.py -k swept",
     ),
     Mutant(
@@ -114,17 +113,18 @@ MUTANTS = [
     ),
     Mutant(
         "observers: one offset for both files", "training/observers.py",
-        "os.ftruncate(file.fileno(), state.offsets[name])", 'os.ftruncate(file.fileno(), state.offsets["metrics"])',
+        "whole = _kept_bytes(file, state.offsets[name], state.step)",
+        'whole = _kept_bytes(file, state.offsets["metrics"], state.step)',
         "after a resume the timing is cut in the middle of a line", EDGES,
     ),
     Mutant(
         "observers: nothing is forgotten", "training/observers.py",
-        "            os.ftruncate(file.fileno(), state.offsets[name])\n", "",
+        "            file.truncate(whole)\n", "",
         "after a resume steps stand twice in metrics.jsonl", RESUME,
     ),
     Mutant(
         "observers: the file begins anew", "training/observers.py",
-        '{"metrics": metrics.open("a", encoding="utf-8")', '{"metrics": metrics.open("w", encoding="utf-8")',
+        '{"metrics": metrics.open("a+b")', '{"metrics": metrics.open("w+b")',
         "a resumed run loses the lines before", RESUME,
     ),
     Mutant(

@@ -21,7 +21,7 @@ from whet import runs
 from whet.base.console import say
 from whet.base.content import difference, digest_of, files_in
 from whet.base.errors import UserError
-from whet.base.files import hidden_directory, read_json, whole_directory, write_json
+from whet.base.files import hidden_directory, read_json, sweep, whole_directory, write_json
 from whet.base.outputs import output_directory
 from whet.data.prepare import Prepared
 from whet.data.template.goldens import FILE as CONTRACT
@@ -66,6 +66,7 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
     """
     target = _check(run, out)
     origin = _origin(run)
+    sweep(target.parent, target.name)
     if (earlier := _earlier(target, origin)) is not None:
         say(f"{out} holds this merge already: nothing to do")
         if run.has_recipe and run.read("results/merge.json") != earlier:  # killed between the two

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from whet.base.console import say
+from whet.base.console import bytes_text, say
 from whet.base.files import whole_directory, write_json
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import write_contract
@@ -18,6 +18,8 @@ from whet.training.saved import check_saved
 from whet.training.setup import Ready
 from whet.training.state import State
 from whet.training.trend import still_falling
+
+WORTH_SAYING_BYTES = 100 << 20
 
 
 def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: State, reason: str) -> None:
@@ -46,6 +48,9 @@ def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: St
     epochs = state.step / ready.batches.steps_per_epoch
     say(f"trained {state.step} steps ({epochs:.3g} epochs), {state.tokens:,} tokens in {state.seconds:.1f} s "
         f"({state.tokens_per_second:,.0f} tok/s){_best(state, kept)} -> {run.trained}")  # fmt: skip
+    left = sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
+    if left >= WORTH_SAYING_BYTES:
+        say(f"{run.checkpoints} holds {bytes_text(left)}, which only more steps would need", style="dim")
 
 
 def _best(state: State, kept: int) -> str:

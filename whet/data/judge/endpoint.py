@@ -224,6 +224,7 @@ class _Client:
             raise BadReply("not a chat completion") from None
         if not isinstance(text, str):
             raise BadReply("a reply without text")
+        text = text.replace(self.key, "[SECRET]") if self.key else text  # replies are written into files
         if choice.get("finish_reason") == "length":
             raise BadReply("the reply was cut off")
         return text.replace(self.key, SECRET) if self.key else text  # whatever is made of a reply is written to files
