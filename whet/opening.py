@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from whet.adapter_folder import AdapterFolder, own_tokenizer
 from whet.adapter_files import CONFIG, adapter_directory
+from whet.adapter_folder import AdapterFolder, own_tokenizer
 from whet.adapters import Adapters, base_of
 from whet.base.console import say
 from whet.data.template.goldens import FILE as CONTRACT

@@ -40,7 +40,7 @@ class Run:
 
     @property
     def has_recipe(self) -> bool:
-        """Whether this is a run directory; the folder of an adapter alone has none, and no report."""
+        """True for a run directory; the folder of an adapter alone has no recipe, and no report."""
         return True
 
     @property
@@ -113,7 +113,7 @@ class Run:
 
 
 def is_adapter_alone(path: str | Path) -> bool:
-    """Whether a directory is the folder of an adapter that belongs to no run."""
+    """True if a directory is the folder of an adapter that belongs to no run."""
     place = Path(path)
     return (place / "adapter_config.json").is_file() and not (place / "recipe.yaml").is_file()
 

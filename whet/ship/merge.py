@@ -32,8 +32,8 @@ from whet.engine.weights.linear import FrozenLinear
 from whet.methods.all import METHODS
 from whet.opening import open_answerer
 from whet.runs import Run
-from whet.ship.carry import carry_over
 from whet.ship.agreement import MEAN_KL_LIMIT, Agreement, decoder_reference, encoder_decoder_reference
+from whet.ship.carry import carry_over
 from whet.ship.label_agreement import LabelAgreement, label_reference
 
 if TYPE_CHECKING:
