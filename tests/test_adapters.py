@@ -289,3 +289,70 @@ def test_a_chat_switches(model_dir: Path, recipe: Any, tmp_path: Path) -> None:
     assert said == [alone["one"], alone["two"], base, alone["one"]]
     with pytest.raises(UserError, match="no such adapter"):
         both.use("onee")  # type: ignore[union-attr]
+
+
+def test_what_was_composed_is_scored_and_merged(model_dir: Path, recipe: Any, data_file: Path, tmp_path: Path) -> None:
+    import whet
+    from whet.training.run import train
+
+    parts = [
+        train(recipe(**{"output_dir": str(tmp_path / name), "train.seed": seed, "train.max_steps": 2})).path
+        for seed, name in enumerate(("one", "two"))
+    ]
+    out = whet.compose(tmp_path / "both", parts, weights=[0.5, 0.5])
+    assert "More Information Needed" not in (out / "README.md").read_text(encoding="utf-8")
+    found = whet.merge(out, tmp_path / "merged", data=str(data_file))
+    assert found["kl"] < 1e-4
+    assert whet.evaluate(out, data=str(data_file), max_rows=2)["rows"] > 0
+    code, told_of = told("eval", str(out), "--data", str(data_file), "--max-rows", "1")
+    assert (code, "tuned" in told_of) == (0, True)
+    assert told("merge", str(out), str(tmp_path / "again"), "--data", str(data_file))[0] == 0
+
+
+def test_the_list_has_every_run_whole_paths_and_scores(
+    recipe: Any, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import subprocess
+    import sys
+
+    import whet
+    from whet.cli import run as whet_command
+    from whet.recipe import parse
+    from whet.training.run import train
+
+    long = tmp_path / ("a-name-that-is-longer-than-any-terminal-" * 3)
+    methods: dict[str, dict[str, Any]] = {
+        "lora": {}, "freeze": {"method.name": "freeze", "method.layers": 1}, "full": {"method.name": "full"},
+        "head": {"method.name": "head"},
+    }  # fmt: skip
+    base = recipe().recipe.model.path
+    for name, changes in methods.items():
+        values = tiny.settings(base, data_file, long / name) | {"train.max_steps": 1, "data.val_size": 2} | changes
+        if changes:
+            del values["method.r"]
+        run = train(parse(None, tiny.words(values)))
+    whet.evaluate(long / "lora", max_rows=2)
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "40")
+    assert whet_command(["adapters", "list", str(long)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(methods)
+    for name in methods:
+        assert any(str(long / name) in line for line in lines), "a path is whole"
+    assert "exact_match" in next(line for line in lines if str(long / "lora") in line)
+    code = (
+        f"import sys; from whet.cli import run; run(['adapters', 'list', {str(long)!r}]); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert run.finished is not None
+
+
+def test_the_card_says_what_the_run_knows(recipe: Any) -> None:
+    from whet.training.run import train
+
+    run = train(recipe(**{"train.max_steps": 1, "data.val_size": 2}))
+    text = (run.adapter / "README.md").read_text(encoding="utf-8")
+    assert "More Information Needed" not in text
+    for part in ("lora", "LlamaForCausalLM", "rows learned", "| r | 4 |", "lowest held-out loss"):
+        assert part in text, part

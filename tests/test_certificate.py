@@ -93,7 +93,7 @@ def figures_of_texts(run: Run, out: Path, longest: int) -> dict[str, float]:
 
 @torch.inference_mode()
 def held_out_loss(run: Run, model: Any) -> float:
-    """Mean loss of the learned tokens of all held-out rows, by the shift of labels that transformers' own loss makes."""
+    """Mean loss of the learned tokens of all held-out rows, by transformers' own loss."""
     rows, total, count = runs.prepared(run.recipe).evaluation, 0.0, 0
     for index in range(len(rows)):
         ids, learned = (torch.tensor(array.tolist()) for array in rows.row(index))

@@ -66,8 +66,16 @@ class Files:
         self.other = tiny.save_model(tiny.llama(num_hidden_layers=3, tie_word_embeddings=False), place / "other")
         self.data = tiny.write_rows(place / "rows.jsonl", tiny.rows())
         self._chats()
+        self._adapter()
         template = self.other / "chat_template.jinja"
         template.write_text(template.read_text(encoding="utf-8").replace("<|im_end|>", "<|im_end|> "), encoding="utf-8")
+
+    def _adapter(self) -> None:
+        import peft
+        import theirs
+
+        settings = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        theirs.save_adapter(self.model, self.place / "theirs", settings, keep_tokenizer=False)
 
     def _chats(self) -> None:
         def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
@@ -263,6 +271,7 @@ TABLE = [
     Row("model.chat_template", "alpaca", "rows", rows),
     Row("model.task", "regression", "task", rows, {"data.dataset": "numbers.jsonl"}),
     Row("model.new_tokens", ["<order>"], "end", run),
+    Row("model.adapter", "theirs", "losses", run, {"method.r": "unset"}),
     Row("model.from_config", True, "losses", run, {"method.name": "full", "method.r": "unset", "train.seed": 7}),
     Row("base.storage", "int8", "losses", run, {"base.compute": "fp32"}),
     Row("base.compute", "bf16", "losses", run),

@@ -98,7 +98,10 @@ def test_training_goes_on_and_its_result_opens_in_plain_peft(
     assert "equal to the bit" in capsys.readouterr().err
     assert (run.recipe.method.r, run.recipe.method.lora_alpha) == (4, 12)  # type: ignore[union-attr]
     assert run.recipe.model.path == str(model)
-    assert json.loads((run.path / START).read_text(encoding="utf-8"))["sha256"].keys() == {WEIGHTS, "adapter_config.json"}
+    assert json.loads((run.path / START).read_text(encoding="utf-8"))["sha256"].keys() == {
+        WEIGHTS,
+        "adapter_config.json",
+    }
     before, after = load_file(adapter / WEIGHTS), load_file(run.adapter / WEIGHTS)
     assert before.keys() == after.keys()
     moved = [float((before[name] - after[name]).abs().max()) for name in before]
@@ -138,8 +141,8 @@ OWN: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OWN)
 def test_it_goes_on_from_a_run_of_whet(name: str, model: Path, data: Path, tmp_path: Path) -> None:
-    first = train(tiny.recipe(model, data, tmp_path / "first", train__max_steps=1, **OWN[name]) if name in ("lora", "pissa")
-                  else further_recipe(model, data, tmp_path / "first", **OWN[name]))  # fmt: skip
+    make = tiny.recipe if name in ("lora", "pissa") else further_recipe
+    first = train(make(model, data, tmp_path / "first", **OWN[name], train__max_steps=1))
     again = further(first.path, data, tmp_path / "second", train__max_steps=1)
     if (first.adapter / WEIGHTS).is_file():
         starts_as(again, first.adapter)
@@ -153,7 +156,7 @@ def test_it_goes_on_from_a_run_of_whet(name: str, model: Path, data: Path, tmp_p
 
 
 def further_recipe(model: Path, data: Path, out: Path, **changes: Any) -> Parsed:
-    given = tiny.settings(model, data, out, train__max_steps=1, **changes)
+    given = tiny.settings(model, data, out, **({"train__max_steps": 1} | changes))
     given.pop("method.r", None)
     return parse(None, tiny.words(given))
 

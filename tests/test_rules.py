@@ -116,7 +116,6 @@ CASES: dict[str, tuple[Asked, Asked]] = {
     "task_of_another_kind_of_model": (
         replace(GPU, task="seq2seq"), replace(GPU, task="seq2seq", config=tasks.config("t5"))
     ),
-    "router_loss": (replace(GPU, config=mixture(output_router_logits=True)), replace(GPU, config=mixture())),
     "task_of_another_method": (
         replace(LABELS, method=method("adaption_prompt")), replace(GPU, method=method("adaption_prompt"))
     ),
@@ -145,6 +144,7 @@ CASES: dict[str, tuple[Asked, Asked]] = {
     "stopping_early_without_held_out_rows": (
         trains(replace(GPU, held_out_rows=0), early_stopping_patience=2), trains(GPU, early_stopping_patience=2)
     ),
+    "router_loss": (replace(GPU, config=mixture(output_router_logits=True)), replace(GPU, config=mixture())),
     "another_start_of_an_adapter": (
         replace(GPU, model=Model(path="m", adapter="a"), method=method("lora", init_lora_weights="pissa")),
         replace(GPU, method=method("lora", init_lora_weights="pissa")),

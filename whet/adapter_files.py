@@ -1,4 +1,4 @@
-"""What lies on the disk: adapters and finished runs, described from their files alone, without torch and without a model.
+"""Descriptions of the adapters and finished runs on a disk, from their files alone: no torch, no model.
 
 A folder is a run that has ended (whatever its method), or an adapter that stands alone. What whet's own methods and
 whole models leave has no PEFT config, so a run is described by its recipe, and its scores by `results/`.
@@ -79,7 +79,7 @@ def find(folder: str | Path) -> list[Described]:
 
 
 def _of_run(run: Run) -> Described | None:
-    """What a run left, or None while it has not ended."""
+    """The facts about a run, or None while it has not ended."""
     if not run.trained.is_dir():
         return None
     numbers, size = _numbers(run.trained, sorted(file.name for file in run.trained.glob("*.safetensors")))

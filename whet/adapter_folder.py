@@ -100,7 +100,7 @@ def own_tokenizer(model: Model, directory: Path) -> tuple[Model, tuple[str, ...]
 
 
 def _differences(base: Model, own: Model) -> list[str]:
-    """What of the tokenizer in an adapter's folder is not as the base's."""
+    """The parts of the tokenizer in an adapter's folder that are not as the base's."""
     theirs = load_tokenizer(own)
     try:
         ours = load_tokenizer(base)
@@ -149,7 +149,9 @@ def _outputs(directory: Path) -> int:
 
     with safe_open(str(directory / WEIGHTS), "np") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a mapping
-    rows = [shape[0] for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2 and "lora_" not in key]
+    rows = [
+        shape[0] for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2 and "lora_" not in key
+    ]
     if not rows:
         raise UserError(
             "the adapter was trained for labels and has no head for them", file=str(directory / WEIGHTS),

@@ -172,6 +172,7 @@ class Adapters:
             for file in (directory / peft_name).iterdir():  # PEFT makes a folder of every name but its default
                 file.rename(directory / file.name)
             (directory / peft_name).rmdir()
+            (directory / "README.md").write_text(_card(name, note), encoding="utf-8")
             if note is not None:
                 (directory / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
             for file in beside:
@@ -222,6 +223,19 @@ class Adapters:
     def _check_free(self, name: str) -> None:
         if name in self._peft_names:
             raise UserError("this name is taken", found=name, fix="give another one, or delete the adapter first")
+
+
+def _card(name: str, note: dict[str, Any] | None) -> str:
+    """The page beside an adapter that was composed, in place of PEFT's empty form."""
+    parts = zip((note or {}).get("parts", ()), (note or {}).get("weights", ()), strict=False)
+    lines = [f"| {Path(part).name} | {weight:g} |" for part, weight in parts]
+    table = (
+        ["| part | weight |", "| --- | --- |", *lines, "", f"Combined by {(note or {}).get('how')}.", ""]
+        if lines
+        else []
+    )
+    return "\n".join(["---", "library_name: peft", "---", "", f"# {name}", "", *table,
+                      "`whet chat`, `whet eval` and `whet merge` open this folder, and so does PEFT.", ""])  # fmt: skip
 
 
 def _check_plain(part: str, config: Any) -> None:

@@ -67,7 +67,7 @@ def start_directory(target: str) -> Path:
 
 
 def start_facts(recipe: Recipe) -> dict[str, Any]:
-    """What a run keeps of the adapter that it went on from: its place and the hashes of its files; {} for none."""
+    """The place of the adapter that a run went on from, and the hashes of its files; {} for none."""
     if recipe.model.adapter is None:
         return {}
     directory = start_directory(recipe.model.adapter)

@@ -49,7 +49,7 @@ class Run:
 
     @property
     def has_recipe(self) -> bool:
-        """Whether this is a run directory; the folder of an adapter alone has none, and no report."""
+        """True for a run directory; the folder of an adapter alone has no recipe, and no report."""
         return True
 
     @property
@@ -136,7 +136,7 @@ def record(line: bytes) -> dict[str, Any] | None:
 
 
 def is_adapter_alone(path: str | Path) -> bool:
-    """Whether a directory is the folder of an adapter that belongs to no run."""
+    """True if a directory is the folder of an adapter that belongs to no run."""
     place = Path(path)
     return (place / "adapter_config.json").is_file() and not (place / "recipe.yaml").is_file()
 

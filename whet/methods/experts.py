@@ -40,8 +40,8 @@ def expert_notices(experts: dict[str, int], total: int, *, trained: Collection[s
         )
     if packed and experts:
         notices.append(
-            f"experts, {_share(experts, total)} of the weights, are no linear layers and stay as they are: they are not "
-            "stored in fewer bits"
+            f"experts, {_share(experts, total)} of the weights, are no linear layers and stay as they are: "
+            "not stored in fewer bits"
         )
     return tuple(notices)
 

@@ -11,16 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from whet.base.config import field_docs
 from whet.base.errors import UserError
 from whet.base.files import read_json
 from whet.methods.bridged import BRIDGED, LEFT_OUT
+from whet.methods.lora import Lora
 
 CONFIG, OWN = "adapter_config.json", "method.json"
-LORA = (
-    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "rank_pattern",
-    "alpha_pattern", "use_rslora", "use_dora", "bias", "modules_to_save", "trainable_token_indices",
-    "target_parameters",
-)  # fmt: skip
+OF_TRAINING = ("name", "init_lora_weights", "loraplus_lr_ratio")  # settings of LoRA that no adapter has
+LORA = tuple(name for name in field_docs(Lora) if name not in OF_TRAINING)
 # Of PEFT's LoRA: what changes the arithmetic and has no setting here, with the value that means nothing is changed.
 BEYOND = {
     "fan_in_fan_out": None, "lora_bias": False, "layer_replication": None, "megatron_config": None, "use_qalora": False,
@@ -132,7 +131,9 @@ def _options(name: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         field, value = fields[option], config.get(option)
         default = field.default if field.default is not dataclasses.MISSING else None
         if option in config and value is not None and value != default and value not in ([], {}):
-            found[option] = sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+            found[option] = (
+                sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+            )
     return found
 
 

@@ -68,7 +68,8 @@ class Lora(PeftMethod):
         "expression.",
     )
     target_parameters: list[str] = setting(
-        [], "Parameters that are no linear layer, by name or its end: the experts of a mixture, such as "
+        [],
+        "Parameters that are no linear layer, by name or its end: the experts of a mixture, such as "
         "mlp.experts.gate_up_proj; on dense storage.",
     )
     exclude_modules: str | list[str] = setting([], "Names or a regular expression of targets to leave out.")

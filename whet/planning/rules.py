@@ -15,6 +15,7 @@ from whet.engine.task import LABELLED, auto_name, fits_task, kind_of
 from whet.methods.capability import DENSE
 from whet.methods.method import Method
 from whet.planning.asked import Asked
+from whet.planning.model_rules import MODEL
 from whet.planning.rule import Rule
 from whet.recipe import Recipe
 from whet.settings import Train
@@ -92,15 +93,6 @@ def _kind_for_the_task(asked: Asked) -> str:
     wanted = {"causal": "a decoder (Llama, Qwen, GPT-2)", "seq2seq": "an encoder-decoder (T5)"}
     kind = wanted.get(asked.task, "a model with a classification head")
     return f"{kind} that transformers' {auto_name(asked.task)} opens"
-
-
-def _router_loss(asked: Asked) -> float:
-    """The weight of the loss that keeps experts equally busy, where the model's own loss would have it."""
-    assert asked.config is not None
-    text = asked.config.get_text_config()
-    if asked.task != "causal" or not getattr(text, "output_router_logits", False):
-        return 0.0
-    return float(getattr(text, "router_aux_loss_coef", None) or 0.0)
 
 
 def _task_for_the_kind(asked: Asked) -> str:
@@ -271,14 +263,6 @@ TASK = (
         fix=_task_for_the_kind,
     ),
     Rule(
-        name="router_loss", field="model.path", needs=("config",),
-        broken=lambda asked: _router_loss(asked) > 0,
-        problem="the model's config asks for a loss of its router, which whet does not add to that of the rows",
-        found=lambda asked: f"output_router_logits true, router_aux_loss_coef {_router_loss(asked):g}",
-        expected="output_router_logits false, as transformers trains without it",
-        fix="write output_router_logits: false into the model's config.json",
-    ),
-    Rule(
         name="task_of_another_method", field="model.task", needs=("task",),
         broken=lambda asked: asked.task not in asked.method.can.tasks,
         problem="the method {method.name} cannot be used for this task", found="{task}",
@@ -344,20 +328,6 @@ ROWS = (
     ),
 )  # fmt: skip
 
-START = (
-    Rule(
-        name="another_start_of_an_adapter", field="method.init_lora_weights",
-        broken=lambda asked: asked.model.adapter and getattr(asked.method, "init_lora_weights", "kaiming") != "kaiming",
-        problem="an adapter that is trained further starts where it is", found="{method.init_lora_weights}",
-        expected="kaiming, which has no effect then", fix="remove the line",
-    ),
-    Rule(
-        name="adapter_of_random_weights", field="model.from_config",
-        broken=lambda asked: asked.model.adapter and asked.model.from_config,
-        problem="an adapter belongs to the weights that it was trained on", expected="false", fix="remove the line",
-    ),
-)  # fmt: skip
-
 STRUCTURE = (
     Rule(
         name="embedding_on_the_host", field="base.offload_embedding", needs=("structure",),
@@ -420,5 +390,5 @@ LOADED = (
     ),
 )  # fmt: skip
 
-RULES = (*STORAGE, *OPTIMISER, *LAYOUT, *TASK, *ROWS, *START, *STRUCTURE, *LOADED)
+RULES = (*STORAGE, *OPTIMISER, *LAYOUT, *TASK, *ROWS, *MODEL, *STRUCTURE, *LOADED)
 OF_ANY_MACHINE = tuple(rule for rule in RULES if not {"device", "can_capture"} & {*rule.needs})

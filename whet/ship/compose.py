@@ -74,7 +74,7 @@ def delete_on_disk(target: str | Path) -> Path:
     """Remove the directory of an adapter. Raises UserError when other files lie in it, or it belongs to a run."""
     directory = adapter_directory(target)
     _check_stands_alone(directory)
-    known = {CONFIG, WEIGHTS, NOTE, OTHER_TEMPLATES, "README.md"}
+    known = {CONFIG, WEIGHTS, NOTE, OTHER_TEMPLATES, "README.md", "results"}
     others = sorted(path.name for path in directory.iterdir() if path.name not in known and not _is_of_tokenizer(path))
     if others:
         raise UserError(

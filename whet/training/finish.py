@@ -13,6 +13,7 @@ from whet.engine.memory.used import peak_bytes
 from whet.engine.weights.linear import count_parameters
 from whet.runs import IDENTITY, LABELS, Run
 from whet.training.apply import Arranged
+from whet.training.card import write_card
 from whet.training.resume import Checkpoints
 from whet.training.saved import check_saved
 from whet.training.setup import Ready
@@ -38,6 +39,8 @@ def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: St
             write_json(directory / LABELS, {"task": task.name, "labels": list(task.labels)})
         if tokenizer.template is not None:
             write_contract(tokenizer, directory / CONTRACT)
+        if not method.can.whole_model:
+            write_card(directory, ready.recipe, task, arranged.network, _facts(ready, state, kept))
         seal(directory, run.read(IDENTITY))
         check_saved(ready, arranged.model, directory)
     summary = _summary(arranged, state, reason, kept) | {"trained_sha256": seal_digest(run.trained)}
@@ -79,6 +82,16 @@ def _load_best(run: Run, checkpoints: Checkpoints, state: State) -> int:
         if step == state.best_step:
             say(f"step {step}, the lowest held-out loss, is not used: {problem}", style="yellow")
     return state.step
+
+
+def _facts(ready: Ready, state: State, kept: int) -> dict[str, Any]:
+    """What the card says of the training."""
+    ledger = ready.prepared.ledger
+    facts: dict[str, Any] = {"rows learned": ledger.rows_train, "rows held out": ledger.rows_eval, "steps": kept}
+    if state.best_loss is not None:
+        facts["lowest held-out loss"] = state.best_loss
+    train = ready.recipe.train
+    return facts | {"learning rate": train.learning_rate, "seed": train.seed}
 
 
 def _summary(arranged: Arranged, state: State, reason: str, kept_step: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The parts of a checkpoint that a text model leaves where they are: its eyes, its ears, heads for several tokens ahead.
+"""The parts of a checkpoint that a text model leaves where they are: vision, audio, heads for several tokens ahead.
 
-transformers opens the text part of a checkpoint for pictures as a class of its own, and ignores the rest without a word.
+transformers opens the text part of a checkpoint for pictures as a class of its own, and ignores the rest silently.
 What is ignored is told here from the names in the files, without reading a tensor: of each name the first part that is
 no mere wrapper (`model`, `language_model`) is a component, and a component that the loaded class has nothing of is left
 out. Asked only of models whose config has more than a text part. Gives up: checkpoints of the hub, whose files are not
@@ -55,7 +55,7 @@ def left_out(model: Model, network: Any) -> dict[str, int]:
 
 
 def left_out_notice(model: Model, network: Any) -> str | None:
-    """What to tell a person before text alone is trained of a model that has more, or None."""
+    """The sentence for a person before text alone is trained of a model that has more, or None."""
     parts = left_out(model, network)
     if not parts:
         return None

@@ -101,7 +101,9 @@ def continue_adapter(wrapped: PeftModel, directory: Path, name: str = "default")
     beginnings = renamed_beginnings(wrapped.get_base_model(), shapes, prefix) if prefix else ()
     load_weights(wrapped, directory, name, beginnings)
     state = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
-    names = {PREFIX + turn(key.removeprefix(PREFIX), beginnings) if key.startswith(PREFIX) else key: key for key in shapes}
+    names = {
+        PREFIX + turn(key.removeprefix(PREFIX), beginnings) if key.startswith(PREFIX) else key: key for key in shapes
+    }
     problem = next((f"nothing for {key}" for key in state if key not in names), None)
     with safe_open(str(directory / WEIGHTS), "pt", device=str(next(wrapped.parameters()).device)) as file:
         for key in state.keys() & names.keys():
@@ -152,7 +154,8 @@ def load_weights(wrapped: PeftModel, directory: Path, name: str, beginnings: Beg
     except RuntimeError as error:  # a tensor of another shape
         raise UserError(
             "a tensor of the adapter has another shape than its layer", file=str(directory),
-            found=str(error).strip().splitlines()[-1].strip(), expected="an adapter that was trained on this base model",
+            found=str(error).strip().splitlines()[-1].strip(),
+            expected="an adapter that was trained on this base model",
             fix="check model.path",
         ) from error  # fmt: skip
     missing, unexpected = _unplaced(wrapped, found)

@@ -1,9 +1,9 @@
 """Names of an adapter's tensors and of a model's layers, where the two were named by different classes.
 
 The text part of a model that also sees pictures is `model.language_model.layers` in one class of transformers,
-`language_model.model.layers` in an older one, and `model.layers` in the class for text alone. An adapter that was trained
-on one of them fits the others but for the beginning of its names. Which beginning turns into which is tried from a
-short list, and taken only when every tensor then has its layer; otherwise what is left over is named.
+`language_model.model.layers` in an older one, and `model.layers` in the class for text alone. An adapter that was
+trained on one of them fits the others but for the beginning of its names. Which beginning turns into which is tried
+from a short list, and taken only when every tensor then has its layer; otherwise what is left over is named.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ _BEGINNINGS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("model.", ""),),
     (("", "model."),),
 )
-_OWN = re.compile(r"(base_layer\.)*(lora_|weight$|bias$|original_module|modules_to_save|token_adapter|trainable_tokens)")
+_OWN = re.compile(
+    r"(base_layer\.)*(lora_|weight$|bias$|original_module|modules_to_save|token_adapter|trainable_tokens)"
+)
 
 
 def renamed_beginnings(network: nn.Module, keys: Iterable[str], prefix: str) -> tuple[tuple[str, str], ...]:
@@ -98,8 +100,8 @@ def _misfit(names: list[str], count: int, network: nn.Module) -> UserError:
         f"the adapter was made for another class of model: {len(names)} of its {count} tensors belong to layers that "
         f"{kind} does not have", found=", ".join(layers[:3]),
         expected=f"layers of {kind}, such as {_usual(network)}",
-        fix="give the model that it was trained on as base_model_name_or_path; an adapter that also trained a vision or "
-        "audio part cannot be used with the text part alone",
+        fix="give the model that it was trained on as base_model_name_or_path; an adapter that also trained a vision "
+        "or audio part cannot be used with the text part alone",
     )  # fmt: skip
 
 
