@@ -17,7 +17,7 @@ import torch
 
 import whet
 from whet.base.errors import UserError
-from whet.engine.compute import attention
+from whet.engine.compute import attention, proven_attention
 from whet.runs import Run
 from whet.ship import agreement
 from whet.ship import merge as merging
@@ -43,7 +43,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def forget_the_window(patch: pytest.MonkeyPatch) -> None:
-    """A row sees all that stands before it, wherever whet computes attention."""
+    """A row sees all that stands before it, wherever whet computes attention, and no proof at loading notices."""
+    patch.setattr(proven_attention, "_difference", lambda *given: "")
     right = attention._one
     patch.setattr(attention, "_one", lambda *given: right(*given[:-1], None))
 

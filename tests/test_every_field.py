@@ -319,6 +319,7 @@ TABLE = [
     Row("train.learning_rate", 0.001, "rates", run),
     Row("train.lr_scheduler_type", "constant", "rates", run),
     Row("train.warmup_ratio", 0.5, "rates", run),
+    Row("train.warmup_steps", 2, "rates", run),
     Row("train.decay_ratio", 0.75, "rates", run, WSD),
     Row("train.optim", "sgd", "optimiser", run),
     Row("train.weight_decay", 0.5, "losses", run, {"train.learning_rate": 0.1}),
@@ -349,7 +350,10 @@ TABLE = [
     Row("output_dir", "elsewhere", "where", run),
 ]  # fmt: skip
 # What cannot be shown by a run in one process: where it is shown instead.
-ELSEWHERE = {"data.num_proc": "test_row_builder.py"}
+ELSEWHERE = {
+    "data.num_proc": "test_row_builder.py", "data.invalid": "hostile/test_hostile_data.py",
+    "model.adapter": "test_further.py",
+}  # fmt: skip
 OWNERS = {"model": Model, "base": Base, "data": Data, "train": Train, "eval": Eval}
 
 

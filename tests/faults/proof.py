@@ -94,7 +94,7 @@ class Proof:
         self.world.mkdir()
         tiny.save_model(tiny.llama(hidden_size=32, intermediate_size=32, num_hidden_layers=1), self.world / "model")
         tiny.write_rows(self.world / "rows.jsonl", tiny.rows(8))
-        (self.world / "recipe.yaml").write_text("{}", encoding="utf-8")
+        (self.world / "recipe.yaml").write_text("seed: 0\n", encoding="utf-8")
         for name in ("page.html", "removed.jsonl"):
             text = "<!doctype html>old" if name == "page.html" else '{"reason": "old"}\n'
             (self.world / name).write_text(text, encoding="utf-8")

@@ -59,6 +59,11 @@ class Bridge(PeftMethod):
         options = row.defaults | self.options | self._targets(network)
         if row.fits:
             shapes = _shapes(network, options["target_modules"])
+            if not shapes:
+                raise UserError(
+                    f"{self.name} needs layers with plain weights", field="base.storage", found="none of those it adapts",
+                    expected=", ".join(self.can.storages), fix=f"base.storage={self.can.storages[0]}",
+                )  # fmt: skip
             options = {name: most(shapes) for name, most in row.fits.items()} | options
         if self.name in ("prompt", "p_tuning"):  # PEFT finds these by the names of a few families
             text = network.config.get_text_config()

@@ -51,10 +51,11 @@ def attention_notice(network: Any) -> str | None:
 
 def use_attention_with_masks(network: PreTrainedModel) -> str:
     """Give `network` an attention that reads masks and caches; returns why it is the eager one, or nothing."""
-    if has_sdpa(network):
-        return _choose(network, [CACHED_ATTENTION])
+    inside = network.get_base_model() if hasattr(network, "get_base_model") else network  # PEFT's wrapper
+    if has_sdpa(inside):
+        return _choose(inside, [CACHED_ATTENTION])
     # Without sdpa of its own a model has scores that only its eager attention knows, as with attention sinks.
-    network.set_attn_implementation(EAGER)
+    inside.set_attn_implementation(EAGER)
     return ""
 
 
@@ -62,6 +63,9 @@ def use_attention_with_masks(network: PreTrainedModel) -> str:
 def _choose(network: Any, names: Sequence[str]) -> str:
     """Set the first of `names` that computes what eager attention does, else that one; returns why not the first."""
     if not takes_attention(type(network)):
+        return ""
+    if next(network.parameters()).is_meta:  # it is counted, and computes nothing
+        network.set_attn_implementation(names[0])
         return ""
     first = ""
     was_training = network.training

@@ -31,6 +31,7 @@ BYTES = {
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 TRAINABLE = ("F64", "F32", "F16", "BF16")
+INDICES = ("I64", "I32")
 _FETCH = "the file is damaged or was not copied whole; fetch it again"
 
 
@@ -191,18 +192,18 @@ def _kind(name: str) -> str:
 def check_trained_tensors(path: Path, *, numbers: bool = True) -> None:
     """UserError for a file of trained tensors that is damaged, or holds a number that is none.
 
-    numbers: every tensor has a type of arithmetic.
+    numbers: every tensor has a type of arithmetic, but for the indices that some methods keep.
     """
     import torch
     from safetensors import safe_open
 
     stored = read_header(path)
-    others = [name for name, one in stored.items() if one.dtype not in TRAINABLE]
+    others = [name for name, one in stored.items() if one.dtype not in (*TRAINABLE, *INDICES)]
     if numbers and others:
         raise _damaged(path, f"{others[0]} of type {stored[others[0]].dtype}")
     with safe_open(str(path), "pt") as file:
         for name in stored:
-            if name not in others and not bool(torch.isfinite(file.get_tensor(name)).all()):
+            if stored[name].dtype in TRAINABLE and not bool(torch.isfinite(file.get_tensor(name)).all()):
                 raise UserError(
                     "what was trained holds numbers that are none", file=str(path), field=name, found="NaN or infinity",
                     expected="finite numbers", fix="copy it again, whole, or train again",

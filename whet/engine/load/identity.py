@@ -24,11 +24,14 @@ _NOT_THE_MODEL = ("_name_or_path", "transformers_version")  # of config.json
 _VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
 
 
-def folder_of(path: str, revision: str | None = None) -> Path | None:
-    """The folder on this machine that holds the model `path`; None while a model of the hub was not fetched."""
+def folder_of(path: str, revision: str | None = None, field: str = "model.path") -> Path | None:
+    """The folder on this machine that holds the model `path`; None while a model of the hub was not fetched.
+
+    field: the setting that names it.
+    """
     if path.endswith(".json"):
         return Path(path).expanduser().parent
-    source = Path(locate(path))
+    source = Path(locate(path, field))
     if source.is_dir():
         return source
     from huggingface_hub import try_to_load_from_cache
@@ -40,7 +43,7 @@ def folder_of(path: str, revision: str | None = None) -> Path | None:
 def base_identity(model: Model) -> dict[str, Any] | None:
     """Config, weights and vocabulary of a model by content; None while it is not on this machine. Raises OSError."""
     folder = folder_of(model.path, model.revision)
-    words = folder_of(model.tokenizer, model.revision) if model.tokenizer else folder
+    words = folder_of(model.tokenizer, model.revision, "model.tokenizer") if model.tokenizer else folder
     if folder is None or words is None:
         return None
     name = Path(model.path).name if model.path.endswith(".json") else "config.json"
