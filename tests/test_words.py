@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import whet
 from whet import cli
 from whet.arguments import parse_words
 from whet.base.errors import UserError
@@ -41,6 +42,15 @@ def test_wrong_words_are_said_in_the_one_shape(words: str, fix: str, capsys: pyt
     assert "usage:" not in said.err
     assert cli.run([*words.split(), "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["error"]["fix"] == fix
+
+
+def test_rows_in_place_of_a_recipe_are_seen(data_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["train", str(data_file)]) == 2
+    said = capsys.readouterr().err
+    assert "these are rows" in said
+    assert f"data.dataset={data_file}" in said
+    with pytest.raises(UserError, match="these are rows"):
+        whet.train(str(data_file))
 
 
 def test_bare_whet_is_help(capsys: pytest.CaptureFixture[str]) -> None:
