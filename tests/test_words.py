@@ -99,3 +99,22 @@ def test_merge_says_its_result_once(
     said = capsys.readouterr()
     assert said.out.count("greedy answers") == 1
     assert "greedy answers 100.00%" not in said.err
+
+
+def test_a_gated_model_says_how_to_log_in() -> None:
+    import httpx
+    from huggingface_hub.errors import GatedRepoError
+
+    from whet.engine.load.load import _fix_of_hub
+
+    response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/org/model"))
+    try:
+        try:
+            raise GatedRepoError("no access", response=response)
+        except GatedRepoError as error:
+            raise OSError("You are trying to access a gated repo.") from error
+    except OSError as error:
+        fix = _fix_of_hub(error, "org/model")
+    assert "https://huggingface.co/org/model" in fix
+    assert "HF_TOKEN" in fix
+    assert "accept its terms" not in _fix_of_hub(OSError("no such model"), "org/model")
