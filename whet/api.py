@@ -32,10 +32,12 @@ Given = str | Path | Mapping[str, Any] | None  # a recipe: a file, its settings,
 
 def _parsed(recipe: Given, overrides: Mapping[str, Any]) -> Parsed:
     """The recipe with settings over it; rows and loaded models among them are written to files."""
-    from whet.given import settings_of
+    from whet.given import refuse_rows, settings_of
 
     if isinstance(recipe, Mapping):
         recipe, overrides = None, {**recipe, **overrides}
+    elif recipe is not None:
+        refuse_rows(recipe)
     return parse(recipe, settings_of(overrides))
 
 

@@ -30,6 +30,19 @@ def settings_of(tree: Mapping[str, Any]) -> list[str]:
     return [f"{path}={_text(path, value)}" for path, value in _named(tree).items()]
 
 
+def refuse_rows(recipe: str | Path) -> None:
+    """Raises UserError where a file of rows is given as the recipe."""
+    from whet.data.read.files import SUFFIXES
+
+    path = Path(recipe)
+    if any(path.name.lower().endswith(suffix) for suffix in SUFFIXES):
+        raise UserError(
+            "these are rows, and a recipe says what to do with them", file=str(recipe), found=path.suffix,
+            expected="a recipe (.yaml)",
+            fix=f"whet init lora > recipe.yaml; whet train recipe.yaml data.dataset={recipe}",
+        )  # fmt: skip
+
+
 def _text(path: str, value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain_value)

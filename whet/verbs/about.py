@@ -46,7 +46,7 @@ def methods(words: argparse.Namespace) -> dict[str, Any]:
         out = console(stdout=True)
         out.print(table)
         out.print("base: storages of the frozen weights, any = fp32 bf16 fp8 int8 nf4, dense = fp32 bf16; rate: the "
-                  "usual learning rate", style="dim")  # fmt: skip
+                  "usual learning rate for 7 B; lora and full take more for narrower models", style="dim")  # fmt: skip
         for row in rows:
             out.print(f"{row['method']}: {row['what']}", style="dim")
     return {"methods": rows}
