@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import tasks
+import theirs
 import tiny
 from ruamel.yaml import YAML
 
@@ -24,6 +26,7 @@ from whet.runs import open_run
 from whet.training.run import train
 
 ROOT = Path(__file__).parents[1]
+TAKEN = ("model.path", "method.r")  # from the adapter that training goes on from
 TUTORIAL = "add-a-method.md"
 LIGHT = "import sys; from whet.methods.all import METHODS; assert 'scale' in METHODS and 'torch' not in sys.modules"
 # Trains with the added method through the public door, answers, merges, and runs the conformance table on it.
@@ -190,15 +193,22 @@ def test_what_the_page_on_adapters_shows_runs(
     (shown,) = blocks("adapters.md", "python")
     assert python(shown, [ROOT], tmp_path)[-1] == "['tickets', 'polite', 'both'] both"
     ran = []
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    theirs.save_adapter(model_dir, Path("adapters/theirs"), settings)
+    shutil.copy(data_file, "rows.jsonl")
     for line in "".join(blocks("adapters.md", "")).splitlines():
         words = shlex.split(line)[1:]
         if words[0] == "train":
-            words += tiny.words(tiny.settings("merged", data_file, tmp_path / "second", train__max_steps=1))
+            further = any(word.startswith("model.adapter") for word in words)
+            out = tmp_path / ("further" if further else "second")
+            given = tiny.settings("merged", data_file, out, train__max_steps=1)
+            words += tiny.words({path: value for path, value in given.items() if not further or path not in TAKEN})
         if words[0] == "chat":
-            words += ["--message", "Hello", "--max-new-tokens", "2"]
+            words += ([] if "--message" in words else ["--message", "Hello"]) + ["--max-new-tokens", "2"]
         assert cli.run(words) == 0, line
         ran.append(words[0])
-    assert ran == ["adapters"] * 5 + ["chat", "merge", "train"]
+    assert ran == ["chat", "eval", "merge", "train"] + ["adapters"] * 5 + ["chat", "merge", "train"]
+    assert open_run("further").recipe.model.path == str(model_dir)
     assert describe("runs/both").rank == 8
     assert describe("adapters/both").rank == 8
     assert not Path("runs/narrow").exists()

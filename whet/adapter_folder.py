@@ -89,7 +89,7 @@ def own_tokenizer(model: Model, directory: Path) -> tuple[Model, tuple[str, ...]
         if not template.is_file() or _template_of(model) == template.read_text(encoding="utf-8"):
             return model, ()
         return replace(model, chat_template=str(template)), (f"the chat template is that of {directory}",)
-    own = replace(model, tokenizer=str(directory), new_tokens=[])
+    own = replace(model, tokenizer=str(directory), new_tokens=[], chat_template=None)
     differing = _differences(model, own)
     if not differing:
         return model, ()
@@ -104,6 +104,7 @@ def _differences(base: Model, own: Model) -> list[str]:
     theirs = load_tokenizer(own)
     try:
         ours = load_tokenizer(base)
+        use_template(ours, base.chat_template)
     except UserError:  # a base without a tokenizer
         return ["the tokenizer"]
     if theirs.backend_tokenizer.to_str() == ours.backend_tokenizer.to_str():

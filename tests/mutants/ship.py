@@ -7,6 +7,8 @@ CERTIFICATE = "test_certificate.py"
 ADAPTERS = "test_adapters.py"
 EDGES = "test_ship_edges.py"
 ATTENTION = "test_certificate_attention.py"
+THEIRS = "test_foreign_adapters.py"
+FURTHER = "test_further.py"
 
 MUTANTS = [
     Mutant(
@@ -233,7 +235,38 @@ MUTANTS = [
     ),
     Mutant(
         "chat: an error ends the conversation", "ship/talk.py",
-        '        sys.stderr.write(f"error: {error}\\n")\n', "        raise\n",
+        '        write_error(f"error: {error}\\n")\n', "        raise\n",
         "a typo in a command costs the conversation", "test_chat.py -k typo",
+    ),
+    Mutant(
+        "adapter folder: the base's tokenizer", "adapter_folder.py",
+        "    if not differing:\n", "    if differing:\n",
+        "an adapter answers with another template than it was trained with", f"{THEIRS} -k own_template",
+    ),
+    Mutant(
+        "adapters of others: names are not turned", "methods/layers/adapter.py",
+        "for old, new in beginnings} or None", "for old, new in ()} or None",
+        "an adapter of another class of the model cannot be opened", f"{THEIRS} -k names_of_another",
+    ),
+    Mutant(
+        "adapters of others: tables stay small", "methods/layers/adapter.py",
+        "    rows = _grown_rows(network, shapes, beginnings)\n", "    rows = None\n",
+        "an adapter with new tokens cannot be opened", f"{THEIRS} -k 'answers and new'",
+    ),
+    Mutant(
+        "further: step 0 is not compared", "methods/layers/adapter.py",
+        'problem = problem or f"other numbers in {key}"', "pass",
+        "training goes on from other numbers than the adapter's", f"{FURTHER} -k not_the_adapter",
+    ),
+    Mutant(
+        "further: the method is not compared", "further.py",
+        "    if (found := disagreement(given, settings)) is not None:\n",
+        "    if (found := disagreement({}, settings)) is not None:\n",
+        "what a recipe says of the method is dropped without a word", f"{FURTHER} -k not_agree",
+    ),
+    Mutant(
+        "carry: the base's text part", "ship/carry.py",
+        "tensors[name] = opened.get_tensor(new)", "tensors[name] = old.get_tensor(name)",
+        "the whole model that is merged is the base", "test_vision_text.py -k whole_model",
     ),
 ]  # fmt: skip

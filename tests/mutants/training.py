@@ -165,4 +165,19 @@ MUTANTS = [
         'if not (old.checkpoints / f"step-{steps}" / "manifest.json").is_file():', "if False:",
         "a finished run is trained again from its first step", "test_extend.py -k last_checkpoint",
     ),
+    Mutant(
+        "finish: what was saved is not opened", "training/finish.py",
+        "        check_saved(ready, arranged.model, directory)\n", "        pass\n",
+        "a run is finished that evaluation cannot open", "test_saved.py",
+    ),
+    Mutant(
+        "saved: other numbers pass", "methods/saved.py",
+        "if not _begins_with(saved.get_tensor(name), wanted[name], cast)", "if saved.get_tensor(name) is None",
+        "a flipped bit in an adapter is not seen", "test_saved.py",
+    ),
+    Mutant(
+        "experts: silence", "methods/experts.py",
+        "    if left:\n", "    if not left:\n",
+        "nobody is told that most of a model is not trained", "test_experts.py -k share",
+    ),
 ]  # fmt: skip
