@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whet.base.errors import UserError
-from whet.base.private import adapt_by
+from whet.base.private import adapt_by, with_adapter_name
 from whet.engine.compute.proven_attention import use_attention_with_masks
 from whet.engine.task import CAUSAL, Task, head_names
 
@@ -70,6 +70,8 @@ def attach_adapter(
             expected="adapter_model.safetensors as it was written", fix="copy the adapter again, whole",
         ) from error  # fmt: skip
     missing, unexpected = _unplaced(wrapped, found)
+    if missing and unexpected:
+        missing, unexpected = _unplaced(wrapped, _placed_as_named(wrapped, directory, name))
     if missing or unexpected:
         raise UserError(
             "the adapter does not fit this model", file=str(directory),
@@ -77,6 +79,22 @@ def attach_adapter(
             expected="an adapter that was trained on this base model", fix="check model.path",
         )  # fmt: skip
     return wrapped.eval()
+
+
+def _placed_as_named(wrapped: PeftModel, directory: Path, name: str) -> Any:
+    """The report of loading an adapter's tensors under the names that stand in its file.
+
+    PEFT renames them as transformers renames an old checkpoint of the base, and in some families (Laguna) the pattern
+    also fits names that are new already.
+    """
+    from safetensors.torch import load_file
+
+    path = directory / "adapter_model.safetensors"
+    prefix = getattr(wrapped.base_model, "prefix", None)
+    if prefix is None or not path.is_file():
+        return wrapped.load_state_dict({}, strict=False)
+    state = with_adapter_name(load_file(str(path)), name, prefix)
+    return wrapped.load_state_dict(state, strict=False)
 
 
 def _unplaced(wrapped: PeftModel, found: Any) -> tuple[list[str], list[str]]:
