@@ -171,7 +171,9 @@ def test_documents_share_a_row_only_with_whets_attention(tmp_path: Path, data_fi
 
     family, sizes, _ = FAMILIES["chunks"]
     place = tiny.save_model(config(family, sizes | {"vocab_size": tiny.VOCABULARY}), tmp_path / "model")
-    settings = tiny.settings(place, data_file, tmp_path / "run", train__max_steps=1) | {"method.target_modules": "attention"}
+    settings = tiny.settings(place, data_file, tmp_path / "run", train__max_steps=1) | {
+        "method.target_modules": "attention"
+    }
     assert whet.train(None, **settings).recipe.data.padding_free is False
     with pytest.raises(UserError, match="share a row"):
         whet.train(None, **(settings | {"data.padding_free": True, "output_dir": str(tmp_path / "flat")}))

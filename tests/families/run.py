@@ -24,9 +24,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ |= {"WHET_CACHE": "off", "HF_HUB_OFFLINE": "1"}
 
-from families.configs import entries  # noqa: E402
-from families.judge import Verdict, judged  # noqa: E402
-from families.table import document  # noqa: E402
+from families.configs import entries
+from families.judge import Verdict, judged
+from families.table import document
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
 LIMIT_SECONDS = 180
@@ -90,7 +90,9 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"{len(found)}/{len(names)} {verdict.name}: {verdict.outcome} {verdict.reason}".rstrip(), flush=True)
     counts = Counter(verdict.outcome for verdict in found)
     held = sum(verdict.holds for verdict in found)
-    print(f"families: {held}/{len(found)} hold ({', '.join(f'{count} {name}' for name, count in counts.most_common())})")
+    print(
+        f"families: {held}/{len(found)} hold ({', '.join(f'{count} {name}' for name, count in counts.most_common())})"
+    )
     if not asked.only:
         DOCUMENT.write_text(document(found), encoding="utf-8")
         print(f"written: {DOCUMENT}")

@@ -15,8 +15,8 @@ its adapter, merged. The judge is plain transformers, with the attention that th
 time, without padding: the loss of the first step, greedy answers, and the held-out loss of the merged model must be
 what it computes. `make families` does it again, and writes this page; `tests/families` holds the code.
 
-**{held} of {all}**: {right} are right, {refused} are refused with a reason before weights are read, {late} once they are
-there, because the reason is found by asking them; {absent} cannot be built here.
+**{held} of {all}**: {right} are right, {refused} are refused with a reason before weights are read, {late} once they
+are there, because the reason is found by asking them; {absent} cannot be built here.
 
 How whet computes attention in a family is not listed anywhere: it is asked of the model when it is loaded. Where the
 model's own attention has to be used, training takes padded rows and is slower; the run says so.
@@ -33,7 +33,9 @@ def document(verdicts: Sequence[Verdict]) -> str:
     """The page, as Markdown."""
     import transformers
 
-    count = {name: sum(v.outcome == name for v in verdicts) for name in ("right", "refused", "refused late", "not built")}
+    count = {
+        name: sum(v.outcome == name for v in verdicts) for name in ("right", "refused", "refused late", "not built")
+    }
     held = sum(verdict.holds for verdict in verdicts)
     parts = [HEAD.format(
         version=".".join(transformers.__version__.split(".")[:2]), held=held, all=len(verdicts), right=count["right"],
@@ -58,7 +60,9 @@ def _supported(verdicts: Sequence[Verdict]) -> str:
             said = [short for phrase, short in SHORT.items() if any(phrase in note for note in verdict.notes)]
             groups.setdefault(", ".join(said) or "on the fast path", []).append(verdict.name.partition(":")[0])
     lines = ["| how | families |", "| --- | --- |"]
-    lines += [f"| {how} | {', '.join(sorted(names))} |" for how, names in sorted(groups.items(), key=lambda one: -len(one[1]))]
+    lines += [
+        f"| {how} | {', '.join(sorted(names))} |" for how, names in sorted(groups.items(), key=lambda one: -len(one[1]))
+    ]
     return "\n".join(lines) + "\n"
 
 

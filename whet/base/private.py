@@ -53,6 +53,8 @@ SEAMS = (
     Seam("torch.nn.Module", "__class__", "one instance gets another class, as FSDP2's fully_shard does; hooks cannot "
          "replace a forward, and a wrapper would rename weights", TORCH),
     Seam("torch.nn.Module", "forward", "one instance calls another forward for a while", TORCH),
+    Seam("peft.utils.save_and_load", "_insert_adapter_name_into_state_dict", "the name of an adapter into the names of "
+         "its tensors, without the renaming that is right for old checkpoints only", PEFT),
     Seam("peft.tuners.tuners_utils", "_check_lora_target_modules_mamba", "which layers of a family PEFT refuses, to "
          "leave them out of all-linear and not to fail", PEFT),
     Seam("transformers.PreTrainedModel", "_supports_sdpa", "whether torch's attention computes what the model means",
@@ -276,6 +278,13 @@ def peft_forbids(config: PreTrainedConfig, name: str) -> bool:
     except ValueError:
         return True
     return False
+
+
+def with_adapter_name(state: dict[str, torch.Tensor], name: str, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's file under the names that they have in the model."""
+    from peft.utils.save_and_load import _insert_adapter_name_into_state_dict
+
+    return _insert_adapter_name_into_state_dict(state, adapter_name=name, parameter_prefix=prefix)
 
 
 def adapt_by(config: Any, layers: dict[type[nn.Module], type[nn.Module]]) -> None:

@@ -7,8 +7,8 @@ else of a run is told apart by the shape of its batches.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import signature
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 from whet.base.errors import UserError

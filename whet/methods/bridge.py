@@ -165,6 +165,7 @@ class Bridge(PeftMethod):
                 expected="a decoder, or a head of one layer on a pooled output", fix="method.name=prompt",
             )  # fmt: skip
 
+
 def _shapes(network: nn.Module, targets: Any) -> list[tuple[int, int]]:
     """(in, out) of every layer that PEFT will adapt: names, endings or a regular expression."""
     import re

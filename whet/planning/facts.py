@@ -29,7 +29,8 @@ class ModelFacts:
     on the device as they are stored; fp8_bytes: of these, codes that could be kept in both orders. table_bytes,
     head_bytes: input embedding and output head, as far as frozen; head_numbers: weights of the head; tied: they are one
     tensor. short_numbers: weights of linear layers of a model that is trained whole, which autocast casts to bf16
-    anyway; else 0. has_peft: PEFT wraps the model. vocabulary: rows of the input embedding, 0 where it has no such table.
+    anyway; else 0. has_peft: PEFT wraps the model. vocabulary: rows of the input embedding, 0 where it has no
+    such table.
     """
 
     shape: LayerShape

@@ -21,7 +21,11 @@ def check_ids(prepared: Prepared, rows: int) -> None:
     if not rows:
         return
     tokenizer: Any = prepared.row_tokenizer.tokenizer
-    for what, side in (("to learn from", prepared.train), ("held out", prepared.evaluation), ("for a test", prepared.test)):
+    for what, side in (
+        ("to learn from", prepared.train),
+        ("held out", prepared.evaluation),
+        ("for a test", prepared.test),
+    ):
         for table in (side, side.answers):
             largest = 0 if table is None or not len(table.ids) else int(table.ids.max())
             if table is not None and largest >= rows:

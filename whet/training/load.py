@@ -60,6 +60,8 @@ def load(ready: Ready) -> tuple[Loaded, Ready]:
     masters = shorten_weights(network, placement.device, placement.compute) if layout.short_weights else {}
     if not ready.plan.facts.padded_task:
         ready = _with_proven_attention(ready, model, network)
+    elif ready.plan.task.name == "seq2seq":
+        _check_padding(ready, network, masked=True)
     for notice in ready.plan.notices:
         say(notice, style="yellow")
     trainable, total = count_parameters(model)
@@ -106,16 +108,16 @@ def _with_proven_attention(ready: Ready, model: torch.nn.Module, network: Any) -
             fix="give a decoder; for a family that should be one, please report it",
         )  # fmt: skip
     if not flat:
-        _check_padding(ready, network)
+        _check_padding(ready, network, masked=False)
         return ready
     isolation = check_isolation(model, vocabulary, autocast=autocast)
     return ready if isolation.holds else _padded(ready, f"logits moved by {isolation.moved:.2g}")
 
 
-def _check_padding(ready: Ready, network: Any) -> None:
+def _check_padding(ready: Ready, network: Any, *, masked: bool) -> None:
     """Raise UserError where rows of unlike length share a batch and the model does not keep them apart."""
     size = ready.recipe.train.per_device_train_batch_size
-    if size > 1 and sees_padding(network, masked=False):
+    if size > 1 and sees_padding(network, masked=masked):
         raise UserError(
             "in this family a row's loss changes with the rows beside it, because it is filled up to their length",
             field="train.per_device_train_batch_size", found=str(size), expected="1",

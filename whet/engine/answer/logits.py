@@ -1,9 +1,10 @@
 """Sessions with a model that labels rows: its logits, and from them probabilities and decisions.
 
 Rows of similar length are computed together, padded on the right under an attention mask, so that a row's answer does
-not depend on what stands beside it; a family whose answers change all the same gets rows of one length only. Methods with virtual tokens hand a decoder embeddings, of which its head takes the
-last, padding or not: with them only rows of one length share a batch. A model without a padding token gets one row at
-a time. Given up: the order of additions, hence the last bits, still varies with a batch's shape.
+not depend on what stands beside it; a family whose answers change all the same gets rows of one length only. Methods
+with virtual tokens hand a decoder embeddings, of which its head takes the last, padding or not: with them, too, only
+rows of one length share a batch. A model without a padding token gets one row at a time. Given up: the order of
+additions, hence the last bits, still varies with a batch's shape.
 """
 
 from __future__ import annotations

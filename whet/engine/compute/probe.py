@@ -40,7 +40,9 @@ def tolerance(network: Any) -> float:
 def probe_inputs(network: Any, tokens: int) -> dict[str, Any]:
     """Inputs of one row of `tokens` ids, the same ones each time, that ends as a text does."""
     table, config = network.get_input_embeddings().weight, network.config
-    ids = torch.randint(4, max(5, table.shape[0]), (1, tokens), generator=torch.Generator().manual_seed(2), device="cpu")
+    ids = torch.randint(
+        4, max(5, table.shape[0]), (1, tokens), generator=torch.Generator().manual_seed(2), device="cpu"
+    )
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and 0 < end < table.shape[0]:
         ids[ids == end] = end - 1
@@ -101,8 +103,7 @@ def sees_padding(network: Any, *, masked: bool = True) -> bool:
         both["attention_mask"] = torch.ones_like(ids).repeat(2, 1)
         both["attention_mask"][0, 9:] = 0
     if "decoder_input_ids" in short:
-        both["decoder_input_ids"] = short["decoder_input_ids"].repeat(2, 1)
-        short["decoder_input_ids"] = both["decoder_input_ids"][:1]
+        both |= {"decoder_input_ids": both["input_ids"], "decoder_attention_mask": both["attention_mask"]}
     was_training = network.training
     network.eval()
     try:

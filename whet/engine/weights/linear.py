@@ -211,7 +211,9 @@ def _is_linear_class(kind: type[nn.Module]) -> bool:
         with torch.no_grad(), torch.device("cpu"):  # a plan counts its model without memory
             x, tried = torch.linspace(-2, 2, 20).view(5, 4), kind(4, 3)
             given = tried(x)
-        return isinstance(given, torch.Tensor) and torch.allclose(given, nn.functional.linear(x, tried.weight, tried.bias))
+        return isinstance(given, torch.Tensor) and torch.allclose(
+            given, nn.functional.linear(x, tried.weight, tried.bias)
+        )
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
         return False
 

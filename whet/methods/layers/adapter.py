@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from whet.base.errors import UserError
-from whet.base.private import adapt_by
+from whet.base.private import adapt_by, with_adapter_name
 from whet.engine.compute.proven_attention import use_attention_with_masks
 from whet.engine.load.headers import adapter_weights, check_trained_tensors
 from whet.engine.task import CAUSAL, Task, head_names
@@ -159,6 +159,8 @@ def load_weights(wrapped: PeftModel, directory: Path, name: str, beginnings: Beg
             fix="check model.path",
         ) from error  # fmt: skip
     missing, unexpected = _unplaced(wrapped, found)
+    if missing and unexpected:
+        missing, unexpected = _unplaced(wrapped, _placed_as_named(wrapped, directory, name))
     missing += _without_values(wrapped, directory, name, beginnings)
     if missing or unexpected:
         names = (*missing, *unexpected)
@@ -219,6 +221,22 @@ def _without_values(wrapped: PeftModel, directory: Path, name: str, beginnings: 
         if whole in key and key.removeprefix(PREFIX).replace(whole, ".") not in held
         and ".lora_" not in key.partition(whole)[2]
     ]  # fmt: skip
+
+
+def _placed_as_named(wrapped: PeftModel, directory: Path, name: str) -> Any:
+    """The report of loading an adapter's tensors under the names that stand in its file.
+
+    PEFT renames them as transformers renames an old checkpoint of the base, and in some families (Laguna) the pattern
+    also fits names that are new already.
+    """
+    from safetensors.torch import load_file
+
+    path = directory / "adapter_model.safetensors"
+    prefix = getattr(wrapped.base_model, "prefix", None)
+    if prefix is None or not path.is_file():
+        return wrapped.load_state_dict({}, strict=False)
+    state = with_adapter_name(load_file(str(path)), name, prefix)
+    return wrapped.load_state_dict(state, strict=False)
 
 
 def _unplaced(wrapped: PeftModel, found: Any) -> tuple[list[str], list[str]]:

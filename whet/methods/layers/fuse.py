@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from whet.base.private import version_of
 from whet.base.errors import UserError
+from whet.base.private import version_of
 from whet.engine.weights.joined import Nf4Rows, can_join, join
 from whet.engine.weights.linear import FrozenLinear
 from whet.methods.layers.group import Groups, LoraGroup, Shape
@@ -160,6 +160,8 @@ def _sharing(model: nn.Module, run: Callable[[], object] | None) -> list[list[Lo
         model.train(was_training)
     # Some models scale what a layer gives in place (Longformer), and the parts of a joint product cannot be changed so.
     changed = {layer for layer, output, version in outputs if version_of(output) != version}
+    for layer in changed:
+        layer.changed_in_place = True
     calls = [(layer, x) for layer, x in calls if layer not in changed]
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     groups: list[list[LoraLinear]] = []

@@ -28,12 +28,12 @@ class LoraFunction(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         weight = dense_weight(base, x.dtype)
         bias = base.bias
-        output = torch.nn.functional.linear(x, weight, bias)  # type: ignore[arg-type]
+        output = torch.nn.functional.linear(flat.view(x.shape), weight, bias)  # type: ignore[arg-type]
         reduced = flat @ a.to(x.dtype).t()
         output.view(-1, output.shape[-1]).addmm_(reduced, b.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(flat, reduced, a, b)
         ctx.base, ctx.scale, ctx.input_shape = base, scale, x.shape
-        return output  # and not a view of it, which a model could not change in place (Falcon)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor):
@@ -51,7 +51,12 @@ class LoraFunction(torch.autograd.Function):
 
 
 class LoraLinear(PeftLinear):
-    """PEFT's LoRA layer, the plain case computed by `LoraFunction`."""
+    """PEFT's LoRA layer, the plain case computed by `LoraFunction`.
+
+    changed_in_place: the model scales or adds to what the layer gives, which a result of `LoraFunction` may not allow.
+    """
+
+    changed_in_place = False
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
@@ -66,9 +71,10 @@ class LoraLinear(PeftLinear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.training and not isinstance(self.lora_dropout[name], nn.Identity):
             return super().forward(x)
-        return LoraFunction.apply(
+        output: Any = LoraFunction.apply(
             x, self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        )  # type: ignore[return-value]
+        )
+        return output.clone() if self.changed_in_place else output
 
     def trains_lora_alone(self) -> bool:
         """Whether LoRA is all that is asked for, and it is trained, in float32."""

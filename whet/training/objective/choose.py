@@ -36,7 +36,8 @@ def objective_for(
         return Seq2SeqObjective(arithmetic, pad=pad, cached=cached, start=_start(network))
     return LabelObjective(
         arithmetic, pad=pad, cached=cached, task=task.name, typed=reads_types(network),
-        end=config.eos_token_id if kind == "encoder_decoder" else None, apart=(virtual and kind == "decoder") or sees_padding(network),
+        end=config.eos_token_id if kind == "encoder_decoder" else None,
+        apart=(virtual and kind == "decoder") or sees_padding(network),
     )  # fmt: skip
 
 
