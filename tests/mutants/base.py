@@ -27,7 +27,7 @@ MUTANTS = [
         "a pipe becomes a file", "test_outputs.py -k no_output",
     ),
     Mutant(
-        "check: outputs are not held against inputs", "verbs.py",
+        "check: outputs are not held against inputs", "verbs/data.py",
         "    inputs = inputs_of_recipe(parsed)\n    page =", "    inputs: list[Input] = []\n    page =",
         "whet data check d.jsonl --removed d.jsonl loses the data", OUTPUTS,
     ),

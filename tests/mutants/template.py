@@ -200,7 +200,7 @@ MUTANTS = [
     ),
     Mutant(
         "goldens: template beside the adapter unchecked", "data/template/goldens.py",
-        'if beside.is_file() and beside.read_bytes().decode("utf-8", "replace") != record["chat_template"]:',
+        'if beside.is_file() and beside.read_bytes().decode("utf-8", "replace") != text:',
         "if False:",
         "another template beside the adapter is served without a word", "test_merge.py -k changed_beside",
     ),

@@ -87,13 +87,13 @@ MUTANTS = [
         "the first step learns nothing and the peak comes late", SCHEDULE,
     ),
     Mutant(
-        "schedule: warm-up rounded down", "training/schedule.py",
-        "warmup = math.ceil(warmup_ratio * total)", "warmup = int(warmup_ratio * total)",
+        "schedule: warm-up rounded down", "training/auto.py",
+        "rising = math.ceil(train.warmup_ratio * steps)", "rising = int(train.warmup_ratio * steps)",
         "short runs have no warm-up", SCHEDULE,
     ),
     Mutant(
         "schedule: falls over all steps", "training/schedule.py",
-        "left = (total - step) / max(1, total - warmup)", "left = (total - step) / total",
+        "left = (total - step) / max(1, total - warmup_steps)", "left = (total - step) / total",
         "the rate jumps down after warm-up", SCHEDULE,
     ),
     Mutant(
