@@ -82,7 +82,7 @@ TASKS = [
     Impossible("next_token_of_labels", "model.task=causal", "model.task", "classification", "llama", "labels"),
     Impossible("several_labels_of_one", "model.task=multi_label", "label", "a name", "bert", "labels"),
     Impossible("one_label_of_several", "model.task=classification", "label", "a list of names", "bert", "several"),
-    Impossible("value_of_a_name", "model.task=regression", "label", "a name", "llama", "labels"),
+    Impossible("value_of_a_name", "model.task=regression", "label", "string 'yes'", "llama", "labels"),
     Impossible("answers_of_raw_text", "", "data.format", "text", "t5", "texts", "data.dataset=chats.jsonl"),
     Impossible("adaption_prompt_for_labels", "method=adaption_prompt", "model.task", "classification", "llama",
                "labels"),

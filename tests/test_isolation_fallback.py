@@ -21,6 +21,7 @@ from whet import runs
 from whet.base.errors import UserError
 from whet.engine.compute.isolation import Isolation
 from whet.runs import Run, open_run
+from whet.training import load
 
 SETTINGS: dict[str, Any] = {"train.max_steps": 3, "train.per_device_train_batch_size": 6, "data.val_size": 4}
 
@@ -88,6 +89,7 @@ def test_without_the_fallback_documents_would_see_each_other(
 ) -> None:
     """The planted fault: every model passes the check."""
     monkeypatch.setattr(Isolation, "holds", property(lambda self: True))
+    monkeypatch.setattr(load, "knows_documents", lambda network: True)
     with pytest.raises(AssertionError):
         fallback_holds(bloom, data_file, tmp_path)
     contaminated = dict(losses(open_run(tmp_path / "auto")))

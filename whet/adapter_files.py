@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.base.errors import UserError
+from whet.engine.load.headers import adapter_weights
 from whet.runs import Run, open_run
 
 CONFIG, WEIGHTS, NOTE = "adapter_config.json", "adapter_model.safetensors", "whet_composed.json"
@@ -58,6 +59,7 @@ def describe(target: str | Path) -> Described:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _unreadable(directory, error) from error
+    adapter_weights(directory)
     numbers, size = _numbers(directory, (WEIGHTS,))
     name = directory.parent.name if directory.name == "adapter" else directory.name
     return Described(

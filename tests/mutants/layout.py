@@ -168,7 +168,7 @@ MUTANTS = [
     ),
     Mutant(
         "load: attention is not looked at", "training/load.py",
-        "    return ready if isolation.holds else _padded(ready, f\"logits moved by {isolation.moved:.2g}\")\n", "    return ready\n",
+        "return ready if isolation.holds else _padded(", "return ready if True else _padded(",
         "documents that share a row see each other", "test_isolation_fallback.py",
     ),
     Mutant(
