@@ -70,6 +70,16 @@ def run(verb: str, target: str, fake: Fake | str, *more: str) -> int:
     return cli.run(["data", verb, target, *more, "--endpoint", url, "--model", "judge-1"])
 
 
+def test_a_key_that_the_endpoint_says_back_is_written_nowhere() -> None:
+    def echo(request: dict[str, Any], before: int) -> Say:
+        return Say(json.dumps({"score": 3, "reason": f"because {KEY} said so"}))
+
+    with serving(echo) as fake:
+        assert run("judge", chats(3), fake, "--api-key-env", "SCORE_KEY") == 0
+    assert lines("scores.jsonl")[0]["reason"] == "because [SECRET] said so"
+    assert not any(KEY.encode() in file.read_bytes() for file in Path().iterdir())
+
+
 def lines(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
 

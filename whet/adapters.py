@@ -268,7 +268,7 @@ def check_adapter(directory: Path) -> Any:
 
 
 def _remembered(directory: Path) -> str | None:
-    """What the run around the folder of an adapter remembers of it, "" for nothing; None where there is no run."""
+    """The digest that the run around an adapter remembers, "" for none; None where there is no run."""
     run = directory.resolve().parent
     if directory.name != "adapter" or not all((run / name).is_file() for name in ("recipe.yaml", "finished.json")):
         return None

@@ -1,4 +1,4 @@
-"""What a call reads, to hold its outputs against (`base.outputs`): a recipe with all that it names, a run, adapters.
+"""List what a call reads, to hold its outputs against (`base.outputs`): a recipe with all that it names, a run.
 
 Every setting of a recipe that is the path of something on this machine counts, whichever setting it is, so that a new
 one cannot be forgotten here.

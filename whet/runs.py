@@ -260,7 +260,7 @@ def _check_room(run: Run) -> None:
 
 
 def _is_of_start(path: Path) -> bool:
-    """Whether a start that was killed left this file."""
+    """True if a start that was killed left this file."""
     return path.name == LOCK or path.name.startswith(".recipe.yaml.")
 
 

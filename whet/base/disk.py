@@ -1,4 +1,4 @@
-"""What a disk that refuses says to a person: one error of the usual shape for each way in which a file operation fails.
+"""Say what a disk refuses: one error of the usual shape for each way in which a file operation fails.
 
 A full disk, a missing permission or a name that is too long is nobody's bug: it is said with the path and one fix, and
 the same command goes on once that is mended, because every file of whet is whole or absent (`base.files`). Libraries

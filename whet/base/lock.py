@@ -129,7 +129,7 @@ def _key_of(file: Path | int) -> tuple[int, int]:
 
 
 def _owner(handle: int) -> dict[str, Any]:
-    """Who holds the lock as its file says; {} where it says nothing."""
+    """The owner of the lock as its file says; {} where it says nothing."""
     try:
         said = json.loads(os.pread(handle, 4096, 0))
     except ValueError:
@@ -138,7 +138,7 @@ def _owner(handle: int) -> dict[str, Any]:
 
 
 def _is_running(owner: dict[str, Any]) -> bool:
-    """Whether the process that a file without a lock names still runs here, and is not a later one of its number."""
+    """True if the process that a file without a lock names still runs here, and is not a later one of its number."""
     number = owner.get("process")
     if owner.get("host") != socket.gethostname() or not isinstance(number, int) or number == os.getpid():
         return False

@@ -154,7 +154,7 @@ def _same(state: os.stat_result, path: Path) -> bool:
 
 
 def _matches(one: Input) -> Iterator[Path]:
-    """What an input stands for, links followed: itself, or what its glob matches now."""
+    """The paths that an input stands for, links followed: itself, or what its glob matches now."""
     import glob
 
     try:
@@ -177,7 +177,7 @@ def _files(one: Input) -> Iterator[Path]:
 
 
 def _would_be_read(path: Path, one: Input) -> bool:
-    """Whether a new `path` lies in the directory of an input, or matches its glob."""
+    """True if a new `path` lies in the directory of an input, or matches its glob."""
     if one.path.is_dir():
         real = one.path.resolve()
         return any(place == real or _same(place.stat(), real) for place in path.parents if place.exists())
