@@ -268,7 +268,7 @@ MUTANTS = [
     ),
     Mutant(
         "load: dropout stays on", "engine/load/load.py",
-        "return network.to(placement.device).eval()", "return network.to(placement.device).train()",
+        "network = network.to(placement.device).eval()", "network = network.to(placement.device).train()",
         "models answer with dropout", "test_load.py test_engine_edges.py -k 'converted or dropout'",
     ),
     Mutant(

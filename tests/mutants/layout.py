@@ -168,7 +168,8 @@ MUTANTS = [
     ),
     Mutant(
         "load: attention is not looked at", "training/load.py",
-        "    return ready if isolation.holds else _padded(ready, isolation.moved)\n", "    return ready\n",
+        '    return ready if isolation.holds else _padded(ready, f"logits moved by {isolation.moved:.2g}")\n',
+        "    return ready\n",
         "documents that share a row see each other", "test_isolation_fallback.py",
     ),
     Mutant(
@@ -240,7 +241,7 @@ MUTANTS = [
     ),
     Mutant(
         "choose: heads look for padding", "training/objective/choose.py",
-        'apart=virtual and kind == "decoder"', "apart=False",
+        'apart=(virtual and kind == "decoder") or sees_padding(network)', "apart=sees_padding(network)",
         "labels behind virtual tokens are read off the padding", "test_objective.py -k choose",
     ),
     Mutant(
