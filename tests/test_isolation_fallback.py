@@ -96,6 +96,19 @@ def test_without_the_fallback_documents_would_see_each_other(
     assert contaminated["train"] != dict(losses(open_run(tmp_path / "padded")))["train"]
 
 
+def test_a_model_that_mixes_tokens_beside_its_attention_is_trained_padded(data_file: Path, tmp_path: Path) -> None:
+    """Its attention is whet's and keeps documents apart; the convolutions between do not, as only trying tells."""
+    from transformers import Lfm2Config
+
+    config = Lfm2Config(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        layer_types=["conv", "full_attention"], vocab_size=tiny.VOCABULARY, pad_token_id=0, bos_token_id=2,
+        eos_token_id=2, initializer_range=0.2,
+    )  # fmt: skip
+    run = trained(tiny.save_model(config, tmp_path / "model"), data_file, tmp_path / "run", **{"train.max_steps": 1})
+    assert run.recipe.data.padding_free is False
+
+
 def test_the_padded_loss_is_that_of_each_row_alone(bloom: Path, data_file: Path, tmp_path: Path) -> None:
     changes = {"train.per_device_train_batch_size": 24, "train.max_steps": 1, "data.val_size": 0}
     run = trained(bloom, data_file, tmp_path / "run", **changes)

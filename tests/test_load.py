@@ -99,7 +99,8 @@ def assert_same(ours: Any, plain: Any) -> None:
         assert getattr(ours.config, facts)() == getattr(plain.config, facts)()
     assert ours.config._attn_implementation == attention.ATTENTION
     assert ours.generation_config.to_dict() == plain.generation_config.to_dict()
-    assert set(vars(ours)) == set(vars(plain))
+    ours_alone = {"attention_reason", "new_poolers"}  # what whet found out while loading
+    assert set(vars(ours)) - ours_alone == set(vars(plain))
     assert set(vars(ours.config)) == set(vars(plain.config))
     with torch.inference_mode():
         assert torch.equal(ours(input_ids=IDS).logits, plain(input_ids=IDS).logits)

@@ -195,9 +195,11 @@ def test_an_id_without_a_row_is_named_before_a_model_is_loaded(tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("family", "mixes"), [("llama", False), ("xglm", False), ("mamba", True)])
+@pytest.mark.parametrize(("family", "mixes"), [("llama", False), ("mamba", False), ("blenderbot", True)])
 def test_rows_that_change_each_other_are_found(family: str, mixes: bool) -> None:
-    sizes = {"mamba": MAMBA, "xglm": {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96}}
+    learned = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96, "init_std": 0.2}
+    learned |= {"is_decoder": True, "is_encoder_decoder": False}  # its positions are those of the columns
+    sizes = {"mamba": MAMBA, "blenderbot": learned}
     model = causal(family, sizes.get(family, {}) | {"initializer_range": 0.2})
     assert mixes_rows(model) is mixes
 

@@ -240,7 +240,7 @@ MUTANTS = [
     ),
     Mutant(
         "choose: heads look for padding", "training/objective/choose.py",
-        'apart=(virtual and kind == "decoder") or sees_padding(network)', "apart=False",
+        'apart=(virtual and kind == "decoder") or sees_padding(network)', "apart=sees_padding(network)",
         "labels behind virtual tokens are read off the padding", "test_objective.py -k choose",
     ),
     Mutant(

@@ -28,7 +28,7 @@ from whet.engine.answer.rows import StopRule
 from whet.engine.answer.state import Session
 from whet.engine.answer.static_cache import attention_layout, generation_bytes
 from whet.engine.answer.uncached import answer_uncached
-from whet.engine.compute.proven_attention import use_attention_with_masks
+from whet.engine.compute.proven_attention import set_attention, use_attention_with_masks
 from whet.engine.weights.linear import FrozenLinear
 from whet.engine.weights.unpacked import free_bytes, unpacked
 
@@ -181,7 +181,7 @@ def use_cached_attention(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        set_attention(model, before)
 
 
 def is_wrapped(model: Any) -> bool:

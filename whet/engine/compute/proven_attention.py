@@ -55,8 +55,22 @@ def use_attention_with_masks(network: PreTrainedModel) -> str:
     if has_sdpa(inside):
         return _choose(inside, [CACHED_ATTENTION])
     # Without sdpa of its own a model has scores that only its eager attention knows, as with attention sinks.
-    inside.set_attn_implementation(EAGER)
+    set_attention(inside, EAGER)
     return ""
+
+
+def set_attention(network: Any, name: str) -> None:
+    """Give a model and all parts of it this attention.
+
+    Encoder and decoder of some families (UMT5) have configs of their own, which transformers' setter does not reach.
+    """
+    from transformers import PreTrainedModel
+
+    for module in network.modules():
+        if not isinstance(module, PreTrainedModel) or not takes_attention(type(module)):
+            continue
+        if module is network or attention_name(module) != name:
+            module.set_attn_implementation(name)
 
 
 @torch.inference_mode()
@@ -65,7 +79,7 @@ def _choose(network: Any, names: Sequence[str]) -> str:
     if not takes_attention(type(network)):
         return ""
     if next(network.parameters()).is_meta:  # it is counted, and computes nothing
-        network.set_attn_implementation(names[0])
+        set_attention(network, names[0])
         return ""
     first = ""
     was_training = network.training
@@ -81,7 +95,7 @@ def _choose(network: Any, names: Sequence[str]) -> str:
         first = first or reason
     else:
         name = EAGER
-    network.set_attn_implementation(name)
+    set_attention(network, name)
     network.train(was_training)
     return first
 
@@ -114,7 +128,7 @@ def _difference(network: Any, name: str, own: torch.Tensor) -> str:
 
 def _unlike(network: Any) -> Iterator[str]:
     """What whet's attention would leave out, layer by layer."""
-    network.set_attn_implementation(WATCHED)
+    set_attention(network, WATCHED)
     calls = watched_calls(lambda: _pass(network, 8))
     device = next(network.parameters()).device
     asked = positions(network.config.get_text_config(decoder=True), device)
@@ -136,7 +150,7 @@ def _unseen(call: LayerCall, asked: torch.Tensor) -> Iterator[str]:
 def _logits(network: Any, name: str) -> torch.Tensor:
     """[T, V] float32 (or [2, C] of a labelled task) with attention `name`, of a short row and a long one: within a
     window transformers leaves out masks that some families take for given."""
-    network.set_attn_implementation(name)
+    set_attention(network, name)
     lengths = (8, row_length(network.config))
     return torch.cat([torch.atleast_2d(_pass(network, tokens).logits[0].float()) for tokens in lengths])
 

@@ -1,0 +1,78 @@
+"""Careless edits of what whet asks a model about itself: attention, sizes, targets, padding, generate, ids."""
+
+from mutants.mutant import Mutant
+
+ATTENTION = "test_own_attention.py"
+STRUCTURE = "test_model_structure.py"
+
+MUTANTS = [
+    Mutant(
+        "own attention: never asked", "engine/load/load.py",
+        "    prove_attention(network)\n", "",
+        "windows that stand in a mask are lost in every verb", "test_own_attention.py -k 'loaded or cap'",
+    ),
+    Mutant(
+        "own attention: rules not compared", "engine/compute/proven_attention.py",
+        'if name == ATTENTION and (unlike := next(_unlike(network), "")):',
+        'if name == "" and (unlike := next(_unlike(network), "")):',
+        "a window of 8,192 tokens in the mask is not seen", ATTENTION,
+    ),
+    Mutant(
+        "own attention: any distance of logits is near", "engine/compute/proven_attention.py",
+        'return "" if distance <= share', 'return "" if True or distance <= share',
+        "caps and biases are lost", "test_own_attention.py -k cap",
+    ),
+    Mutant(
+        "own attention: any keyword is taken", "engine/compute/attention.py",
+        "    check_keywords(more)\n", "",
+        "sinks, biases and sparse indices are dropped without a word", "test_own_attention.py -k keyword",
+    ),
+    Mutant(
+        "own attention: documents share rows all the same", "training/load.py",
+        "if ready.plan.facts.flat and not knows_documents(network):",
+        "if ready.plan.facts.flat and False and not knows_documents(network):",
+        "chunks are counted over the whole row", "test_own_attention.py -k share",
+    ),
+    Mutant(
+        "linear: every subclass", "engine/weights/linear.py",
+        "return isinstance(module, FrozenLinear) or _is_linear_class(type(module))",
+        "return isinstance(module, FrozenLinear | nn.Linear) or _is_linear_class(type(module))",
+        "routers that give a tuple are wrapped", STRUCTURE,
+    ),
+    Mutant(
+        "targets: what PEFT refuses", "methods/targets.py",
+        "allowed = [name for name in inside if not peft_forbids(network.config, name)]", "allowed = inside",
+        "Mamba cannot be trained with the default recipe", STRUCTURE,
+    ),
+    Mutant(
+        "targets: beyond the text", "methods/targets.py",
+        "inside = within_text(network, names)", "inside = names",
+        "adapters on a vision tower that no row reaches", STRUCTURE,
+    ),
+    Mutant(
+        "types: by the input's name alone", "engine/task.py",
+        'return types > 1 and takes(model, "token_type_ids")', 'return takes(model, "token_type_ids")',
+        "GPT-2 predicts with the embedding of token 0 added", STRUCTURE,
+    ),
+    Mutant(
+        "ids: one too many", "training/ids.py",
+        "if table is not None and largest >= rows:", "if table is not None and largest > rows + 1000000:",
+        "an id without a row reaches the device", STRUCTURE,
+    ),
+    Mutant(
+        "padding: never seen", "engine/compute/probe.py",
+        "return not bool((alone - beside)", "return False and not bool((alone - beside)",
+        "FNet's labels depend on the rows beside", "test_own_attention.py -k padding",
+    ),
+    Mutant(
+        "generate: rows are never mixed", "engine/answer/proof.py",
+        "            return True\n    return False", "            return False\n    return False",
+        "answers of recurrent models depend on the batch", STRUCTURE,
+    ),
+    Mutant(
+        "generate: trusted", "engine/answer/proof.py",
+        'return "" if near else f"the logits of its generate',
+        'return "" if near or True else f"the logits of its generate',
+        "RoBERTa answers from other positions than it learned", STRUCTURE,
+    ),
+]  # fmt: skip
