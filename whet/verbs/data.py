@@ -54,7 +54,7 @@ def data(words: argparse.Namespace) -> dict[str, Any]:
         write_text(removed, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result["dropped"]))
     if not words.json:
         print_report(found, result, None if source else "builtin:tiny")
-    if words.show:
+    if words.show and not words.json:
         print_rows(found, words.show)
     found.ledger.gate()
     if words.strict:
