@@ -88,6 +88,24 @@ def test_answers_are_on_stdout(data_file: Path, capsys: pytest.CaptureFixture[st
     assert "rows to learn from" not in said.err
 
 
+def test_json_stands_alone_on_stdout(
+    data_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from whet import api
+    from whet.evaluation.printed import print_scores
+
+    speed = {"tokens_per_second": 1, "median_seconds": 1.0, "peak_allocated_gib": 1.0, "storage": "bf16"}
+    monkeypatch.setattr(api, "bench_speed", lambda *_, **__: speed | {"compute": "bf16", "device": "cpu"})
+    for words in (["data", "check", str(data_file), "--fast", "--show", "2"], ["bench", "speed", "m"], ["doctor"]):
+        assert cli.run([*words, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)
+    from whet.base.console import say
+
+    scores = {"rows": 1, "base": {"metrics": {"loss": 2.0}}, "tuned": {"metrics": {"loss": 1.0}}}
+    print_scores(scores | {"difference": {}, "skipped": []}, say)
+    assert capsys.readouterr().out == "", "the quickstart prints scores on its way to one JSON object"
+
+
 def test_merge_says_its_result_once(
     recipe: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

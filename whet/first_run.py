@@ -37,7 +37,7 @@ def run_quickstart(recipe: Path, overrides: Sequence[str]) -> dict[str, Any]:
     run = train(parse(recipe, overrides))
     say("evaluate: the same prompts, adapter off and on", style="bold")
     evaluation = evaluate(run)
-    print_scores(evaluation)
+    print_scores(evaluation, say)
     say("merge: plain weights, proven to answer alike", style="bold")
     certificate = merge(run, run.path / "merged")
     write_loss_plot(run.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from whet.base.console import answer, console
@@ -9,8 +10,8 @@ from whet.base.console import answer, console
 SHOWN_CONFUSIONS = 5
 
 
-def print_scores(result: dict[str, Any]) -> None:
-    """Print the table of base against tuned."""
+def print_scores(result: dict[str, Any], tell: Callable[..., None] = answer) -> None:
+    """Print the table of base against tuned. tell: `answer`, or `say` where they are not what the verb answers."""
     from rich.table import Table
 
     before = "baseline" if "baseline" in result else "base"
@@ -23,10 +24,10 @@ def print_scores(result: dict[str, Any]) -> None:
         difference = result["difference"].get(name)
         interval = f"{difference['low']:+.3f} … {difference['high']:+.3f}" if difference else ""
         table.add_row(name, f"{result['base']['metrics'][name]:.3f}", f"{value:.3f}", interval)
-    console(stdout=True).print(table)
+    console(stdout=tell is answer).print(table)
     if "baseline" in result:
-        answer(f"baseline: {result['baseline']}", style="dim")
+        tell(f"baseline: {result['baseline']}", style="dim")
     for pair in result.get("labels", {}).get("most_confused", [])[:SHOWN_CONFUSIONS]:
-        answer(f"  {pair['reference']} taken for {pair['predicted']}: {pair['rows']}")
+        tell(f"  {pair['reference']} taken for {pair['predicted']}: {pair['rows']}")
     if result["skipped"]:
-        answer(f"not computed: {', '.join(result['skipped'])} (pip install 'whet[eval]')", style="dim")
+        tell(f"not computed: {', '.join(result['skipped'])} (pip install 'whet[eval]')", style="dim")

@@ -52,7 +52,7 @@ def data(words: argparse.Namespace) -> dict[str, Any]:
     if not words.json:
         named = source is not None or not {"model.path", "model.tokenizer"}.isdisjoint(parsed.origins)
         print_report(found, result, None if named else "builtin:tiny")
-    if words.show:
+    if words.show and not words.json:
         print_rows(found, words.show)
     found.ledger.gate()
     if words.strict:
