@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from whet.adapter_files import CONFIG, WEIGHTS, adapter_directory
 from whet.adapters import base_of
@@ -139,7 +140,7 @@ def _task(directory: Path, model: Model) -> Task:
     count = _outputs(directory)
     if count == 1:
         return Task("regression")
-    named = load_config(model).id2label or {}
+    named: dict[Any, Any] = dict(load_config(model).id2label or {})
     names = [str(named.get(index, f"LABEL_{index}")) for index in range(count)]
     return Task(name, tuple(names if len(named) == count else [f"LABEL_{index}" for index in range(count)]))
 

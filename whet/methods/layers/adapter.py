@@ -67,7 +67,7 @@ def attach_adapter(
 
     shapes = saved_shapes(directory)
     config = peft.PeftConfig.from_pretrained(str(directory))
-    inner = network if beside is None else beside.get_base_model()
+    inner: Any = network if beside is None else beside.get_base_model()
     beginnings = _fit(config, inner, shapes)
     if beside is None:
         wrapped = wrap(network, config, task, name)
@@ -97,7 +97,8 @@ def continue_adapter(wrapped: PeftModel, directory: Path, name: str = "default")
     from safetensors import safe_open
 
     shapes, config = saved_shapes(directory), wrapped.peft_config[name]
-    prefix = "" if config.is_prompt_learning else PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    kind: Any = config.peft_type
+    prefix = "" if config.is_prompt_learning else PEFT_TYPE_TO_PREFIX_MAPPING.get(kind, "")
     beginnings = renamed_beginnings(wrapped.get_base_model(), shapes, prefix) if prefix else ()
     load_weights(wrapped, directory, name, beginnings)
     state = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
@@ -186,7 +187,8 @@ def _fit(config: Any, network: PreTrainedModel, shapes: Mapping[str, tuple[int, 
     if isinstance(config, peft.LoraConfig):
         config.init_lora_weights = True  # the tensors come from the file
     beginnings: Beginnings = ()
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    kind: Any = config.peft_type
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(kind, "")
     if not config.is_prompt_learning and prefix:
         beginnings = renamed_beginnings(network, shapes, prefix)
     if beginnings:
