@@ -58,7 +58,7 @@ def _supported(verdicts: Sequence[Verdict]) -> str:
     for verdict in verdicts:
         if verdict.outcome == "right":
             said = [short for phrase, short in SHORT.items() if any(phrase in note for note in verdict.notes)]
-            groups.setdefault(", ".join(said) or "on the fast path", []).append(verdict.name.partition(":")[0])
+            groups.setdefault(", ".join(said) or "right", []).append(verdict.name.partition(":")[0])
     lines = ["| how | families |", "| --- | --- |"]
     lines += [
         f"| {how} | {', '.join(sorted(names))} |" for how, names in sorted(groups.items(), key=lambda one: -len(one[1]))
