@@ -10,10 +10,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from whet.base.secrets import hide
 from whet.base.visible import visible
+
+
+LONGEST_NAME, MOST_CHOICES = 100, 5000
 
 
 @dataclass(eq=False)
@@ -79,5 +83,8 @@ def shorten(text: object, limit: int = 120) -> str:
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice spelt most like `name`, or None when nothing is near."""
-    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    if len(name) > LONGEST_NAME:  # no slip of the pen, and the comparison is quadratic
+        return None
+    short = [choice for choice in islice(choices, MOST_CHOICES) if len(choice) <= LONGEST_NAME]
+    matches = difflib.get_close_matches(name, short, n=1, cutoff=0.6)
     return matches[0] if matches else None

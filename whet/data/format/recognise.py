@@ -38,6 +38,7 @@ _EXPECTED = (
     "messages (messages: a list of {role, content}), sharegpt (conversations: a list of {from, value}), "
     "preference (chosen, rejected) or feedback (an answer and a boolean label)"
 )
+MOST_NAMES = 50  # that are looked at for a slip of the pen
 _PAIRS = (("question", "answer"), ("query", "response"), ("input", "output"))
 
 
@@ -139,7 +140,7 @@ def _unsure(first: Record, fits: list[Format], names: Sequence[str], columns: Ma
         return UserError(problem, fix, first.file, first.row, found=fields, expected=expected)
     pair = next((pair for pair in _PAIRS if set(pair) <= set(names)), None)
     known = {name for needed, optional in _FIELDS.values() for name in (*needed, *optional)} - {"question"}
-    near = {name: nearest(name, known - set(names)) for name in names if name not in known}
+    near = {name: nearest(name, known - set(names)) for name in names[:MOST_NAMES] if name not in known}
     misspelt = " ".join(f"data.columns.{ours}={theirs}" for theirs, ours in near.items() if ours)
     fix = "say which fields are meant, e.g. data.columns.prompt={} data.columns.completion={}"
     fix = f"did you mean {misspelt}?" if misspelt and not pair else fix.format(*(pair or _PAIRS[0]))
