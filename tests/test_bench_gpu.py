@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from whet import cli
+from whet import arguments
 from whet.recipe import parse
 from whet.speed import check_used
 
@@ -174,7 +174,7 @@ def test_every_command_is_one_that_whet_or_the_peers_script_takes(gpu: Any, peer
         for system in case.systems:
             task = gpu.command(case, system, tmp_path, 5, 15)
             if system.kind == "whet":
-                words = cli._parser().parse_args(task[3:])
+                words = arguments.parser_of_words().parse_args(task[3:])
                 parsed = parse(None, words.overrides)
                 check_used(parsed.recipe.method, parsed.origins)
                 assert (words.rows, words.length) == (system.rows or case.rows, case.length)

@@ -134,14 +134,15 @@ def test_a_failure_leaves_no_half_of_a_file(labels_run: Run, tmp_path: Path, mon
     from whet.ship.predict import Predictor
 
     file, out = in_format(".csv", [{"review": text} for text in TEXTS], tmp_path), tmp_path / "out.jsonl"
-    out.write_text("old", encoding="utf-8")
+    old = '{"row": 1, "label": "old"}\n'
+    out.write_text(old, encoding="utf-8")
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Predictor, "answers", stop)
     assert command(["predict", str(labels_run.path), str(file), "--out", str(out)]) == 130
-    assert out.read_text(encoding="utf-8") == "old"
+    assert out.read_text(encoding="utf-8") == old
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.csv", "out.jsonl"]
 
 

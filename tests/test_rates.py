@@ -35,6 +35,9 @@ def test_narrow_models_get_a_higher_rate() -> None:
     assert rate("lora", 64) == rate("lora", 256), "no model is so narrow that the rate grows for ever"
     assert rate("full", 768) == pytest.approx(7.6e-5, rel=0.05)
     assert rate("ia3", 384) == rate("ia3", 4096)
+    labelled, why = METHODS["lora"]().can.rate_for(SimpleNamespace(hidden_size=384), labelled=True)
+    assert labelled == pytest.approx(2e-3, rel=0.05)
+    assert why.endswith("and a new head")
 
 
 def test_the_reason_stands_in_the_run(recipe: Callable[..., Parsed]) -> None:
@@ -54,6 +57,7 @@ def curve(losses: list[float], kind: str = "eval", every: int = 10) -> list[dict
     [
         (curve([3.0, 2.8, 2.5]), True),
         (curve([3.0, 1.0, 0.99]), False),
+        (curve([3.0, 0.03, 0.026]), False),
         (curve([3.0, 1.0, 1.2]), False),
         (curve([3.0]), False),
         (curve([3.0, 2.5], every=4), False),
@@ -88,4 +92,4 @@ def test_terminal_and_page_say_it(tmp_path: Path, capsys: pytest.CaptureFixture[
     page = (run.path / "report.html").read_text(encoding="utf-8")
     (finding,) = (run.finished or {})["findings"]
     assert finding in said
-    assert finding[:40] in page
+    assert finding[4:40] in page

@@ -30,8 +30,9 @@ from whet.methods.layers.lora_layer import LoraLinear
 from whet.report.page import write_page
 from whet.runs import LABELS, Run
 from whet.ship import predict as prediction
-from whet.ship.chat import open_chat, talk
+from whet.ship.chat import open_chat
 from whet.ship.merge import CERTIFICATE, merge
+from whet.ship.talk import talk
 
 LABELLED = ("classification", "multi_label", "regression")
 KINDS = {"llama": "decoder", "bert": "encoder"}

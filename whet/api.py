@@ -19,30 +19,57 @@ if TYPE_CHECKING:
     from whet.data.judge.endpoint import Endpoint
     from whet.data.prepare import Prepared
     from whet.evaluation.custom import ComputeMetrics
+    from whet.handle import Handle
     from whet.ship.chat import Chat
+    from whet.training.observers import Callback
 
 PACKAGE = Path(__file__).parent
 
 
-def _parsed(recipe: str | Path | None, overrides: dict[str, Any]) -> Parsed:
-    return parse(recipe, [f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in overrides.items()])
+Given = str | Path | Mapping[str, Any] | None  # a recipe: a file, its settings, or None for the defaults
 
 
-def train(recipe: str | Path | None = None, /, **overrides: Any) -> Run:
-    """Train what a recipe file says (None: the defaults). overrides: dotted path to value.
+def _parsed(recipe: Given, overrides: Mapping[str, Any]) -> Parsed:
+    """The recipe with settings over it; rows and loaded models among them are written to files."""
+    from whet.given import refuse_rows, settings_of
 
-    The same call continues an unfinished run and leaves a finished one alone. Raises UserError for bad input.
+    if isinstance(recipe, Mapping):
+        recipe, overrides = None, {**recipe, **overrides}
+    elif recipe is not None:
+        refuse_rows(recipe)
+    return parse(recipe, settings_of(overrides))
+
+
+def _quiet() -> None:
+    """Keep transformers' load reports and bars out of what a caller sees."""
+    import transformers  # noqa: F401  (its own logging is quietened only once it is there)
+
+    from whet.base.console import quiet_libraries
+
+    quiet_libraries()
+
+
+def train(recipe: Given = None, /, *, callbacks: Sequence[Callback] = (), **overrides: Any) -> Run:
+    """Train a recipe: a file, a dict of settings, or None for the defaults. overrides: dotted path to value.
+
+    Where data are named, rows may stand: a list of dicts, a datasets.Dataset, a pandas DataFrame; and for `model` a
+    loaded one, with `tokenizer`. callbacks: functions that get each line of metrics.jsonl as a dict, or
+    `whet.training.observers.Observer`s. The same call continues an unfinished run and leaves a finished one alone.
+    Raises UserError for bad input.
     """
-    return train_parsed(_parsed(recipe, overrides))
+    parsed = _parsed(recipe, overrides)
+    _quiet()
+    return train_parsed(parsed, callbacks)
 
 
-def train_parsed(parsed: Parsed) -> Run:
+def train_parsed(parsed: Parsed, callbacks: Sequence[Callback] = ()) -> Run:
     """Train a parsed recipe and write its report."""
     from whet.report.charts import write_loss_plot
     from whet.report.page import write_page
+    from whet.training.observers import observer_of
     from whet.training.run import train as run_training
 
-    run = run_training(parsed)
+    run = run_training(parsed, [observer_of(one) for one in callbacks])
     write_loss_plot(run.path, "per row" if run.task.labelled else "per supervised token")
     write_page(run.path)
     return run
@@ -50,16 +77,20 @@ def train_parsed(parsed: Parsed) -> Run:
 
 def evaluate(
     run: str | Path | Run, *, max_rows: int | None = None, split: Literal["eval", "test"] = "eval",
-    data: str | Sequence[str] = (), compute_metrics: ComputeMetrics | None = None,
+    data: Any = None, compute_metrics: ComputeMetrics | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Score base and tuned model of a run on its held-out rows, those kept for a test, or the rows of other files.
+    """Score base and tuned model of a run on its held-out rows, those kept for a test, or other rows.
 
-    compute_metrics: a function of predictions and references that gives more metrics by name. Updates the report.
+    data: a file or several, or rows as `train` takes them. compute_metrics: a function of predictions and references
+    that gives more metrics by name. Updates the report.
     """
     from whet.evaluation.run import evaluate as run_evaluation
+    from whet.given import files_of_rows
     from whet.report.page import write_page
 
-    found, files = opened(run), [data] if isinstance(data, str) else list(data)
+    _quiet()
+    found = opened(run)
+    files = [] if data is None else files_of_rows(data, found.path)
     result = run_evaluation(found, max_rows=max_rows, split=split, data=files, compute_metrics=compute_metrics)
     if found.has_recipe:
         write_page(found.path)
@@ -76,6 +107,7 @@ def merge(run: str | Path | Run, out: str | Path, *, data: str | None = None) ->
     from whet.ship.merge import merge as run_merge
 
     found = with_rows(opened(run), data)
+    _quiet()
     certificate = run_merge(found, Path(out))
     if found.has_recipe:
         write_page(found.path)
@@ -95,6 +127,7 @@ def predict(
     from whet.ship.questions import Asks, given
 
     found = opened(run)
+    _quiet()
     questions = list(given([rows] if isinstance(rows, str) else rows, Asks.of(found)))
     with open_predictor(found, Wanted(top, max_new_tokens)) as predictor:
         return [answer for _, answer in run_prediction(predictor, questions)]
@@ -111,7 +144,7 @@ def opened(run: str | Path | Run) -> Run:
     return open_run(run)
 
 
-def plan(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:
+def plan(recipe: Given = None, /, **overrides: Any) -> dict[str, Any]:
     """Parameters and memory of a recipe, from the model's config alone."""
     from whet.further import with_starting_adapter
     from whet.planning.plan import plan_recipe
@@ -119,7 +152,7 @@ def plan(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any
     return plan_recipe(with_starting_adapter(_parsed(recipe, overrides)).recipe).as_dict()
 
 
-def check(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:
+def check(recipe: Given = None, /, **overrides: Any) -> dict[str, Any]:
     """The ledger of a recipe's data: what exactly would be learned."""
     from whet.data.check import report_of
 
@@ -148,7 +181,7 @@ def prepared(parsed: Parsed, *, any_model: bool = False) -> Prepared:
 
 
 def judge(
-    recipe: str | Path | None = None, /, *, endpoint: Endpoint | Mapping[str, Any],
+    recipe: Given = None, /, *, endpoint: Endpoint | Mapping[str, Any],
     rubric: Literal["quality", "harm"] = "quality", least: int = 1, out: str | Path = "scores.jsonl", **overrides: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Have the rows to learn from scored by the model at an OpenAI-compatible endpoint, for `data.scores`.
@@ -182,15 +215,21 @@ def judge_parsed(
     parsed: Parsed, endpoint: Endpoint, out: str | Path, rubric: Literal["quality", "harm"], least: int
 ) -> dict[str, Any]:
     """The same for a parsed recipe."""
+    from whet.base.outputs import output_file
     from whet.data.collect import candidates
+    from whet.data.judge.output import replies_beside
     from whet.data.judge.scores import judge_rows
+    from whet.inputs import inputs_of_recipe
 
+    inputs = inputs_of_recipe(parsed)
+    target = output_file(out, inputs, "--out")
+    output_file(replies_beside(target), inputs, "--out")
     with candidates(parsed.recipe.data, paraphrase=False) as sides:
-        return judge_rows(sides.train, endpoint, Path(out).expanduser(), rubric, least)
+        return judge_rows(sides.train, endpoint, target, rubric, least)
 
 
 def augment(
-    recipe: str | Path | None = None, /, *, endpoint: Endpoint | Mapping[str, Any], copies: int = 2,
+    recipe: Given = None, /, *, endpoint: Endpoint | Mapping[str, Any], copies: int = 2,
     out: str | Path = "added.jsonl", **overrides: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Have the rows to learn from paraphrased by the model at an endpoint, for `data.added_dataset`; as `judge`."""
@@ -199,27 +238,52 @@ def augment(
 
 def augment_parsed(parsed: Parsed, endpoint: Endpoint, out: str | Path, copies: int) -> dict[str, Any]:
     """The same for a parsed recipe."""
+    from whet.base.outputs import output_file
     from whet.data.collect import candidates
-    from whet.data.judge.added import augment_rows
+    from whet.data.judge.added import augment_rows, refused_beside
+    from whet.data.judge.output import replies_beside
+    from whet.inputs import inputs_of_recipe
 
+    inputs = inputs_of_recipe(parsed)
+    target = output_file(out, inputs, "--out")
+    for beside in (replies_beside(target), refused_beside(target)):
+        output_file(beside, inputs, "--out")
     with candidates(parsed.recipe.data, paraphrase=True) as sides:
         held_out = {f"{number:016x}" for side in (sides.evaluation, sides.test) for number in side.ids.tolist()}
-        return augment_rows(sides.train, held_out, endpoint, Path(out).expanduser(), copies)
+        return augment_rows(sides.train, held_out, endpoint, target, copies)
 
 
-def chat(target: str | Chat, message: str, *, system: str | None = None, max_new_tokens: int = 256) -> str:
+def open(target: str | Path | Run) -> Handle:
+    """Open a run, an adapter, a model directory, a hub name or a built-in model, to be asked any number of times.
+
+    A context manager with `chat(message)`, `predict(rows)` and `close()`. Raises UserError.
+    """
+    from whet.handle import open_handle
+
+    _quiet()
+    if isinstance(target, Run):
+        return open_handle(str(target.path), target)
+    run = open_run(target) if (Path(target) / "recipe.yaml").is_file() else None
+    return open_handle(str(target), run)
+
+
+def chat(
+    target: str | Path | Run | Chat, message: str | Sequence[Mapping[str, Any]], *, system: str | None = None,
+    max_new_tokens: int = 256,
+) -> str:  # fmt: skip
     """One answer of a run, a model directory, a hub name or a built-in model.
 
-    target: or what `whet.ship.chat.open_chat` gave, which loads the model once for any number of messages, and has a
-    `max_new_tokens` of its own.
+    message: a text, or a conversation as a list of `{"role", "content"}`. target: or what `whet.ship.chat.open_chat`
+    gave, which loads the model once for any number of messages, and has a `max_new_tokens` of its own.
     """
-    from whet.data.example import Message
+    from whet.handle import messages_of
     from whet.ship.chat import Chat, open_chat
 
-    messages = [*([Message("system", system)] if system else []), Message("user", message)]
+    messages = messages_of(message, system)
     if isinstance(target, Chat):
         return target.reply(messages)
-    with open_chat(target, max_new_tokens=max_new_tokens) as opened:
+    _quiet()
+    with open_chat(str(target.path if isinstance(target, Run) else target), max_new_tokens=max_new_tokens) as opened:
         return opened.reply(messages)
 
 

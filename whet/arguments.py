@@ -78,13 +78,14 @@ def _unknown(strange: Sequence[str], words: argparse.Namespace) -> UserError:
     if option is None:
         return UserError(f"{verb} takes no more words", f"{verb} --help shows them", found=found)
     name, equals, value = option.lstrip("-").partition("=")
-    after = strange[strange.index(option) + 1 :]
+    loose = [word for word in getattr(words, "overrides", []) if not _SETTING.match(word)]  # taken for a setting
+    after = [*strange[strange.index(option) + 1 :], *loose]
     value = value if equals else after[0] if after else "VALUE"
     word = name.replace("-", "_")
-    path = NAMES.get(word) or NAMES.get(nearest(word, NAMES) or "")
     options = sorted({*re.findall(r"--[a-z-]+", words.help_text())})
     near = nearest(f"--{name}", options)
-    if path and not near and hasattr(words, "overrides"):
+    path = NAMES.get(word) or (None if near else NAMES.get(nearest(word, NAMES) or ""))
+    if path and hasattr(words, "overrides"):
         named = f" {words.target}" if hasattr(words, "target") else ""
         return UserError(
             "settings are written without dashes", f"{verb}{named} {path}={value}", found=found,

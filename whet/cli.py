@@ -6,12 +6,13 @@ error, Ctrl-C with 130. Nothing heavy is imported before a verb needs it.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
 
 from whet.arguments import parse_words
+from whet.base.console import complain, drop_answer, flush_answer, print_json, readable_streams
+from whet.base.disk import disk_fault
 from whet.base.errors import UserError
 
 
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one verb; returns the exit code."""
+    readable_streams()
     try:
         words = parse_words(arguments)
     except UserError as error:
@@ -30,28 +32,35 @@ def run(arguments: Sequence[str]) -> int:
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         answer = words.call(words)
+        if words.json and answer is not None:
+            print_json(answer)
+        flush_answer()
     except UserError as error:
         return _refused(error, words.json)
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
+        complain("\ninterrupted")
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # who read the answer had enough of it
+        drop_answer()
         return 0
     except Exception as error:  # the one place that may catch everything
         if words.traceback:
             raise
+        fault = disk_fault(error)
+        if fault is not None:
+            return _refused(fault, words.json)
         problem = f"{type(error).__name__}: {error}"
-        sys.stderr.write(
-            f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where\n"
-        )
+        complain(f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where")
         return 1
-    if words.json and answer is not None:
-        sys.stdout.write(json.dumps(answer, ensure_ascii=False, indent=1, default=str) + "\n")
     return 0
 
 
 def _refused(error: UserError, as_json: bool) -> int:
-    sys.stderr.write(f"error: {error}\n")
+    complain(f"error: {error}")
     if as_json:
-        sys.stdout.write(json.dumps({"error": error.as_dict()}, ensure_ascii=False, indent=1) + "\n")
+        try:
+            print_json({"error": error.as_dict()})
+            flush_answer()
+        except (OSError, UserError):  # it is said on stderr already
+            drop_answer()
     return 2

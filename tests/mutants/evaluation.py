@@ -207,4 +207,39 @@ MUTANTS = [
         '"subset_accuracy": right.all(axis=1)', '"subset_accuracy": right.any(axis=1)',
         "a row counts as right with one right label", LABELS,
     ),
+    Mutant(
+        "losses: targets one place off", "engine/answer/losses.py",
+        "wanted = ids[0, first:]", "wanted = ids[0, first:].roll(1)",
+        "loss and perplexity are those of other tokens", "test_scored_rows.py -k plain_transformers",
+    ),
+    Mutant(
+        "losses: context is a target too", "evaluation/likelihood.py",
+        "weights = rows.learned[span].astype(np.float32)", "weights = np.ones(len(rows.ids[span]), np.float32)",
+        "the loss counts the questions", "test_scored_rows.py -k plain_transformers",
+    ),
+    Mutant(
+        "losses: base with the adapter on", "evaluation/likelihood.py",
+        "with session.base():", "if True:",
+        "training seems to change nothing", "test_scored_rows.py -k plain_transformers",
+    ),
+    Mutant(
+        "turns: the last answer alone", "evaluation/turns.py",
+        'and (loss_on != "last_assistant" or index == last)', "and index == last",
+        "most answers of a dialogue are never scored", "test_scored_rows.py -k every_answer",
+    ),
+    Mutant(
+        "turns: each answer a row of its own", "evaluation/turns.py",
+        "share = len(sums) / len(values)", "share = 1.0",
+        "intervals over conversations are of another number", "test_scored_rows.py -k conversations_are",
+    ),
+    Mutant(
+        "rows: results of a test take the place of the held-out ones", "evaluation/rows.py",
+        'prefix = "" if self.name == HELD_OUT else f"{self.name}."', 'prefix = ""',
+        "predictions of the held-out rows are lost", "test_scored_rows.py -k results_of_its_own",
+    ),
+    Mutant(
+        "rows: any label is one of the run's", "data/labels.py",
+        "if name not in task.labels]", "if not name]",
+        "a label that was never trained is scored or crashes", "test_scored_rows.py -k same_rows_held_out",
+    ),
 ]  # fmt: skip

@@ -215,7 +215,7 @@ MUTANTS = [
     ),
     Mutant(
         "predict: an input is written over", "ship/answer_file.py",
-        "if path.exists() and any(", "if not path.exists() and any(",
+        "[*rows, *inputs_of_run(run), ", "[*inputs_of_run(run), ",
         "the rows of the user are lost", "test_predict.py -k never_written",
     ),
     Mutant(
@@ -224,14 +224,13 @@ MUTANTS = [
         "--top names the classes that fit least", "test_predict.py -k likeliest",
     ),
     Mutant(
-        "chat: system message forgotten", "ship/chat.py",
-        'messages = [Message("system", system)] if system else []', "messages: list[Message] = []",
+        "chat: system message forgotten", "ship/talk.py",
+        'Talk(chat, [Message("system", system)] if system else [])', "Talk(chat, [])",
         "--system has no effect", EDGES,
     ),
     Mutant(
-        "chat: no memory of the conversation", "ship/chat.py",
-        'messages.append(Message("assistant", chat.reply(messages, streamer)))',
-        'messages.append(Message("assistant", chat.reply(messages[-1:], streamer)))',
+        "chat: no memory of the conversation", "ship/talk.py",
+        'asked = [*conversation.messages, Message("user", text)]', 'asked = [Message("user", text)]',
         "each message is answered as if it were the first", EDGES,
     ),
     Mutant(
@@ -264,5 +263,10 @@ MUTANTS = [
         "carry: the base's text part", "ship/carry.py",
         "tensors[name] = opened.get_tensor(new)", "tensors[name] = old.get_tensor(name)",
         "the whole model that is merged is the base", "test_vision_text.py -k whole_model",
+    ),
+    Mutant(
+        "chat: an error ends the conversation", "ship/talk.py",
+        '        sys.stderr.write(f"error: {error}\\n")\n', "        raise\n",
+        "a typo in a command costs the conversation", "test_chat.py -k typo",
     ),
 ]  # fmt: skip

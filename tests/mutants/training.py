@@ -170,4 +170,14 @@ MUTANTS = [
         "    if left:\n", "    if not left:\n",
         "nobody is told that most of a model is not trained", "test_experts.py -k share",
     ),
+    Mutant(
+        "extend: a finished run of another recipe goes on", "runs.py",
+        "if set(differing) <= LENGTH:", "if LENGTH & set(differing):",
+        "another rate or other rows are trained on top of a finished run", "test_extend.py -k cannot_go_on",
+    ),
+    Mutant(
+        "extend: without its checkpoint a run begins anew", "runs.py",
+        'if not (old.checkpoints / f"step-{steps}" / "manifest.json").is_file():', "if False:",
+        "a finished run is trained again from its first step", "test_extend.py -k last_checkpoint",
+    ),
 ]  # fmt: skip

@@ -120,7 +120,9 @@ def scored_rows(data: Data, tokenizer: PreTrainedTokenizerFast, readable: int | 
         every = (sides.train, sides.evaluation, sides.test)
         rows, longest = padded_rows(data, tokenizer, task, every, readable, ledger, decided)
         row_tokenizer = RowTokenizer(tokenizer, chat=False)
-        yield Prepared(*rows, *every, None, longest, ledger, row_tokenizer, decided, task)
+        yield Prepared(
+            rows[0], rows[1], rows[2], *every, None, longest, ledger, row_tokenizer, decided, task
+        )  # fmt: skip
 
 
 def _identity(tokenizer: PreTrainedTokenizerFast) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from whet.base.console import say
+from whet.base.console import answer, console
 
 SHOWN_CONFUSIONS = 5
 
@@ -12,8 +12,6 @@ SHOWN_CONFUSIONS = 5
 def print_scores(result: dict[str, Any]) -> None:
     """Print the table of base against tuned."""
     from rich.table import Table
-
-    from whet.base.console import console
 
     before = "baseline" if "baseline" in result else "base"
     table = Table(
@@ -25,10 +23,10 @@ def print_scores(result: dict[str, Any]) -> None:
         difference = result["difference"].get(name)
         interval = f"{difference['low']:+.3f} … {difference['high']:+.3f}" if difference else ""
         table.add_row(name, f"{result['base']['metrics'][name]:.3f}", f"{value:.3f}", interval)
-    console().print(table)
+    console(stdout=True).print(table)
     if "baseline" in result:
-        say(f"baseline: {result['baseline']}", style="dim")
+        answer(f"baseline: {result['baseline']}", style="dim")
     for pair in result.get("labels", {}).get("most_confused", [])[:SHOWN_CONFUSIONS]:
-        say(f"  {pair['reference']} taken for {pair['predicted']}: {pair['rows']}")
+        answer(f"  {pair['reference']} taken for {pair['predicted']}: {pair['rows']}")
     if result["skipped"]:
-        say(f"not computed: {', '.join(result['skipped'])} (pip install 'whet[eval]')", style="dim")
+        answer(f"not computed: {', '.join(result['skipped'])} (pip install 'whet[eval]')", style="dim")

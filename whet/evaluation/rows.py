@@ -53,7 +53,7 @@ def chosen_rows(run: Run, split: Split, files: Sequence[str]) -> Iterator[Chosen
         with _rows_of(run, files) as chosen:
             yield chosen
         return
-    prepared = runs.prepared(run.recipe)
+    prepared = runs.rows_of(run)
     if split == "eval":
         yield Chosen(prepared, run, HELD_OUT, "held-out rows")
         return

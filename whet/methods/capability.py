@@ -9,6 +9,7 @@ DENSE = ("fp32", "bf16")
 ANY = ("fp32", "bf16", "fp8", "int8", "nf4")
 LABEL_TASKS = ("classification", "multi_label", "regression")
 WIDE, NARROW = 4096, 256  # widths between which the usual rate changes
+HEAD_FACTOR = 1.5
 ALL_TASKS = ("causal", *LABEL_TASKS, "seq2seq")
 
 
@@ -40,16 +41,17 @@ class Capability:
     new_tokens: bool = False
     narrow_rate: bool = False
 
-    def rate_for(self, config: Any) -> tuple[float, str]:
-        """The usual peak rate for a model, and why. config: of transformers, None: unknown.
+    def rate_for(self, config: Any, *, labelled: bool = False) -> tuple[float, str]:
+        """The usual peak rate for a model, and why. config: of transformers, None: unknown; labelled: for a new head.
 
         Narrow models want a higher one: (4096 / width) ** 0.8 times that of a model of 7 B parameters, which is near
         what "LoRA Without Regret" (Thinking Machines, 2025) reports for Llama models, and was tried here on widths of
-        320 and 384 (docs/log.md).
+        320 and 384 (docs/log.md). A new head has to move far in the few steps that a set with labels gives, so there
+        it is half as much again.
         """
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         width = getattr(text, "hidden_size", None)
         if not self.narrow_rate or not isinstance(width, int) or not 0 < width < WIDE:
             return self.learning_rate, ""
-        rate = self.learning_rate * (WIDE / max(width, NARROW)) ** 0.8
-        return float(f"{rate:.1e}"), f", raised for a model of width {width:,}"
+        rate = self.learning_rate * (WIDE / max(width, NARROW)) ** 0.8 * (HEAD_FACTOR if labelled else 1)
+        return float(f"{rate:.1e}"), f", raised for a model of width {width:,}{' and a new head' if labelled else ''}"

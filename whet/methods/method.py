@@ -40,6 +40,11 @@ class Method:
         """The settings that the recipe leaves open and the method itself decides: name to (value, reason)."""
         return {}
 
+    @property
+    def follows_share(self) -> bool:
+        """True if what happens in a step depends on the share of the run that is done, so that a run has one length."""
+        return type(self).before_step is not Method.before_step
+
     def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> nn.Module:
         """Freeze `network`, add what is trained, and return the model to train. Raises UserError."""
         raise NotImplementedError

@@ -20,6 +20,7 @@ from whet.report.markup import objects, safe, score_text, table, visible
 
 LARGEST_DRAWN = 20  # classes
 LISTED = 20  # confusions
+MOST_ON_A_PHONE = 4  # columns that need no scrolling
 STRONGEST = 45  # % of the colour in a cell that holds its whole row
 
 STYLE = """
@@ -34,6 +35,8 @@ STYLE = """
 .confusion .cells .right { background: color-mix(in srgb, var(--accent) var(--share), var(--wash)); }
 .confusion .cells .wrong { background: color-mix(in srgb, var(--bad) var(--share), var(--wash)); }
 .confusion .cells .none { color: transparent; }
+.confusion .swipe { display: none; color: var(--soft); font-size: 0.84rem; margin-bottom: 0.4rem; }
+@media (max-width: 44rem) { .confusion .swipe { display: block; } .confusion .cells .name { max-width: 9rem; } }
 """  # belongs behind page.css
 
 
@@ -85,7 +88,8 @@ def _matrix(names: Sequence[str], counts: Sequence[Sequence[int]], title: str) -
     summary = f"{title}: {plain(right)} of {plain(total)} right"
     columns = f"grid-template-columns: auto repeat({len(names)}, minmax(1.9rem, 1fr)) auto"
     grid = f'<div class="cells" role="table" aria-label="{_attribute(summary)}" style="{columns}">{lines}</div>'
-    return f'<div class="scroll" tabindex="0">{grid}</div>'
+    hint = f'<p class="swipe">→ scrolls sideways: {len(names)} columns</p>' if len(names) > MOST_ON_A_PHONE else ""
+    return f'{hint}<div class="scroll" tabindex="0">{grid}</div>'
 
 
 def _attribute(text: str) -> str:

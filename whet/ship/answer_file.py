@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from whet.base.errors import UserError
-from whet.base.files import sync
-from whet.data.read.read import data_files
+from whet.base.files import hidden_beside, sync
+from whet.base.outputs import Input, output_file
 from whet.engine.task import Task
+from whet.inputs import inputs_of_run
+from whet.runs import Run
 from whet.ship.questions import STANDARD_INPUT, Question
 
 SUFFIXES = (".jsonl", ".csv")
@@ -65,34 +67,31 @@ def _cells(task: Task, question: Question, answer: dict[str, Any], top: int | No
     return cells
 
 
-def check_out(out: str, source: str, run: Path) -> None:
-    """Raises UserError for a suffix that says no format, an output that is an input, and one inside of the run."""
-    path = Path(out).expanduser()
-    if path.suffix.lower() not in SUFFIXES:
+def check_out(out: str, source: str, run: Run) -> Path:
+    """The file to write. Raises UserError for an output that is an input, and for a suffix that says no format."""
+    rows = [] if source == STANDARD_INPUT else [Input(Path(source).expanduser(), "the rows to answer", "files")]
+    path = output_file(out, [*rows, *inputs_of_run(run), Input(run.path, "the run", "all")], "--out", _is_ours)
+    suffix = Path(out).suffix
+    if suffix.lower() not in SUFFIXES:
         raise UserError(
-            "the suffix says no format for answers", file=out, field="--out", found=path.suffix or "no suffix",
-            expected=" or ".join(SUFFIXES), fix=f"--out {path.with_suffix('.jsonl')}",
+            "the suffix says no format for answers", file=out, field="--out", found=suffix or "no suffix",
+            expected=" or ".join(SUFFIXES), fix=f"--out {Path(out).with_suffix('.jsonl')}",
         )  # fmt: skip
-    if path.is_dir():
-        raise UserError("the output is a directory", file=out, field="--out", fix=f"--out {path / 'answers.jsonl'}")
-    inputs = [] if source == STANDARD_INPUT else data_files(source)
-    if path.exists() and any(one.exists() and one.samefile(path) for one in inputs):
-        raise UserError(
-            "the output is the input", file=out, field="--out", found=source, expected="another file",
-            fix=f"--out {path.with_name(path.stem + '-answers' + path.suffix)}",
-        )  # fmt: skip
-    if run.resolve() in path.resolve().parents:
-        raise UserError("the output lies in the run directory", file=out, field="--out", fix=f"--out {path.name}")
+    return path
+
+
+def _is_ours(line: bytes) -> bool:
+    """True if the first line of a file is one of answers."""
+    return line.startswith((b'{"row": ', b"row,", b"file,row,"))
 
 
 @contextmanager
-def writer(out: str | None, task: Task, *, table: bool, top: int | None) -> Iterator[Writer]:
-    """A writer to stdout, or to a file that appears when the block ends well. Raises UserError."""
-    if out is None:
+def writer(path: Path | None, task: Task, *, table: bool, top: int | None) -> Iterator[Writer]:
+    """A writer to stdout, or to a file that appears when the block ends well. Raises OSError."""
+    if path is None:
         yield Writer(sys.stdout, task, table=table, top=top)
         return
-    path = Path(out).expanduser()
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = hidden_beside(path)
     try:
         with beside.open("w", encoding="utf-8", newline="") as file:
             yield Writer(file, task, table=table or path.suffix.lower() == ".csv", top=top)
@@ -100,12 +99,5 @@ def writer(out: str | None, task: Task, *, table: bool, top: int | None) -> Iter
             os.fsync(file.fileno())
         beside.replace(path)
         sync(path.parent)
-    except OSError as error:
-        if error.filename is not None and Path(error.filename) not in (beside, path):
-            raise
-        raise UserError(
-            f"the file cannot be written: {error.strerror or error}", file=out, field="--out",
-            fix="name a place that can be written",
-        ) from error  # fmt: skip
     finally:
         beside.unlink(missing_ok=True)

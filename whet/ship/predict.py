@@ -81,7 +81,7 @@ class Predictor:
         """The text written for each question; cut: it was not finished after `max_new_tokens`."""
         row_tokenizer, limit = self.answerer.row_tokenizer, self.wanted.max_new_tokens
         tokenizer: Any = row_tokenizer.tokenizer
-        options = {"max_new_tokens": limit, "batch_size": self.batch_size}
+        options: dict[str, Any] = {"max_new_tokens": limit, "batch_size": self.batch_size}
         if isinstance(self.session, EncoderDecoderSession):
             texts = [source_text(one.chat) for one in questions if one.chat is not None]
             written = self.session.answer(encode_texts(tokenizer, texts, max_length=self.max_length), **options)
@@ -182,15 +182,14 @@ def predict_file(
     same terminal. Raises UserError.
     """
     check_trained(run.trained)
-    if out is not None:
-        check_out(out, source, run.path)
+    target = None if out is None else check_out(out, source, run)
     asks, person = Asks.of(run), source == STANDARD_INPUT and sys.stdin.isatty()
     total = None if source == STANDARD_INPUT else sum(1 for _ in in_file(source, asks))
     shown = total is not None and (quiet or out is not None or not sys.stdout.isatty())
     answers, cut = [], 0
     with (
         open_predictor(run, wanted) as predictor,
-        writer(out, asks.task, table=table, top=wanted.top) as sink,
+        writer(target, asks.task, table=table, top=wanted.top) as sink,
         Progress("predicting", total or 0) if shown else nullcontext() as bar,
     ):
         if person:

@@ -21,7 +21,7 @@ def decide_settings(recipe: Recipe, prepared: Prepared, placement: Placement, co
     train, method = recipe.train, recipe.method
     decided = dict(prepared.decided) | _of_base(recipe, placement)
     if train.learning_rate is None:
-        rate, why = method.can.rate_for(config)
+        rate, why = method.can.rate_for(config, labelled=prepared.task.labelled)
         decided["train.learning_rate"] = (rate, f"usual for {method.name}{why}")
     decided |= {f"method.{name}": entry for name, entry in method.decided().items()}
     decided |= _of_steps(recipe, prepared)

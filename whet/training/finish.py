@@ -8,9 +8,10 @@ from whet.base.console import say
 from whet.base.files import whole_directory, write_json
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import write_contract
+from whet.engine.load.identity import seal, seal_digest
 from whet.engine.memory.used import peak_bytes
 from whet.engine.weights.linear import count_parameters
-from whet.runs import LABELS
+from whet.runs import IDENTITY, LABELS, Run
 from whet.training.apply import Arranged
 from whet.training.card import write_card
 from whet.training.resume import Checkpoints
@@ -22,16 +23,14 @@ from whet.training.trend import still_falling
 
 def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: State, reason: str) -> None:
     """Keep the best weights if wanted, write them, and mark the run finished. reason: why training ended."""
-    best, run = state.best_step, ready.run
-    kept = best if ready.recipe.train.load_best_model_at_end and best is not None else state.step
-    if kept != state.step:
-        checkpoints.load_weights(kept)
-        say(f"keeping step {kept}, the lowest held-out loss ({state.best_loss:.4f})")
+    run, kept = ready.run, state.step
+    if ready.recipe.train.load_best_model_at_end and state.best_step is not None:
+        kept = _load_best(run, checkpoints, state)
     checkpoints.optimiser.hand_back()
     method = ready.recipe.method
     method.finalize(arranged.model)  # after the best weights are back: they may be from before it would be decided
     tokenizer, task = ready.prepared.row_tokenizer, ready.plan.task
-    with whole_directory(run.trained) as directory:
+    with whole_directory(run.trained, replace=True) as directory:
         method.save(arranged.model, directory)  # type: ignore[arg-type]
         tokenizer.tokenizer.save_pretrained(str(directory))
         if task.name != "causal":
@@ -41,7 +40,8 @@ def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: St
         if not method.can.whole_model:
             write_card(directory, ready.recipe, task, arranged.network, _facts(ready, state, kept))
         check_saved(ready, arranged.model, directory)
-    summary = _summary(arranged, state, reason, kept)
+        seal(directory, run.read(IDENTITY))
+    summary = _summary(arranged, state, reason, kept) | {"trained_sha256": seal_digest(run.trained)}
     finding = still_falling(run.lines("metrics.jsonl")) if reason == "completed" else None
     run.write("finished.json", summary | {"findings": [] if finding is None else [finding]})
     if finding is not None:
@@ -67,6 +67,26 @@ def _facts(ready: Ready, state: State, kept: int) -> dict[str, Any]:
         facts["lowest held-out loss"] = state.best_loss
     train = ready.recipe.train
     return facts | {"learning rate": train.learning_rate, "seed": train.seed}
+
+
+def _load_best(run: Run, checkpoints: Checkpoints, state: State) -> int:
+    """Load the weights of the lowest held-out loss whose checkpoint is whole; returns their step.
+
+    Where the best one is damaged, the later ones count, as metrics.jsonl has them, and the last step, which is loaded.
+    """
+    losses = {line["step"]: line["eval_loss"] for line in run.lines("metrics.jsonl") if line.get("kind") == "eval"}
+    later = sorted((loss, step) for step, loss in losses.items() if step > (state.best_step or 0))
+    for loss, step in [(state.best_loss, state.best_step), *later]:
+        if step == state.step:
+            return step
+        problem = checkpoints.damage(step)
+        if problem is None:
+            checkpoints.load_weights(step)
+            say(f"keeping step {step}, the lowest held-out loss ({loss:.4f})")
+            return step
+        if step == state.best_step:
+            say(f"step {step}, the lowest held-out loss, is not used: {problem}", style="yellow")
+    return state.step
 
 
 def _summary(arranged: Arranged, state: State, reason: str, kept_step: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 
 from whet.base.console import say
 from whet.base.errors import UserError
+from whet.base.files import sweep
 from whet.runs import Run
 from whet.settings import Train
 from whet.training import checkpoint
@@ -37,20 +38,30 @@ class Checkpoints:
         than the checkpoint was about to train on."""
         self.run.checkpoints.mkdir(parents=True, exist_ok=True)
         for folder in (self.run.path, self.run.checkpoints):
-            checkpoint.sweep(folder)
+            sweep(folder)
         path, complaints = checkpoint.latest(self.run.checkpoints, self.identity)
         for complaint in complaints:
             say(complaint, style="yellow")
         if path is None:
             return None
         state = State.from_checkpoint(checkpoint.load(path, self.model, self.optimiser))
-        if self._next_batch(state) != state.next_batch:
+        # Nothing was to come next when it was written: it was the end of the run then.
+        goes_on = not state.next_batch and state.step < (self.settings.max_steps or 0)
+        if not goes_on and self._next_batch(state) != state.next_batch:
             raise UserError(
                 "the next batch is not the one that the checkpoint was about to train on", file=str(path),
                 fix="the rows or their order changed; start a new run with another output_dir",
             )  # fmt: skip
         say(f"continuing {self.run.path} after step {state.step} of {self.settings.max_steps}")
+        if goes_on:
+            say("the run was finished; its learning rate goes on as the schedule of "
+                f"{self.settings.max_steps} steps has it, so the result is not that of one run of this length",
+                style="yellow")  # fmt: skip
         return state
+
+    def damage(self, step: int) -> str | None:
+        """Why the checkpoint of a step cannot be trusted, or None."""
+        return checkpoint.damage(self.run.checkpoints / f"step-{step}")
 
     def load_weights(self, step: int) -> None:
         """Restore the trained weights alone, as they were after `step`."""

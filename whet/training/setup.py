@@ -16,6 +16,8 @@ import torch
 from whet import runs
 from whet.base.console import say
 from whet.base.errors import UserError
+from whet.base.lock import DirectoryLock
+from whet.base.outputs import output_directory
 from whet.data.batch.batches import Batches, Cut
 from whet.data.batch.ledger import Ledger
 from whet.data.batch.make import make_batches
@@ -23,9 +25,11 @@ from whet.data.labels import labels_text
 from whet.data.prepare import Prepared, prepare
 from whet.data.read.read import check_unchanged
 from whet.engine.device import Hardware, Placement
-from whet.engine.load.load import load_config, longest_input
+from whet.engine.load.headers import check_checkpoint
+from whet.engine.load.load import checkpoint_storage, load_config, longest_input
 from whet.engine.task import text_task
 from whet.further import START, check_labels, check_same_start, start_directory, start_facts, with_starting_adapter
+from whet.inputs import inputs_of_recipe
 from whet.planning.asked import Asked
 from whet.planning.facts import Work
 from whet.planning.plan import Plan, plan_run, resolve_base
@@ -60,10 +64,14 @@ class Ready:
         return "; ".join(f"{example.file} row {example.row}" for example in examples)
 
 
-def get_ready(parsed: Parsed) -> Ready:
-    """Check everything, decide what is open, and make the run directory. Raises UserError; loads no model."""
+def get_ready(parsed: Parsed, lock: DirectoryLock | None = None) -> Ready:
+    """Check everything, decide what is open, and make the run directory. Raises UserError; loads no model.
+
+    lock: as in `runs.start`.
+    """
     parsed = with_starting_adapter(parsed)
     recipe = parsed.recipe
+    _check_output(parsed)
     config = load_config(recipe.model)
     hardware, placement = resolve_base(recipe, config)
     asked = Asked.of(recipe, config=config, task=recipe.model.task).on(hardware, placement)
@@ -84,10 +92,20 @@ def get_ready(parsed: Parsed) -> Ready:
         "plan.json": plan.as_dict(),
         **({START: started} if started else {}),
     }
-    run = runs.start(resolved, parsed.origins, decided, facts)
+    check_checkpoint(recipe.model, config, prepared.task, plain=checkpoint_storage(recipe.model) is None)
+    run = runs.start(resolved, parsed.origins, decided, facts, lock)
     check_same_start(run)
     _check_same_rows(run, prepared.ledger)
     return Ready(run, prepared, plan)
+
+
+def _check_output(parsed: Parsed) -> None:
+    """Refuse an output_dir that is, or lies above, something that the recipe reads; its own recipe.yaml may be."""
+    directory, inputs = runs.run_directory(parsed.recipe), inputs_of_recipe(parsed)
+    if (directory / "origins.json").is_file():
+        own = (directory / "recipe.yaml").absolute()
+        inputs = [one for one in inputs if one.path.absolute() != own]
+    output_directory(directory, inputs, "output_dir")
 
 
 def plan_of(recipe: Recipe, prepared: Prepared, hardware: Hardware, placement: Placement) -> Plan:

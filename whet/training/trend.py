@@ -12,6 +12,7 @@ from typing import Any
 
 LAST_SHARE = 0.2  # of the run, whose fall is looked at
 STEEP = 0.03  # of the loss before; a held-out loss moves by less from chance once it is flat
+LEFT = 0.015  # of all that was learned; below, what is left is little however steep it is
 STEEP_TRAINING = 0.1  # single steps are noisy: means of a tenth of the run are compared
 FEWEST_STEPS = 20
 
@@ -21,7 +22,8 @@ def still_falling(lines: Iterable[Mapping[str, Any]]) -> str | None:
     records = list(lines)
     held_out = [(r["step"], r["eval_loss"]) for r in records if r.get("kind") == "eval"]
     steps = [(r["step"], r["loss"]) for r in records if r.get("kind") == "train"]
-    fall = _of_held_out(held_out) if held_out else _of_training(steps)
+    highest = max([loss for _, loss in (*held_out, *steps)], default=0.0)
+    fall = _of_held_out(held_out, highest) if held_out else _of_training(steps)
     if fall is None:
         return None
     what = "held-out" if held_out else "training"
@@ -29,13 +31,14 @@ def still_falling(lines: Iterable[Mapping[str, Any]]) -> str | None:
             "(train.num_train_epochs) or a higher rate (train.learning_rate) would learn more")  # fmt: skip
 
 
-def _of_held_out(points: Sequence[tuple[int, float]]) -> float | None:
+def _of_held_out(points: Sequence[tuple[int, float]], highest: float) -> float | None:
     last_step, last = points[-1]
     before = [loss for step, loss in points[:-1] if step <= (1 - LAST_SHARE) * last_step]
     if not before or last > min(loss for _, loss in points) or last_step < FEWEST_STEPS or before[-1] <= 0:
         return None
     fall = 1 - last / before[-1]
-    return fall if fall >= STEEP else None
+    learned = highest - last
+    return fall if fall >= STEEP and before[-1] - last >= LEFT * learned else None
 
 
 def _of_training(points: Sequence[tuple[int, float]]) -> float | None:

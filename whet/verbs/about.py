@@ -15,12 +15,12 @@ SHORT = {
 
 def bench(words: argparse.Namespace) -> dict[str, Any]:
     from whet import api
-    from whet.base.console import bytes_text, say
+    from whet.base.console import answer, bytes_text
 
     prepare_libraries()
     load = ("rows", "length", "accumulation", "lengths", "warm", "steps")
     found = api.bench_speed(words.target, words.overrides, **{name: getattr(words, name) for name in load})
-    say(f"{found['tokens_per_second']:,} tokens a second ({found['median_seconds'] * 1000:.1f} ms a step), "
+    answer(f"{found['tokens_per_second']:,} tokens a second ({found['median_seconds'] * 1000:.1f} ms a step), "
         f"peak {bytes_text(int(found['peak_allocated_gib'] * 2**30))}, {found['storage']} weights, {found['compute']} "
         f"arithmetic on {found['device']}", style="bold")  # fmt: skip
     return found
@@ -46,7 +46,7 @@ def methods(words: argparse.Namespace) -> dict[str, Any]:
         out = console(stdout=True)
         out.print(table)
         out.print("base: storages of the frozen weights, any = fp32 bf16 fp8 int8 nf4, dense = fp32 bf16; rate: the "
-                  "usual learning rate", style="dim")  # fmt: skip
+                  "usual learning rate for 7 B; lora and full take more for narrower models", style="dim")  # fmt: skip
         for row in rows:
             out.print(f"{row['method']}: {row['what']}", style="dim")
     return {"methods": rows}
@@ -63,24 +63,24 @@ def _tasks(tasks: Any) -> str:
 
 def doctor(words: argparse.Namespace) -> dict[str, Any]:
     from whet import api
-    from whet.base.console import bytes_text, say
+    from whet.base.console import answer, bytes_text
 
     prepare_libraries()
     found = api.doctor()
     if not words.json:
         memory = f", {bytes_text(found['memory_bytes'])}" if found["memory_bytes"] else ""
-        say(f"{found['device']}: {found['device_name']}{memory}, computes in {found['compute']}")
+        answer(f"{found['device']}: {found['device_name']}{memory}, computes in {found['compute']}")
         for name, version in found["packages"].items():
-            say(f"  {'ok' if version else 'MISSING':8} {name} {version or ''}", style=None if version else "red")
+            answer(f"  {'ok' if version else 'MISSING':8} {name} {version or ''}", style=None if version else "red")
         for name, facts in found["optional"].items():
             there = facts["version"]
             text = f"  {'ok' if there else 'absent':8} {name} {there or ''}"
             cost = f": {facts['without']} (pip install '{facts['extra']}')"
-            say(text if there else text + cost, style=None if there else "yellow")
+            answer(text if there else text + cost, style=None if there else "yellow")
         for check in found["self_test"]:
             verdict = f"{check['error']:.3g} (limit {check['limit']:g})"
             word, style = ("ok", None) if check["ok"] else ("WRONG", "red")
-            say(f"  {word:8} {check['check']}: {verdict}", style=style)
+            answer(f"  {word:8} {check['check']}: {verdict}", style=style)
     return found
 
 

@@ -14,7 +14,7 @@ def evaluate(words: argparse.Namespace) -> dict[str, Any]:
 
     check_target(words.target)
     prepare_libraries()
-    result = api.evaluate(words.target, max_rows=words.max_rows, split=words.split, data=words.data)
+    result = api.evaluate(words.target, max_rows=words.max_rows, split=words.split, data=words.data or None)
     from whet.evaluation.printed import print_scores
 
     if not words.json:
@@ -24,7 +24,8 @@ def evaluate(words: argparse.Namespace) -> dict[str, Any]:
 
 def chat(words: argparse.Namespace) -> dict[str, Any]:
     prepare_libraries()
-    from whet.ship.chat import open_chat, talk
+    from whet.ship.chat import open_chat
+    from whet.ship.talk import talk
 
     with open_chat(words.target, max_new_tokens=words.max_new_tokens, beside=_named(words.adapter)) as opened:
         return {"messages": talk(opened, words.message, words.system, quiet=words.json)}
@@ -65,11 +66,13 @@ def predict(words: argparse.Namespace) -> dict[str, Any]:
 
 def merge(words: argparse.Namespace) -> dict[str, Any]:
     from whet import api
-    from whet.base.console import say
+    from whet.base.console import answer
     from whet.runs import check_target
 
     check_target(words.target)
     prepare_libraries()
     certificate = api.merge(words.target, words.out, data=words.data)
-    say(f"{certificate['chosen']}, on {certificate['prompts']} held-out rows: {certificate['summary']} -> {words.out}")
+    if not words.json:
+        rows = f"on {certificate['prompts']} held-out rows"
+        answer(f"merged on {certificate['chosen']}; {rows}: {certificate['summary']} -> {words.out}")
     return certificate

@@ -41,17 +41,17 @@ def data(words: argparse.Namespace) -> dict[str, Any]:
         given = parsed.recipe.data.benchmarks or []
         named = [*([given] if isinstance(given, str) else given), *words.benchmark]
         parsed = replace(parsed, recipe=replace(parsed.recipe, data=replace(parsed.recipe.data, benchmarks=named)))
+    page, removed = _outputs_of_check(words, parsed)
     found = api.prepared(parsed, any_model=source is None)
     result = report_of(found, quality_findings(found, near=not words.fast))
-    if words.html:
+    if page:
         from whet.report.data_page import write_data_page
 
-        _written(words.html, lambda place: write_data_page(place, result, masked_rows(found, ROWS_ON_PAGE)))
-    if words.removed:
+        write_data_page(page, result, masked_rows(found, ROWS_ON_PAGE))
+    if removed:
         from whet.base.files import write_text
 
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result["dropped"])
-        _written(words.removed, lambda place: write_text(place, lines))
+        write_text(removed, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result["dropped"]))
     if not words.json:
         print_report(found, result, None if source else "builtin:tiny")
     if words.show:
@@ -107,13 +107,16 @@ def _asked(words: argparse.Namespace, ask: Callable[[Any], dict[str, Any]]) -> d
         raise replace(error, problem=problem, fix=fix, field=names[error.field]) from error
 
 
-def _written(name: str, write: Callable[[Path], Any]) -> None:
-    """Write a file that the user named. Raises UserError where that cannot be done."""
-    from whet.base.errors import UserError
+def _outputs_of_check(words: argparse.Namespace, parsed: Any) -> tuple[Path | None, Path | None]:
+    """The page and the list of what is left out, where they are asked for. Raises UserError before anything is read."""
+    from whet.base.outputs import Input, output_file
+    from whet.inputs import inputs_of_recipe
 
-    try:
-        write(Path(name).expanduser())
-    except OSError as error:
-        raise UserError(
-            f"the file cannot be written: {error.strerror or error}", file=name, fix="name a place that can be written"
-        ) from error
+    inputs = inputs_of_recipe(parsed)
+    page = removed = None
+    if words.html:
+        page = output_file(words.html, inputs, "--html", lambda line: line.lower().startswith(b"<!doctype html"))
+        inputs.append(Input(page, "the page of --html"))
+    if words.removed:
+        removed = output_file(words.removed, inputs, "--removed", lambda line: b'"reason"' in line)
+    return page, removed

@@ -43,8 +43,10 @@ def plan(words: argparse.Namespace) -> dict[str, Any]:
 
 def train(words: argparse.Namespace) -> dict[str, Any] | None:
     from whet import api
+    from whet.given import refuse_rows
     from whet.recipe import parse
 
+    refuse_rows(words.target)
     parsed = parse(words.target, words.overrides)
     prepare_libraries()
     from whet.training.loop import Stopped

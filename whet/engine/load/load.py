@@ -126,6 +126,7 @@ def _stored_model(
     model: Model, config: PreTrainedConfig, placement: Placement, dense: torch.dtype, task: Task
 ) -> PreTrainedModel:
     """The model with the weights of its checkpoint; see `load_model`."""
+    from whet.engine.load.headers import check_checkpoint
     from whet.engine.load.prequantised import load_quantised, stored_as
     from whet.engine.load.stream import load_frozen, load_plain
 
@@ -138,6 +139,7 @@ def _stored_model(
     if placement.device.type != "cpu":
         options["device_map"] = {"": placement.device}
     stored = stored_as(config, source)
+    check_checkpoint(model, config, task, plain=stored is None)
     if stored is not None:
         return _opened(
             lambda: load_quantised(source, stored, storage, placement.double_quant, options, task), source, "model"
@@ -234,8 +236,21 @@ def _opened(open_it, source: str, what: str, field: str = "model.path"):
             field=field,
             found=source,
             expected="a directory written by save_pretrained, or a hub name that this machine can reach",
-            fix="check the name; without a network, give a local directory or builtin:tiny",
+            fix=_fix_of_hub(error, source),
         ) from error
+
+
+def _fix_of_hub(error: BaseException, source: str) -> str:
+    """What to do about a model that the hub does not give away; it says so in the causes of an error."""
+    from huggingface_hub.errors import GatedRepoError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, GatedRepoError):
+            return f"accept its terms at https://huggingface.co/{source}, then set HF_TOKEN or run hf auth login"
+        cause = cause.__cause__ or cause.__context__
+    return ("check the name; a private model needs HF_TOKEN; without a network, give a local directory or "
+            "builtin:tiny")  # fmt: skip
 
 
 def _neighbour(path: Path) -> str:

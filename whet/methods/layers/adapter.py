@@ -12,6 +12,7 @@ import torch
 from whet.base.errors import UserError
 from whet.base.private import adapt_by, has_sdpa
 from whet.engine.compute.cached_attention import CACHED_ATTENTION
+from whet.engine.load.headers import check_adapter_weights
 from whet.engine.task import CAUSAL, Task, head_names
 from whet.methods.layers.key_names import PREFIX, rename_config, renamed_beginnings, turn
 
@@ -128,6 +129,7 @@ def saved_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
             file=str(directory), expected=f"{CONFIG} and {WEIGHTS}",
             fix="save it again with safe_serialization=True" if pickled else "give the adapter/ directory of a run",
         )  # fmt: skip
+    check_adapter_weights(directory)
     try:
         with safe_open(str(directory / WEIGHTS), "pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

@@ -1,0 +1,138 @@
+"""Scores of base and tuned: how a metric is called and scaled, one metric in a sentence, all of them in a table.
+
+Every share stands in per cent, whatever the metric is called; a name is the one that the field uses.
+"""
+
+from __future__ import annotations
+
+from whet.report.charts import JsonObject, as_number, label_of, part, plain
+from whet.report.labels import classes
+from whet.report.markup import LIST_LIMIT, Html, fold, paragraph, safe, score_text, table
+from whet.report.run_files import Evaluation
+
+_RATES = {
+    "accuracy", "match", "f1", "rate", "recall", "precision", "agreement", "rouge", "rouge1", "rouge2", "rougel",
+    "bleu", "chrf",
+}  # fmt: skip
+_LOWER_IS_BETTER = {"loss", "perplexity", "error", "errors", "kl", "wer", "cer", "mse", "mae"}
+_NAMES = {
+    "rouge_l": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF", "mcc": "MCC", "mse": "MSE", "mae": "MAE", "r2": "R²",
+    "token_f1": "Token F1", "macro_f1": "Macro F1", "micro_f1": "Micro F1", "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation", "loss": "Loss per token",
+}  # fmt: skip
+FIRST = ("loss", "perplexity")
+
+
+def metric_name(name: str) -> str:
+    """A metric as people call it."""
+    return _NAMES.get(name) or label_of(name)
+
+
+class Score:
+    """One metric: base and tuned score, their difference and its interval. sure: the interval does not hold zero."""
+
+    def __init__(self, evaluation: JsonObject, name: str) -> None:
+        base, tuned = (as_number(part(evaluation, who, "metrics").get(name)) for who in ("base", "tuned"))
+        difference = part(evaluation, "difference", name)
+        keys = ("low", "high", "p_value", "mean_difference")
+        low, high, self.p, change = (as_number(difference.get(key)) for key in keys)
+        self.name, self.base, self.tuned, words = name, base, tuned, set(name.lower().split("_"))
+        self.rate = bool(words & _RATES) and all(0 <= s <= 1 for s in (base, tuned) if s is not None)
+        self.change = tuned - base if change is None and base is not None and tuned is not None else change
+        self.better = ((self.change or 0) > 0) != bool(words & _LOWER_IS_BETTER)
+        self.sure, self.span = False, ""
+        if low is not None and high is not None:
+            start = score_text(low, self.rate, True).removesuffix(" points")
+            self.sure, self.span = not low <= 0 <= high, f"{start} to {score_text(high, self.rate, True)}"
+
+
+def scores(evaluation: JsonObject) -> list[Score]:
+    """All metrics, those of the loss first."""
+    base, tuned = (part(evaluation, who, "metrics") for who in ("base", "tuned"))
+    names = {**tuned, **base}
+    return [Score(evaluation, name) for name in sorted(names, key=lambda name: name not in FIRST)]
+
+
+def head_score(evaluation: JsonObject) -> Score | None:
+    """The metric to look at first: as the evaluation says, else an accuracy, else exact match."""
+    measured = [score for score in scores(evaluation) if score.tuned is not None]
+    chosen = next((score for score in measured if score.name == evaluation.get("head")), None)
+    first = chosen or next((score for score in measured if score.name.endswith("accuracy")), None)
+    return first or next((s for s in measured if s.name == "exact_match"), measured[0] if measured else None)
+
+
+def sentence(evaluation: Evaluation) -> tuple[str, str] | None:
+    """A tone (good, bad or none) and the result in one sentence, which claims only what an interval supports."""
+    score, where = head_score(evaluation.scores), evaluation.counted
+    if score is None:
+        return None
+    title, after = safe(metric_name(score.name)), f"<b>{score_text(score.tuned, score.rate)}</b>"
+    if "baseline" in evaluation.scores:
+        return _against_baseline(score, f"{title} is {after}{where}")
+    if score.base is None or score.tuned is None:
+        return "", f"{title} is {after}{where}. The base model was not measured, so the change is unknown."
+    if score.base == score.tuned:
+        return "", f"{title} is {after}{where}, before training and after."
+    moved = "rose" if score.tuned > score.base else "fell"
+    before, beside = score_text(score.base, score.rate), _perplexity(evaluation, score)
+    text = f"{title} {moved} from <b>{before}</b> to {after}{beside}{where}"
+    if not score.span:
+        return "", f"{text}. No confidence interval was computed, so this may be chance."
+    if not score.sure:
+        return "", f"{text}, but the confidence interval of the change, {score.span}, includes no change: not proven."
+    return "good" if score.better else "bad", f"{text}. The confidence interval of the change is {score.span}."
+
+
+def _perplexity(evaluation: Evaluation, score: Score) -> str:
+    """ " (perplexity 22 to 3.3)" beside a loss."""
+    other = Score(evaluation.scores, "perplexity")
+    if score.name != "loss" or other.base is None or other.tuned is None:
+        return ""
+    return f" (perplexity {plain(other.base, 3)} to {plain(other.tuned, 3)})"
+
+
+def _against_baseline(score: Score, text: str) -> tuple[str, str]:
+    """The verdict on a run whose base cannot answer: compared with one constant answer for all rows."""
+    text += f"; one answer for all rows would have <b>{score_text(score.base, score.rate)}</b>"
+    if not score.span:
+        return "", f"{text}. No confidence interval was computed, so the difference may be chance."
+    if not score.sure:
+        return "", f"{text}, and the confidence interval of the difference, {score.span}, includes none: not proven."
+    return "good" if score.better else "bad", f"{text}. The confidence interval of the difference is {score.span}."
+
+
+def score_section(evaluation: Evaluation) -> str:
+    """The table of all metrics, and for labels the classes and confusions."""
+    rows, found = [], evaluation.scores
+    for score in scores(found):
+        colour = "" if not score.sure else "good-text" if score.better else "bad-text"
+        change = Html(f'<span class="{colour}">{score_text(score.change, score.rate, True)}</span>')
+        values = [score_text(value, score.rate) for value in (score.base, score.tuned)]
+        p = "–" if score.p is None else "< 0.001" if score.p < 0.001 else plain(score.p, 2)
+        rows.append([metric_name(score.name), _track(score), *values, change, score.span or "–", p])
+    before, change = ("Baseline", "Difference") if "baseline" in found else ("Base", "Change")
+    columns = {"Metric": "key", "": ""}
+    columns |= dict.fromkeys((before, "Tuned", change, "Confidence interval", "p"), "num")
+    notes = [f"{safe(found['rows'])} {safe(evaluation.of)}"] if "rows" in found else []
+    conversations = as_number(found.get("conversations"))
+    notes += (
+        [f"answers of {plain(conversations)} conversations"] if conversations not in (None, found.get("rows")) else []
+    )
+    notes += [safe(found["decoding"])] if "decoding" in found else []
+    notes += [f"baseline: {safe(found['baseline'])}"] if "baseline" in found else []
+    body = f'{paragraph("lead", "; ".join(notes))}<div class="card">{table(columns, rows)}</div>{classes(found)}'
+    skipped = found.get("skipped")
+    if isinstance(skipped, list) and skipped:
+        items = "".join(f"<li>{safe(item)}</li>" for item in skipped[:LIST_LIMIT])
+        body += fold(f"Skipped ({plain(len(skipped))})", f"<ul>{items}</ul>")
+    return body
+
+
+def _track(score: Score) -> Html:
+    """A line from 0 to 100 %: ring at the base score, dot at the tuned one."""
+    if not score.rate or score.base is None or score.tuned is None:
+        return Html("")
+    base, tuned = 100 * score.base, 100 * score.tuned
+    between = f'<i style="left:{min(base, tuned):.1f}%;width:{abs(tuned - base):.1f}%"></i>'
+    ends = f'<b class="from" style="left:{base:.1f}%"></b><b style="left:{tuned:.1f}%"></b>'
+    return Html(f'<span class="range" aria-hidden="true">{between}{ends}</span>')
