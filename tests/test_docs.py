@@ -7,13 +7,14 @@ import importlib.util
 import inspect
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
 
 import whet
-from whet import cli
+from whet import arguments, cli
 from whet.methods.all import METHODS
 from whet.recipe import parse
 
@@ -50,7 +51,7 @@ def whet_lines(page: str) -> list[list[str]]:
 
 def check_command(words: list[str]) -> None:
     """The command line parses, and so do its recipe, where it is ours, and its overrides."""
-    parsed = cli._parser().parse_args(words)
+    parsed = arguments.parse_words(words)
     target = getattr(parsed, "target", "")
     parse(ROOT / target if target in RECIPES else None, getattr(parsed, "overrides", []))
 
@@ -81,9 +82,7 @@ def test_a_wrong_command_would_be_seen(fault: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_verbs_in_the_text_exist(page: str) -> None:
-    verbs = {action.dest: action.choices for action in cli._parser()._actions}["verb"]
-    assert verbs is not None
-    assert set(re.findall(r"`whet ([a-z]+)", text(page))) <= set(verbs)
+    assert set(re.findall(r"`whet ([a-z]+)", text(page))) <= set(arguments.VERBS)
 
 
 def test_the_cheap_commands_run(
@@ -127,6 +126,16 @@ def test_the_python_shown_fits_the_api(readme: str) -> None:
                 inspect.signature(getattr(whet, node.func.attr)).bind(*node.args, **named)  # type: ignore[union-attr]
                 calls += 1
     assert calls >= 4
+
+
+def test_the_python_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of docs/python.md as one program, in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.py").write_text("".join(blocks("docs/python.md", "python")), encoding="utf-8")
+    held = runpy.run_path(str(tmp_path / "page.py"))
+    assert "digits_only" in held["held_out"]["tuned"]["metrics"]
+    assert held["own"].finished["steps"] == 2
+    assert len(list((tmp_path / "runs").glob("*.rows/*.jsonl"))) >= 2
 
 
 @pytest.mark.parametrize("page", PAGES)

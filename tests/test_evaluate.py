@@ -14,6 +14,7 @@ from whet.data.template.row_tokenizer import RowTokenizer
 from whet.engine.answer import decode
 from whet.engine.answer.generate import DecoderSession
 from whet.evaluation import label_metrics, metrics
+from whet.evaluation.likelihood import LOSS_METRICS
 from whet.evaluation.run import evaluate
 from whet.recipe import Parsed
 from whet.settings import LabelMetricName, MetricName, names_a_field
@@ -58,7 +59,7 @@ def test_the_block_that_was_learned_before_an_answer_is_not_scored(
 
 
 def test_the_names_of_metrics_that_a_recipe_takes_are_those_there_are() -> None:
-    assert set(get_args(MetricName)) == {*metrics._BY_ROW, *metrics._BY_CORPUS}
+    assert set(get_args(MetricName)) == {*LOSS_METRICS, *metrics._BY_ROW, *metrics._BY_CORPUS}
     right, values = np.array([0, 1, 1]), np.array([0.5, 1.0, 2.0])
     labels = {*label_metrics.score_classes(right, right).metrics, *label_metrics.score_values(values, values).metrics}
     assert set(get_args(LabelMetricName)) == {name for name in labels if not names_a_field(name)}

@@ -30,8 +30,9 @@ from whet.methods.layers.lora_layer import LoraLinear
 from whet.report.page import write_page
 from whet.runs import LABELS, Run
 from whet.ship import predict as prediction
-from whet.ship.chat import open_chat, talk
+from whet.ship.chat import open_chat
 from whet.ship.merge import CERTIFICATE, merge
+from whet.ship.talk import talk
 
 LABELLED = ("classification", "multi_label", "regression")
 KINDS = {"llama": "decoder", "bert": "encoder"}
@@ -442,18 +443,10 @@ def test_a_file_that_is_not_there_is_said(made: dict[tuple[str, str], Run], tmp_
         prediction.predict_file(made["llama", "classification"], str(tmp_path / "no.txt"), quiet=True)
 
 
-def test_each_kind_of_run_names_the_verb_that_fits_it(
-    made: dict[tuple[str, str], Run], model_dir: Path, data_file: Path, tmp_path: Path
-) -> None:
+def test_a_chat_with_a_run_of_labels_names_the_verb_that_fits(made: dict[tuple[str, str], Run]) -> None:
     with pytest.raises(UserError, match="does not write") as caught:
         open_chat(str(made["bert", "multi_label"].path))
     assert "whet predict" in caught.value.fix
-    (tmp_path / "run").mkdir()
-    run = Run(tmp_path / "run", tiny.recipe(model_dir, data_file, tmp_path / "run").recipe)
-    run.adapter.mkdir()
-    with pytest.raises(UserError, match="not to label rows") as caught:
-        prediction.open_predictor(run)
-    assert "whet chat" in caught.value.fix
 
 
 def test_a_chat_with_an_encoder_decoder_has_one_turn(made: dict[tuple[str, str], Run]) -> None:

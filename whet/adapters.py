@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from whet.base.errors import UserError, nearest
-from whet.base.files import whole_directory
+from whet.base.files import read_json, whole_directory
+from whet.base.outputs import output_path
 from whet.engine.config import Base, Model
+from whet.engine.load.identity import check_sealed, seal, seal_digest
 from whet.engine.load.load import load_tokenizer
 from whet.methods.layers.adapter import attach_adapter
-from whet.runs import open_run
+from whet.runs import Run, open_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,6 +115,7 @@ class Adapters:
         fit the base.
         """
         directory = adapter_directory(target)
+        check_adapter(directory)
         self._check_free(name)
         kind = describe(directory).kind
         if self.wrapped is not None and kind != self._kind():
@@ -203,10 +208,16 @@ class Adapters:
                 self.wrapped.delete_adapter(peft_name)
             del self._peft_names[name]
 
-    def write(self, name: str, out: str | Path, note: dict[str, Any] | None = None) -> Path:
-        """Write an adapter in PEFT's format to the new directory `out`; note: kept beside it. Raises UserError."""
-        peft_name, new = self._known(name), Path(out)
-        if new.exists():
+    def write(
+        self, name: str, out: str | Path, note: dict[str, Any] | None = None, *, beside: Sequence[Path] = (),
+        base: Any = None,
+    ) -> Path:  # fmt: skip
+        """Write an adapter in PEFT's format to the new directory `out`, whole or not at all. Raises UserError.
+
+        note: kept beside it; beside: files to copy there; base: the model by content, for the seal.
+        """
+        peft_name, new = self._known(name), output_path(out)
+        if os.path.lexists(new):
             raise UserError("the output is in the way", file=str(new), fix="give a new directory")
         with whole_directory(new) as directory:
             self.wrapped.save_pretrained(str(directory), selected_adapters=[peft_name], safe_serialization=True)
@@ -215,6 +226,9 @@ class Adapters:
             (directory / peft_name).rmdir()
             if note is not None:
                 (directory / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+            for file in beside:
+                shutil.copyfile(file, directory / file.name)
+            seal(directory, base)
         return new
 
     def _check_composition(
@@ -276,12 +290,35 @@ def _check_plain(part: str, config: Any) -> None:
         )  # fmt: skip
 
 
+def run_of(directory: Path) -> Run | None:
+    """The finished run whose adapter this is, by its path and by what the run remembers of it; None for any other."""
+    remembered = _remembered(directory)
+    mine = remembered is not None and remembered in ("", seal_digest(directory))
+    return open_run(directory.parent) if mine else None
+
+
+def check_adapter(directory: Path) -> Any:
+    """The base that an adapter was trained on, as its folder or its run recorded it; None where neither did.
+
+    Raises UserError where its files are not as they were written.
+    """
+    return check_sealed(directory, _remembered(directory) or None)
+
+
+def _remembered(directory: Path) -> str | None:
+    """What the run around the folder of an adapter remembers of it, "" for nothing; None where there is no run."""
+    run = directory.resolve().parent
+    if directory.name != "adapter" or not all((run / name).is_file() for name in ("recipe.yaml", "finished.json")):
+        return None
+    return str((read_json(run / "finished.json") or {}).get("trained_sha256", ""))
+
+
 def base_of(target: str | Path) -> tuple[Model, Base]:
     """The base model that an adapter was trained on: as its run says, or its own files. Raises UserError."""
     directory = adapter_directory(target)
-    if (directory.parent / "recipe.yaml").is_file():
-        recipe = open_run(directory.parent).recipe
-        return recipe.model, recipe.base
+    run = run_of(directory)
+    if run is not None:
+        return run.recipe.model, run.recipe.base
     note = directory / NOTE
     if note.is_file():
         return Model(**json.loads(note.read_text(encoding="utf-8"))["base"]), Base()

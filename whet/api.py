@@ -18,79 +18,125 @@ from whet.runs import Run, open_run
 if TYPE_CHECKING:
     from whet.data.judge.endpoint import Endpoint
     from whet.data.prepare import Prepared
+    from whet.evaluation.custom import ComputeMetrics
+    from whet.handle import Handle
     from whet.ship.chat import Chat
+    from whet.training.observers import Callback
 
 PACKAGE = Path(__file__).parent
 
 
-def _parsed(recipe: str | Path | None, overrides: dict[str, Any]) -> Parsed:
-    return parse(recipe, [f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in overrides.items()])
+Given = str | Path | Mapping[str, Any] | None  # a recipe: a file, its settings, or None for the defaults
 
 
-def train(recipe: str | Path | None = None, /, **overrides: Any) -> Run:
-    """Train what a recipe file says (None: the defaults). overrides: dotted path to value.
+def _parsed(recipe: Given, overrides: Mapping[str, Any]) -> Parsed:
+    """The recipe with settings over it; rows and loaded models among them are written to files."""
+    from whet.given import settings_of
 
-    The same call continues an unfinished run and leaves a finished one alone. Raises UserError for bad input.
+    if isinstance(recipe, Mapping):
+        recipe, overrides = None, {**recipe, **overrides}
+    return parse(recipe, settings_of(overrides))
+
+
+def _quiet() -> None:
+    """Keep transformers' load reports and bars out of what a caller sees."""
+    import transformers  # noqa: F401  (its own logging is quietened only once it is there)
+
+    from whet.base.console import quiet_libraries
+
+    quiet_libraries()
+
+
+def train(recipe: Given = None, /, *, callbacks: Sequence[Callback] = (), **overrides: Any) -> Run:
+    """Train a recipe: a file, a dict of settings, or None for the defaults. overrides: dotted path to value.
+
+    Where data are named, rows may stand: a list of dicts, a datasets.Dataset, a pandas DataFrame; and for `model` a
+    loaded one, with `tokenizer`. callbacks: functions that get each line of metrics.jsonl as a dict, or
+    `whet.training.observers.Observer`s. The same call continues an unfinished run and leaves a finished one alone.
+    Raises UserError for bad input.
     """
-    return train_parsed(_parsed(recipe, overrides))
+    parsed = _parsed(recipe, overrides)
+    _quiet()
+    return train_parsed(parsed, callbacks)
 
 
-def train_parsed(parsed: Parsed) -> Run:
+def train_parsed(parsed: Parsed, callbacks: Sequence[Callback] = ()) -> Run:
     """Train a parsed recipe and write its report."""
     from whet.report.charts import write_loss_plot
     from whet.report.page import write_page
+    from whet.training.observers import observer_of
     from whet.training.run import train as run_training
 
-    run = run_training(parsed)
+    run = run_training(parsed, [observer_of(one) for one in callbacks])
     write_loss_plot(run.path, "per row" if run.task.labelled else "per supervised token")
     write_page(run.path)
     return run
 
 
 def evaluate(
-    run: str | Path, *, max_rows: int | None = None, split: Literal["eval", "test"] = "eval"
-) -> dict[str, Any]:
-    """Score base and tuned model of a run on its held-out rows, or those kept for a test; updates its report."""
+    run: str | Path | Run, *, max_rows: int | None = None, split: Literal["eval", "test"] = "eval",
+    data: Any = None, compute_metrics: ComputeMetrics | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Score base and tuned model of a run on its held-out rows, those kept for a test, or other rows.
+
+    data: a file or several, or rows as `train` takes them. compute_metrics: a function of predictions and references
+    that gives more metrics by name. Updates the report.
+    """
     from whet.evaluation.run import evaluate as run_evaluation
+    from whet.given import files_of_rows
     from whet.report.page import write_page
 
-    opened = open_run(run)
-    result = run_evaluation(opened, max_rows=max_rows, split=split)
+    _quiet()
+    opened = _opened(run)
+    files = [] if data is None else files_of_rows(data, opened.path)
+    result = run_evaluation(opened, max_rows=max_rows, split=split, data=files, compute_metrics=compute_metrics)
     write_page(opened.path)
     return result
 
 
-def merge(run: str | Path, out: str | Path) -> dict[str, Any]:
+def merge(run: str | Path | Run, out: str | Path) -> dict[str, Any]:
     """Fold a run's adapter into a plain model in `out`; returns the certificate of agreement."""
     from whet.report.page import write_page
     from whet.ship.merge import merge as run_merge
 
-    opened = open_run(run)
+    opened = _opened(run)
+    _quiet()
     certificate = run_merge(opened, Path(out))
     write_page(opened.path)
     return certificate
 
 
-def predict(run: str | Path, texts: Iterable[Any]) -> list[dict[str, Any]]:
-    """The answer of a run with labels, or of an encoder-decoder, for each text: label and probabilities, value or text.
+def predict(
+    run: str | Path | Run, rows: str | Iterable[Any], *, top: int | None = None, max_new_tokens: int = 256
+) -> list[dict[str, Any]]:
+    """The answer of a run to each row: label and probabilities, value, or text.
 
-    texts: strings, pairs of strings, or objects with `text` and `text_pair`. Raises UserError for bad rows.
+    rows: strings, pairs of strings, lists of messages, or objects as in a data file; one string is one row. top: the
+    likeliest classes alone. Raises UserError for bad rows.
     """
-    from whet.ship.predict import given, open_predictor
+    from whet.ship.predict import Wanted, open_predictor
     from whet.ship.predict import predict as run_prediction
+    from whet.ship.questions import Asks, given
 
-    with open_predictor(open_run(run)) as predictor:
-        return list(run_prediction(predictor, given(texts)))
+    opened = _opened(run)
+    _quiet()
+    questions = list(given([rows] if isinstance(rows, str) else rows, Asks.of(opened)))
+    with open_predictor(opened, Wanted(top, max_new_tokens)) as predictor:
+        return [answer for _, answer in run_prediction(predictor, questions)]
 
 
-def plan(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:
+def _opened(run: str | Path | Run) -> Run:
+    return run if isinstance(run, Run) else open_run(run)
+
+
+def plan(recipe: Given = None, /, **overrides: Any) -> dict[str, Any]:
     """Parameters and memory of a recipe, from the model's config alone."""
     from whet.planning.plan import plan_recipe
 
     return plan_recipe(_parsed(recipe, overrides).recipe).as_dict()
 
 
-def check(recipe: str | Path | None = None, /, **overrides: Any) -> dict[str, Any]:
+def check(recipe: Given = None, /, **overrides: Any) -> dict[str, Any]:
     """The ledger of a recipe's data: what exactly would be learned."""
     from whet.data.check import report_of
 
@@ -117,7 +163,7 @@ def prepared(parsed: Parsed, *, any_model: bool = False) -> Prepared:
 
 
 def judge(
-    recipe: str | Path | None = None, /, *, endpoint: Endpoint | Mapping[str, Any],
+    recipe: Given = None, /, *, endpoint: Endpoint | Mapping[str, Any],
     rubric: Literal["quality", "harm"] = "quality", least: int = 1, out: str | Path = "scores.jsonl", **overrides: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Have the rows to learn from scored by the model at an OpenAI-compatible endpoint, for `data.scores`.
@@ -151,15 +197,21 @@ def judge_parsed(
     parsed: Parsed, endpoint: Endpoint, out: str | Path, rubric: Literal["quality", "harm"], least: int
 ) -> dict[str, Any]:
     """The same for a parsed recipe."""
+    from whet.base.outputs import output_file
     from whet.data.collect import candidates
+    from whet.data.judge.output import replies_beside
     from whet.data.judge.scores import judge_rows
+    from whet.inputs import inputs_of_recipe
 
+    inputs = inputs_of_recipe(parsed)
+    target = output_file(out, inputs, "--out")
+    output_file(replies_beside(target), inputs, "--out")
     with candidates(parsed.recipe.data, paraphrase=False) as sides:
-        return judge_rows(sides.train, endpoint, Path(out).expanduser(), rubric, least)
+        return judge_rows(sides.train, endpoint, target, rubric, least)
 
 
 def augment(
-    recipe: str | Path | None = None, /, *, endpoint: Endpoint | Mapping[str, Any], copies: int = 2,
+    recipe: Given = None, /, *, endpoint: Endpoint | Mapping[str, Any], copies: int = 2,
     out: str | Path = "added.jsonl", **overrides: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Have the rows to learn from paraphrased by the model at an endpoint, for `data.added_dataset`; as `judge`."""
@@ -168,27 +220,52 @@ def augment(
 
 def augment_parsed(parsed: Parsed, endpoint: Endpoint, out: str | Path, copies: int) -> dict[str, Any]:
     """The same for a parsed recipe."""
+    from whet.base.outputs import output_file
     from whet.data.collect import candidates
-    from whet.data.judge.added import augment_rows
+    from whet.data.judge.added import augment_rows, refused_beside
+    from whet.data.judge.output import replies_beside
+    from whet.inputs import inputs_of_recipe
 
+    inputs = inputs_of_recipe(parsed)
+    target = output_file(out, inputs, "--out")
+    for beside in (replies_beside(target), refused_beside(target)):
+        output_file(beside, inputs, "--out")
     with candidates(parsed.recipe.data, paraphrase=True) as sides:
         held_out = {f"{number:016x}" for side in (sides.evaluation, sides.test) for number in side.ids.tolist()}
-        return augment_rows(sides.train, held_out, endpoint, Path(out).expanduser(), copies)
+        return augment_rows(sides.train, held_out, endpoint, target, copies)
 
 
-def chat(target: str | Chat, message: str, *, system: str | None = None, max_new_tokens: int = 256) -> str:
+def open(target: str | Path | Run) -> Handle:
+    """Open a run, an adapter, a model directory, a hub name or a built-in model, to be asked any number of times.
+
+    A context manager with `chat(message)`, `predict(rows)` and `close()`. Raises UserError.
+    """
+    from whet.handle import open_handle
+
+    _quiet()
+    run = target if isinstance(target, Run) else None
+    if run is None and (Path(target) / "recipe.yaml").is_file():
+        run = open_run(target)
+    return open_handle(str(target if run is None else run.path), run)
+
+
+def chat(
+    target: str | Path | Run | Chat, message: str | Sequence[Mapping[str, Any]], *, system: str | None = None,
+    max_new_tokens: int = 256,
+) -> str:  # fmt: skip
     """One answer of a run, a model directory, a hub name or a built-in model.
 
-    target: or what `whet.ship.chat.open_chat` gave, which loads the model once for any number of messages, and has a
-    `max_new_tokens` of its own.
+    message: a text, or a conversation as a list of `{"role", "content"}`. target: or what `whet.ship.chat.open_chat`
+    gave, which loads the model once for any number of messages, and has a `max_new_tokens` of its own.
     """
-    from whet.data.example import Message
+    from whet.handle import messages_of
     from whet.ship.chat import Chat, open_chat
 
-    messages = [*([Message("system", system)] if system else []), Message("user", message)]
+    messages = messages_of(message, system)
     if isinstance(target, Chat):
         return target.reply(messages)
-    with open_chat(target, max_new_tokens=max_new_tokens) as opened:
+    _quiet()
+    with open_chat(str(target.path if isinstance(target, Run) else target), max_new_tokens=max_new_tokens) as opened:
         return opened.reply(messages)
 
 

@@ -1,4 +1,4 @@
-"""The command line: the words of each verb; what they do stands in `whet.verbs`.
+"""The command line: run one verb, print its answer or its error. Its words stand in `whet.arguments`.
 
 People read stderr; with `--json` the answer is one object on stdout. Bad input ends with exit code 2 and one clear
 error, Ctrl-C with 130. Nothing heavy is imported before a verb needs it.
@@ -6,25 +6,14 @@ error, Ctrl-C with 130. Nothing heavy is imported before a verb needs it.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from whet import verbs as do
-from whet.base.errors import UserError, nearest
-
-DESCRIPTION = "Fine-tune a language model on your own data, fast, and prove that it worked."
-EPILOG = """\
-start here:
-  whet quickstart                            everything on a built-in model and data, offline
-  whet init lora > tickets.yaml              a commented recipe
-  whet data check tickets.yaml --show 3      what exactly is learned
-  whet train tickets.yaml train.learning_rate=1e-4
-"""
-OVERRIDES = "settings as section.key=value, laid over the recipe"
+from whet.arguments import parse_words
+from whet.base.console import complain, drop_answer, flush_answer, print_json, readable_streams
+from whet.base.disk import disk_fault
+from whet.base.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,208 +23,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one verb; returns the exit code."""
-    words = _parser().parse_args(_normalised(list(arguments)))
+    readable_streams()
+    try:
+        words = parse_words(arguments)
+    except UserError as error:
+        return _refused(error, "--json" in arguments)
     if words.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         answer = words.call(words)
+        if words.json and answer is not None:
+            print_json(answer)
+        flush_answer()
     except UserError as error:
         return _refused(error, words.json)
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
+        complain("\ninterrupted")
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # who read the answer had enough of it
+        drop_answer()
         return 0
     except Exception as error:  # the one place that may catch everything
         if words.traceback:
             raise
+        fault = disk_fault(error)
+        if fault is not None:
+            return _refused(fault, words.json)
         problem = f"{type(error).__name__}: {error}"
-        sys.stderr.write(
-            f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where\n"
-        )
+        complain(f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where")
         return 1
-    if words.json and answer is not None:
-        sys.stdout.write(json.dumps(answer, ensure_ascii=False, indent=1, default=str) + "\n")
     return 0
 
 
 def _refused(error: UserError, as_json: bool) -> int:
-    sys.stderr.write(f"error: {error}\n")
+    complain(f"error: {error}")
     if as_json:
-        sys.stdout.write(json.dumps({"error": error.as_dict()}, ensure_ascii=False, indent=1) + "\n")
+        try:
+            print_json({"error": error.as_dict()})
+            flush_answer()
+        except (OSError, UserError):  # it is said on stderr already
+            drop_answer()
     return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="whet", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--version", action="version", version=f"whet {_version()}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    _verb(verbs, "quickstart", "everything on the built-in model and data", do.quickstart, "whet quickstart --json",
-          overrides=True)  # fmt: skip
-    init = _verb(verbs, "init", "print a commented recipe", do.init, "whet init qlora > tickets.yaml")
-    init.add_argument("name", help="lora, qlora, full or classify")
-    _data_verbs(verbs)
-    _verb(verbs, "plan", "parameters and memory before anything is loaded", do.plan,
-          "whet plan tickets.yaml\n  whet plan config.json base.storage=nf4",
-          target="a recipe, or a model's config.json", overrides=True)  # fmt: skip
-    _verb(verbs, "train", "train a recipe; the same command continues it", do.train,
-          "whet train tickets.yaml train.learning_rate=1e-4", target="a recipe (.yaml)", overrides=True)  # fmt: skip
-    evaluation = _verb(verbs, "eval", "base against tuned on the held-out rows", do.evaluate, "whet eval runs/tickets",
-                       target="a run directory")  # fmt: skip
-    evaluation.add_argument("--split", choices=["eval", "test"], default="eval", help="the held-out or the test rows")
-    evaluation.add_argument("--max-rows", type=_positive, metavar="N", help="score only the first N held-out rows")
-    chat = _verb(verbs, "chat", "talk to a run or a model", do.chat, 'whet chat runs/tickets --message "Hello"',
-                 target="a run directory, a model directory or a model name")  # fmt: skip
-    chat.add_argument("--message", help="say this once instead of reading lines")
-    chat.add_argument(
-        "--adapter", action="append", default=[], metavar="NAME=RUN",
-        help="load this adapter too; a line `/use NAME` answers with it, `/use base` without any",
-    )  # fmt: skip
-    chat.add_argument("--system", help="system message")
-    chat.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (256)")
-    predict = _verb(verbs, "predict", "labels, values or texts of a run for new rows", do.predict,
-                    "whet predict runs/intents new.txt > labels.jsonl", target="a run directory")  # fmt: skip
-    predict.add_argument("file", nargs="?", default="-", help="lines of text, or JSON lines with text (standard input)")
-    merge = _verb(verbs, "merge", "plain weights, with a certificate of agreement", do.merge,
-                  "whet merge runs/tickets out/", target="a run directory")  # fmt: skip
-    merge.add_argument("out", help="a new directory for the merged model")
-    adapters = _verb(verbs, "adapters", "list, compose, rename and delete adapters", do.adapters,
-                     "whet adapters list runs\n  whet adapters compose both/ runs/a runs/b --weights 0.7,0.3"
-                     )  # fmt: skip
-    _adapter_options(adapters)
-    bench = _verb(verbs, "bench", "training speed and memory of a model on this machine", do.bench,
-                  "whet bench speed Qwen/Qwen3-0.6B --rows 8 --length 512\n  whet bench speed model/ base.storage=nf4 "
-                  "train.gradient_checkpointing=true --steps 30 --json")  # fmt: skip
-    _bench_options(bench)
-    _verb(verbs, "methods", "what can be trained, and how", do.methods, "whet methods")
-    _verb(verbs, "doctor", "what is installed, what is missing, does the arithmetic hold", do.doctor, "whet doctor")
-    _verb(verbs, "schema", "the JSON schema of a recipe", do.schema, "whet schema --json > recipe.schema.json")
-    return parser
-
-
-def _verb(
-    verbs: Any, name: str, what: str, call: Callable[[argparse.Namespace], Any], example: str, *,
-    target: str | None = None, overrides: bool = False,
-) -> argparse.ArgumentParser:  # fmt: skip
-    parser = verbs.add_parser(
-        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    if target:
-        parser.add_argument("target", help=target)
-    if overrides:
-        parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
-    parser.add_argument("--json", action="store_true", help="print the answer as one JSON object on stdout")
-    parser.add_argument("--offline", action="store_true", help="never use the network, also not for a hub name")
-    parser.add_argument("--traceback", action="store_true", help="show where a failure of whet itself happened")
-    parser.set_defaults(call=call)
-    return parser
-
-
-def _data_verbs(verbs: Any) -> None:
-    what = "look at data before training, have it judged, add paraphrases"
-    example = "whet data check tickets.yaml --show 3\n  whet data judge --help"
-    data = verbs.add_parser("data", help=what, description=what[0].upper() + what[1:] + ".",
-                            epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
-                            )  # fmt: skip
-    inner = data.add_subparsers(dest="what", metavar="WHAT", required=True)
-    target = "a recipe (.yaml) or a data file, directory, glob or hub:owner/name"
-    check = _verb(inner, "check", "what is in the data and what exactly is learned", do.data,
-                  "whet data check tickets.yaml --show 3\n  whet data check tickets.yaml --html data.html --strict\n"
-                  "  whet data check tickets.yaml --benchmark gsm8k_test.jsonl\n"
-                  "  whet data check rows.csv data.columns.prompt=question data.columns.completion=answer",
-                  target=target, overrides=True)  # fmt: skip
-    check.add_argument("--html", metavar="FILE", help="write a page with the findings and masks of real rows")
-    check.add_argument("--removed", metavar="FILE", help="write what is left out, and why, as JSONL")
-    check.add_argument("--strict", action="store_true", help="exit code 2 where anything deserves a second look")
-    check.add_argument("--fast", action="store_true", help="leave out near duplicates")
-    check.add_argument("--benchmark", action="append", default=[], metavar="FILE",
-                       help="count rows that stand in this test too; more with data.benchmarks")  # fmt: skip
-    check.add_argument("--show", type=int, default=0, metavar="N", help="print N rows, learned text in colour")
-    judge = _verb(inner, "judge", "a score from 1 to 5 for each row to learn from, by a model", do.judge,
-                  "whet data judge tickets.yaml --endpoint http://127.0.0.1:8000/v1 --model qwen3-32b\n"
-                  "  whet data judge tickets.yaml --endpoint https://api.example.com/v1 --model big --api-key-env KEY\n"
-                  "  whet train tickets.yaml data.scores=scores.jsonl data.least_score=3",
-                  target=target, overrides=True)  # fmt: skip
-    judge.add_argument("--rubric", choices=["quality", "harm"], default="quality", help="what is judged (quality)")
-    judge.add_argument("--least", type=int, choices=range(1, 6), default=1, metavar="N",
-                       help="count the rows below this score, 1 to 5")  # fmt: skip
-    _endpoint_options(judge, "scores.jsonl")
-    augment = _verb(inner, "augment", "paraphrases of the rows to learn from, by a model", do.augment,
-                    "whet data augment tickets.yaml --endpoint http://127.0.0.1:8000/v1 --model qwen3-32b --copies 2\n"
-                    "  whet train tickets.yaml data.added_dataset=added.jsonl",
-                    target=target, overrides=True)  # fmt: skip
-    augment.add_argument("--copies", type=_positive, default=2, metavar="N", help="of each row, 1 to 3 (2)")
-    _endpoint_options(augment, "added.jsonl")
-
-
-def _endpoint_options(parser: argparse.ArgumentParser, out: str) -> None:
-    parser.add_argument("--endpoint", required=True, metavar="URL", help="of chat completions, up to /v1")
-    parser.add_argument("--model", required=True, metavar="NAME", help="the model's name there")
-    parser.add_argument("--api-key-env", metavar="VAR", help="environment variable that holds the key (no key)")
-    parser.add_argument("--out", default=out, metavar="FILE", help=f"JSONL to write; replies wait beside it ({out})")
-    parser.add_argument("--jobs", type=_positive, default=4, metavar="N", help="questions on their way at a time (4)")
-    parser.add_argument("--timeout", type=_positive, default=60, metavar="S", help="seconds for one whole reply (60)")
-
-
-def _adapter_options(adapters: argparse.ArgumentParser) -> None:
-    adapters.add_argument("what", choices=["list", "compose", "rename", "delete"],
-                          help="list FOLDER; compose OUT A B ...; rename ADAPTER NEW; delete ADAPTER")  # fmt: skip
-    adapters.add_argument("targets", nargs="+", metavar="PATH", help="runs or folders of adapters")
-    adapters.add_argument("--how", choices=["cat", "linear", "svd", "ties", "dare"], default="cat",
-                          help="compose: cat is the exact weighted sum of the updates (cat)")  # fmt: skip
-    adapters.add_argument("--weights", metavar="W,W", help="compose: one number an adapter (1 each)")
-    adapters.add_argument("--rank", type=_positive, metavar="N", help="compose by svd, ties, dare: rank (the largest)")
-    adapters.add_argument("--density", type=float, default=0.5, metavar="D",
-                          help="compose by ties, dare: share of each update that is kept (0.5)")  # fmt: skip
-
-
-def _bench_options(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("what", choices=["speed"], help="speed: tokens a second and peak memory of training with LoRA")
-    bench.add_argument("target", help="a model directory, a hub name, builtin:tiny, or a config.json")
-    bench.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings as in a recipe; before the options"
-    )
-    for name, default, what in (
-        ("rows", 8, "rows in a forward pass"), ("length", 512, "tokens of a row"),
-        ("accumulation", 1, "forward passes in a step"), ("steps", 15, "timed steps"),
-    ):  # fmt: skip
-        bench.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"{what} ({default})")
-    bench.add_argument("--warm", type=_count, default=5, metavar="N", help="steps before the timed ones (5)")
-    bench.add_argument("--lengths", metavar="FILE", help="JSON list of document lengths to pack into rows x length")
-
-
-def _normalised(arguments: list[str]) -> list[str]:
-    """A misspelt verb gets the nearest one named; argparse's own list of choices is longer than it helps."""
-    verbs = (
-        "quickstart", "init", "data", "plan", "train", "eval", "chat", "predict", "merge", "adapters", "bench",
-        "methods", "doctor", "schema",
-    )  # fmt: skip
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
-        near = nearest(arguments[0], verbs)
-        sys.stderr.write(f"error: there is no verb {arguments[0]}\n  expected: {', '.join(verbs)}\n")
-        sys.stderr.write(f"  fix:      whet {near or '--help'}\n")
-        sys.exit(2)
-    return arguments
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return number
-
-
-def _version() -> str:
-    from whet import __version__
-
-    return __version__

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from whet.base.console import say
-from whet.evaluation.run import evaluate, print_scores
+from whet.evaluation.printed import print_scores
+from whet.evaluation.run import evaluate
 from whet.recipe import parse
 from whet.report.charts import write_loss_plot
 from whet.report.page import write_page

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from whet.adapters import CONFIG, Adapters, adapter_directory, base_of
+from whet.adapters import CONFIG, Adapters, adapter_directory, base_of, check_adapter
 from whet.base.console import say
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import check_contract
 from whet.data.template.row_tokenizer import RowTokenizer
 from whet.engine.answer.session import LabelSession, TextSession
 from whet.engine.config import Base, Model
+from whet.engine.load.identity import check_base, check_sealed
 from whet.engine.load.load import load_tokenizer
 from whet.engine.load.open import Opened, answering_placement, check_trained, open_model, open_trained
 from whet.engine.task import CAUSAL, Task
@@ -42,16 +44,27 @@ def open_answerer(run: Run, *, row_tokenizer: RowTokenizer | None = None, task: 
 
     Raises UserError when the run is unfinished, or the row tokenizer is not the one that it was trained with.
     """
-    recipe, task = run.recipe, run.task if task is None else task
     check_trained(run.trained)
+    recipe, task = run.recipe, run.task if task is None else task
     if row_tokenizer is None and task.name == "causal":
         row_tokenizer = RowTokenizer(chat_tokenizer(recipe.model), chat=True)
     elif row_tokenizer is None:
         row_tokenizer = RowTokenizer(load_tokenizer(recipe.model), chat=False)
     if task.name == "causal":
         check_contract(row_tokenizer, run.trained / CONTRACT)
+    base = check_run(run)
     opened = open_trained(recipe.model, recipe.base, run.trained, recipe.method, task)
+    if not recipe.method.can.whole_model:
+        check_base(recipe.model, base)  # once more: a model of the hub may have been fetched just now
     return Answerer(_told(opened), row_tokenizer, run)
+
+
+def check_run(run: Run) -> Any:
+    """The base that a run recorded. Raises UserError where what it trained, or its base, is not what it was."""
+    base = check_sealed(run.trained, (run.finished or {}).get("trained_sha256"))
+    if not run.recipe.method.can.whole_model:
+        check_base(run.recipe.model, base)
+    return base
 
 
 def open_model_for_chat(path: str) -> Answerer:
@@ -73,7 +86,9 @@ def open_adapters(target: str, beside: Mapping[str, str]) -> Answerer:
     row_tokenizer = RowTokenizer(chat_tokenizer(model), chat=True)
     targets = ({path.name: str(own)} if own is not None else {}) | dict(beside)
     for adapter in targets.values():
-        check_contract(row_tokenizer, adapter_directory(adapter) / CONTRACT)
+        directory = adapter_directory(adapter)
+        check_contract(row_tokenizer, directory / CONTRACT)
+        check_base(model, check_adapter(directory))
     opened = open_plain(model, base)
     adapters = Adapters(opened.network)
     for name, adapter in targets.items():
@@ -92,6 +107,7 @@ def open_base(answerer: Answerer) -> Opened:
     """The base of a run, loaded anew in the arithmetic of what it trained: for methods that nothing switches off."""
     assert answerer.run is not None, "only a run knows its base"
     opened = answerer.opened
+    check_base(answerer.run.recipe.model, check_sealed(answerer.run.trained))
     return _told(open_model(answerer.run.recipe.model, opened.placement, opened.task))
 
 

@@ -58,11 +58,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A recipe with the origin of each setting. origins: dotted path -> `recipe` or `command line`; notes: aliases."""
+    """A recipe with the origin of each setting. origins: dotted path -> `recipe` or `command line`; notes: aliases.
+
+    file: where the recipe was read from."""
 
     recipe: Recipe
     origins: dict[str, str]
     notes: list[str]
+    file: str | None = None
 
 
 def parse(source: str | Path | None, overrides: Sequence[str] = ()) -> Parsed:
@@ -89,7 +92,7 @@ def parse(source: str | Path | None, overrides: Sequence[str] = ()) -> Parsed:
     overridden = [path for path, origin in origins.items() if origin == "command line"]
     if (tree.get("method") or {}).get("name") in BRIDGED:
         origins = _gathered(tree, origins)
-    return Parsed(_validated(tree, file, lines, overridden), origins, notes)
+    return Parsed(_validated(tree, file, lines, overridden), origins, notes, file)
 
 
 def from_tree(tree: Mapping[str, Any]) -> Recipe:

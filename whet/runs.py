@@ -3,14 +3,17 @@
 recipe.yaml        the resolved recipe, without a single auto
 origins.json       where each setting came from, and why whet decided what it decided
 environment.json   versions and hardware
+identity.json      the base by content: config, weights, vocabulary
 data.json          the ledger of rows and tokens          plan.json   predicted memory
 metrics.jsonl      what training computed: a function of recipe, data and machine, byte for byte
 timing.jsonl       how long it took: never twice the same, so it stands apart
 checkpoints/step-N/   adapter/ (or model/)   finished.json   results/*.json   report.html
+lock.json          while a process writes here: which one
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +22,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from whet.base.errors import UserError, nearest
 from whet.base.files import read_json, write_json, write_text
+from whet.base.lock import FILE as LOCK
+from whet.base.lock import DirectoryLock
+from whet.base.outputs import output_path
 from whet.engine.task import CAUSAL, Task, TaskName, text_task
 from whet.recipe import ON_THE_WAY, Recipe, fingerprint, parse, to_tree, to_yaml
 
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
     from whet.data.prepare import Prepared
     from whet.engine.config import Model
 
+IDENTITY = "identity.json"  # the base by content, as it was when the run began
 LABELS = "labels.json"  # beside what was trained: the task and the names of its labels
 
 
@@ -113,11 +120,21 @@ class Run:
         return Run(self.path, recipe)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """The records of a .jsonl file of the run; an unfinished last line is left out."""
+        """The records of a .jsonl file of the run; an unfinished last line, and any that is no record, is left out."""
         path = self.path / name
         if not path.is_file():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+        lines = path.read_bytes().split(b"\n")[:-1]
+        return [value for line in lines if (value := record(line)) is not None]
+
+
+def record(line: bytes) -> dict[str, Any] | None:
+    """The object on a line of a log; None for anything else, which a cut or damaged file may hold."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def prepared(recipe: Recipe, *, any_model: bool = False) -> Prepared:
@@ -133,6 +150,16 @@ def prepared(recipe: Recipe, *, any_model: bool = False) -> Prepared:
     return prepare(recipe.data, tokenizer, readable, recipe.model.task, text_task(config))
 
 
+def rows_of(run: Run) -> Prepared:
+    """The rows of a run, as `prepared`. Raises UserError where its data files are not those of its start."""
+    from whet.data.read.read import check_unchanged
+
+    found, began = prepared(run.recipe), run.read("data.json")
+    if began is not None:
+        check_unchanged(began.get("files", []), found.ledger.files)
+    return found
+
+
 def chat_tokenizer(model: Model) -> PreTrainedTokenizerFast:
     """The tokenizer of a model with the chat template that the recipe names, if it names one. Raises UserError."""
     from whet.data.template.template import use_template
@@ -144,39 +171,65 @@ def chat_tokenizer(model: Model) -> PreTrainedTokenizerFast:
 
 
 def start(
-    recipe: Recipe, origins: Mapping[str, str], decided: Mapping[str, tuple[object, str]], facts: Mapping[str, Any]
-) -> Run:
+    recipe: Recipe, origins: Mapping[str, str], decided: Mapping[str, tuple[object, str]], facts: Mapping[str, Any],
+    lock: DirectoryLock | None = None,
+) -> Run:  # fmt: skip
     """Create the run directory of a recipe without open settings, or recognise the one of the same recipe.
 
     origins: dotted path to where a setting came from; decided: to (value, reason) for what was auto. facts: JSON file
-    name to content. Raises UserError when the directory holds another run.
+    name to content. lock: of the directory, which is taken before anything is written and held afterwards, unless the
+    run is finished. Raises UserError when the directory holds another run, or another process writes in it.
     """
-    run = Run(Path(recipe.output_dir or "runs/run"), recipe)
-    existed = (run.path / "recipe.yaml").is_file()
+    run = Run(run_directory(recipe), recipe)
+    _check_room(run)
+    if _is_run(run):
+        _check_same(run)
+        if run.finished is not None:
+            return run
+    with contextlib.ExitStack() as stack:
+        (lock or stack.enter_context(DirectoryLock(run.path))).take()
+        if _is_run(run):  # it may have come meanwhile
+            _check_same(run)
+        else:  # first of all: it makes the directory ours, so a start that is killed here can be repeated
+            write_text(run.path / "recipe.yaml", to_yaml(recipe))
+        for name, value in {**facts, "origins.json": _origins(recipe, origins, decided)}.items():
+            if not (run.path / name).is_file():
+                run.write(name, value)
+    return run
+
+
+def run_directory(recipe: Recipe) -> Path:
+    """The run directory that a recipe names. Raises UserError for what can be no path."""
+    return output_path(recipe.output_dir or "runs/run", "output_dir")
+
+
+def _is_run(run: Run) -> bool:
+    return (run.path / "recipe.yaml").is_file()
+
+
+def _check_room(run: Run) -> None:
+    """Raise UserError where something else stands at the run directory."""
     above = next((place for place in run.path.absolute().parents if place.exists()), run.path)
     if not above.is_dir():
         raise UserError(
             f"output_dir lies below a file: {above}", file=str(run.path), field="output_dir",
             expected="directories all the way", fix=f"output_dir={above}-run",
         )  # fmt: skip
-    if existed:
-        _check_same(run)
-    elif run.path.is_dir() and not all(p.name.startswith(".recipe.yaml.") for p in run.path.iterdir()):
-        raise UserError(
-            "the output directory is not empty and holds no run of whet", file=str(run.path), field="output_dir",
-            expected="a new or empty directory", fix=f"output_dir={run.path}-2",
-        )  # fmt: skip
     if run.path.exists() and not run.path.is_dir():
         raise UserError(
             "output_dir is a file", file=str(run.path), field="output_dir", expected="a directory",
             fix=f"output_dir={run.path}-run",
         )  # fmt: skip
-    if not existed:  # first of all: it makes the directory ours, so a start that is killed here can be repeated
-        write_text(run.path / "recipe.yaml", to_yaml(recipe))
-    for name, value in {**facts, "origins.json": _origins(recipe, origins, decided)}.items():
-        if not (run.path / name).is_file():
-            run.write(name, value)
-    return run
+    if run.path.is_dir() and not _is_run(run) and not all(map(_is_of_start, run.path.iterdir())):
+        raise UserError(
+            "the output directory is not empty and holds no run of whet", file=str(run.path), field="output_dir",
+            expected="a new or empty directory", fix=f"output_dir={run.path}-2",
+        )  # fmt: skip
+
+
+def _is_of_start(path: Path) -> bool:
+    """Whether a start that was killed left this file."""
+    return path.name == LOCK or path.name.startswith(".recipe.yaml.")
 
 
 def open_run(path: str | Path) -> Run:

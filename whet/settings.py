@@ -17,7 +17,7 @@ Decay = Annotated[float, Ge(0), Lt(1)]
 SEEDS = 2**63  # torch and numpy take a seed as a 64-bit number
 TILE_TOKENS = 4096  # of a tiled MLP, where its size is not chosen: by whet, or by a recipe of another tool
 
-MetricName = Literal["exact_match", "token_f1", "rouge_l", "bleu", "chrf"]
+MetricName = Literal["loss", "perplexity", "exact_match", "token_f1", "rouge_l", "bleu", "chrf"]
 LabelMetricName = Literal[
     "accuracy", "macro_f1", "micro_f1", "mcc", "mse", "mae", "pearson", "spearman", "r2",
 ]  # fmt: skip
@@ -37,7 +37,7 @@ class Train:
     per_device_train_batch_size: Count = setting(8, "Rows in one forward pass.")
     gradient_accumulation_steps: Count = setting(1, "Forward passes in one optimiser step.")
     learning_rate: Annotated[float, Gt(0)] | None = setting(
-        None, "Peak learning rate; auto = the method's usual one (lora 2e-4, full 2e-5)."
+        None, "Peak learning rate; auto = the method's usual one (lora 2e-4, full 2e-5), more for narrow models."
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "warmup_stable_decay"] = setting(
         "cosine", "Shape of the learning rate after warm-up."

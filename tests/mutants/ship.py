@@ -157,13 +157,13 @@ MUTANTS = [
         "long texts are read in another length than they were learned in", EDGES,
     ),
     Mutant(
-        "predict: numbers from 0", "ship/predict.py",
+        "predict: numbers from 0", "ship/questions.py",
         "numbered = ((row, line.rstrip(\"\\r\\n\")) for row, line in enumerate(lines, 1))",
         "numbered = ((row, line.rstrip(\"\\r\\n\")) for row, line in enumerate(lines))",
         "answers and errors name the line before", "test_task_evaluation.py -k 'predict or bad_row'",
     ),
     Mutant(
-        "predict: second text first", "ship/predict.py",
+        "predict: second text first", "ship/questions.py",
         'value = {"text": value[0], "text_pair": value[1]}', 'value = {"text": value[1], "text_pair": value[0]}',
         "pairs are read the other way round", "test_task_evaluation.py -k pairs",
     ),
@@ -180,14 +180,39 @@ MUTANTS = [
         "rows get each other's answers", "test_task_evaluation.py -k predictions_are",
     ),
     Mutant(
-        "chat: system message forgotten", "ship/chat.py",
-        'messages = [Message("system", system)] if system else []', "messages: list[Message] = []",
+        "predict: columns of the run forgotten", "ship/questions.py",
+        "named = rename(value, columns)", "named = dict(value)",
+        "a file with the columns of the training rows cannot be answered", "test_predict.py -k any_kind",
+    ),
+    Mutant(
+        "predict: the reference is part of the question", "ship/questions.py",
+        'while messages and messages[-1].role == "assistant":', 'while messages and messages[-1].role == "nobody":',
+        "rows that training takes are refused or answered twice", "test_predict.py -k every_format",
+    ),
+    Mutant(
+        "predict: an input is written over", "ship/answer_file.py",
+        'return output_file(out, [*rows, Input(run, "the run", "all")], "--out")',
+        'return output_file(out, [Input(run, "the run", "all")], "--out")',
+        "the rows of the user are lost", "test_predict.py -k never_written",
+    ),
+    Mutant(
+        "predict: the unlikeliest classes", "ship/predict.py",
+        'likeliest = np.argsort(-shares, kind="stable")[:top]', 'likeliest = np.argsort(shares, kind="stable")[:top]',
+        "--top names the classes that fit least", "test_predict.py -k likeliest",
+    ),
+    Mutant(
+        "chat: system message forgotten", "ship/talk.py",
+        'Talk(chat, [Message("system", system)] if system else [])', "Talk(chat, [])",
         "--system has no effect", EDGES,
     ),
     Mutant(
-        "chat: no memory of the conversation", "ship/chat.py",
-        'messages.append(Message("assistant", chat.reply(messages, streamer)))',
-        'messages.append(Message("assistant", chat.reply(messages[-1:], streamer)))',
+        "chat: no memory of the conversation", "ship/talk.py",
+        'messages = [*conversation.messages, Message("user", text)]', 'messages = [Message("user", text)]',
         "each message is answered as if it were the first", EDGES,
+    ),
+    Mutant(
+        "chat: an error ends the conversation", "ship/talk.py",
+        '        sys.stderr.write(f"error: {error}\\n")\n', "        raise\n",
+        "a typo in a command costs the conversation", "test_chat.py -k typo",
     ),
 ]  # fmt: skip

@@ -5,12 +5,19 @@ On a terminal there is a live progress bar; elsewhere (a log file, CI) a plain l
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import logging
+import os
 import sys
 import time
 import warnings
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from whet.base.disk import disk_fault
+from whet.base.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,6 +25,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 PLAIN_EVERY_SECONDS = 5.0
+WIDE = 400  # characters of a line that goes to no terminal
 _consoles: dict[bool, Console] = {}
 
 
@@ -26,13 +34,77 @@ def console(*, stdout: bool = False) -> Console:
     from rich.console import Console
 
     if stdout not in _consoles:
-        _consoles[stdout] = Console(stderr=not stdout, highlight=False, soft_wrap=True)
+        found = Console(stderr=not stdout, highlight=False, soft_wrap=True)
+        if not found.is_terminal:  # a file or a pipe has no width, so nothing is cut or broken
+            found = Console(stderr=not stdout, highlight=False, soft_wrap=True, width=WIDE)
+        _consoles[stdout] = found
     return _consoles[stdout]
 
 
 def say(text: str, style: str | None = None) -> None:
     """Print one line to stderr."""
     console().print(text, style=style, markup=False)
+
+
+def answer(text: str, style: str | None = None) -> None:
+    """Print one line of an answer that is meant for people to stdout."""
+    console(stdout=True).print(text, style=style, markup=False)
+
+
+def readable_streams() -> None:
+    """Let a terminal that cannot write a character get its number instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def complain(text: str) -> None:
+    """Write a line to stderr, if there is one that can be written."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text + "\n")
+
+
+def print_json(value: Any) -> None:
+    """Write a value to stdout as JSON, in characters that stdout has. Raises UserError, and OSError."""
+    if sys.stdout is None:
+        raise UserError("standard output is closed", expected="an open one for --json", fix="remove >&-")
+    text = json.dumps(value, ensure_ascii=False, indent=1, default=str)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(value, indent=1, default=str)
+    try:
+        sys.stdout.write(text + "\n")
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _unwritten(error) from error
+
+
+def flush_answer() -> None:
+    """Write what waits for stdout now, while somebody can hear of it. Raises UserError where it cannot be written."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _unwritten(error) from error
+
+
+def _unwritten(error: OSError) -> Exception:
+    drop_answer()
+    return disk_fault(error, "standard output") or error
+
+
+def drop_answer() -> None:
+    """Give up what still waits for stdout, which nobody reads or nothing can hold: it would be tried again at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def quiet_libraries() -> None:

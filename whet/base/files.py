@@ -1,13 +1,29 @@
-"""Write files so that they are either there whole or not at all, also after a power cut."""
+"""Write files so that they are either there whole or not at all, also after a power cut.
+
+A file or directory is written under a hidden name beside its own, flushed, and renamed; the directory above is flushed
+last. Hidden directories are locked while they are filled, so that what a killed process left behind is told from what
+another one is writing, and is removed by whoever writes there next. Files get the permissions that the umask says,
+whatever the library that wrote them chose.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+HIDDEN_NAME_CHARACTERS = 40  # of the name that a hidden file stands for: the whole has to fit into 255 bytes
+TEMPORARY = (".tmp", ".old")
 
 
 def sync(path: Path) -> None:
@@ -19,20 +35,34 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
+def hidden_beside(path: Path, suffix: str = ".tmp") -> Path:
+    """A hidden name beside `path` that no other process uses."""
+    return path.with_name(f".{path.name[:HIDDEN_NAME_CHARACTERS]}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file beside `path`, flush it and rename it: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    sync(path.parent)
+    beside = hidden_beside(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, as `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented UTF-8 JSON, as `write_text`; NaN is refused, since it is not JSON."""
+    """Write `value` as indented UTF-8 JSON, as `write_bytes`; NaN is refused, since it is not JSON."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
@@ -42,36 +72,98 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """Give a new directory to fill, which becomes `path` only when the block ends well and replaces an older one.
+def hidden_directory(path: Path) -> Iterator[Path]:
+    """A new hidden directory beside `path`, removed at the end of the block if it is still there.
 
-    Files are flushed first, then the directory is renamed and its parent flushed.
+    What killed processes left behind for the same `path` is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    remove_tree(beside)
+    sweep(path.parent, path.name)
+    beside = hidden_beside(path)
     beside.mkdir()
+    held = _locked(beside)
     try:
         yield beside
+    finally:
+        remove_tree(beside)
+        if held is not None:
+            os.close(held)
+
+
+@contextmanager
+def whole_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give a new directory to fill, which becomes `path` only when the block ends well.
+
+    replace: a directory that stands there is whet's own and makes way; without it only an empty one does. Files are
+    flushed first, then the directory is renamed and its parent flushed. Raises OSError.
+    """
+    with hidden_directory(path) as beside:
+        yield beside
+        mode = beside.stat().st_mode & 0o666
         for file in sorted(beside.rglob("*")):
+            if file.is_file():
+                file.chmod(mode)  # safetensors' own are for the owner alone
             sync(file)
         sync(beside)
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            remove_tree(old)
+        if replace and path.exists():
+            old = hidden_beside(path, ".old")
             path.rename(old)
             beside.rename(path)
             remove_tree(old)
         else:
             beside.rename(path)
         sync(path.parent)
-    finally:
-        remove_tree(beside)
+
+
+def sweep(directory: Path, name: str = "") -> None:
+    """Remove what killed writes left behind in `directory`: it never got its name, so nobody can miss it.
+
+    name: only what was to become this entry; without it the caller has the directory to himself, and what cannot be
+    locked goes as well. Directories that another process is filling stay.
+    """
+    for path in directory.glob(".*"):
+        whole, _, _ = path.stem[1:].rpartition(".")
+        if path.suffix not in TEMPORARY or (name and whole != name[:HIDDEN_NAME_CHARACTERS]):
+            continue
+        if not path.is_dir() or path.is_symlink():
+            if not name:
+                path.unlink(missing_ok=True)
+            continue
+        with contextlib.suppress(BlockingIOError):
+            held = _locked(path)
+            if held is not None or not name:
+                remove_tree(path)
+            if held is not None:
+                os.close(held)
 
 
 def remove_tree(path: Path) -> None:
     """Remove a directory of ours and all in it, if it is there."""
     import shutil
 
-    if path.exists():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _locked(directory: Path) -> int | None:
+    """An open handle that locks a directory until it is closed; None where there are no such locks (NFS, Windows).
+
+    Raises BlockingIOError where another process holds it.
+    """
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:
+        os.close(handle)
+        return None
+    return handle

@@ -55,6 +55,8 @@ SEAMS = (
     Seam("torch.nn.Module", "forward", "one instance calls another forward for a while", TORCH),
     Seam("transformers.PreTrainedModel", "_supports_sdpa", "whether torch's attention computes what the model means",
          TRANSFORMERS),
+    Seam("transformers.PreTrainedModel", "_keys_to_ignore_on_load_unexpected", "tensors of a checkpoint that a model "
+         "leaves out on purpose, such as heads that guess several tokens", TRANSFORMERS),
     Seam("transformers.PreTrainedModel", "_can_set_attn_implementation", "whether the model lets its attention be "
          "chosen; set_attn_implementation only warns", TRANSFORMERS),
     Seam("transformers.PreTrainedConfig", "_attn_implementation", "the attention in use, to be put back", TRANSFORMERS),
@@ -241,6 +243,11 @@ def kept_in_fp32(model: nn.Module) -> frozenset[str]:
 def weight_conversions(network: PreTrainedModel) -> list[Any]:
     """The changes that were made to weights while they were loaded, which saving turns round: the list itself."""
     return vars(network).get("_weight_conversions", [])
+
+
+def ignored_extras(network: PreTrainedModel) -> list[str]:
+    """Patterns of tensors that checkpoints of this architecture may hold and the model has no use for."""
+    return list(network._keys_to_ignore_on_load_unexpected or ())
 
 
 def unmark_quantised(config: Any) -> None:

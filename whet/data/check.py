@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from whet.base.console import console, say
+from whet.base.console import answer, console
 from whet.base.errors import UserError, shorten
 from whet.data.labels import imbalance, labels_text
 from whet.data.loss_mask import length_histogram
@@ -103,7 +103,7 @@ def _print_labels(prepared: Prepared) -> None:
     from rich.text import Text
 
     ledger = prepared.ledger
-    say(f"task: {ledger.task}, {labels_text(ledger.task, ledger.labels)}")
+    answer(f"task: {ledger.task}, {labels_text(ledger.task, ledger.labels)}")
     if not prepared.task.labels:
         return
     table = Table(box=None, pad_edge=False)
@@ -114,9 +114,9 @@ def _print_labels(prepared: Prepared) -> None:
     for name, count in shown[:MOST_SHOWN]:
         text = shorten(examples.get(name, ""), 60)
         table.add_row(Text(name), f"{count:,}", f"{ledger.labels_held_out.get(name, 0):,}", Text(text, style="dim"))
-    console().print(table)
+    console(stdout=True).print(table)
     if len(shown) > MOST_SHOWN:
-        say(f"  and {len(shown) - MOST_SHOWN:,} more labels; --json shows all", style="dim")
+        answer(f"  and {len(shown) - MOST_SHOWN:,} more labels; --json shows all", style="dim")
 
 
 def print_report(prepared: Prepared, report: dict[str, Any] | None = None, stand_in: str | None = None) -> None:
@@ -127,9 +127,9 @@ def print_report(prepared: Prepared, report: dict[str, Any] | None = None, stand
     from rich.table import Table
 
     ledger = prepared.ledger
-    say(f"format: {ledger.format} ({ledger.format_reason})")
+    answer(f"format: {ledger.format} ({ledger.format_reason})")
     if stand_in is not None:
-        say(f"tokens as {stand_in} counts them; a recipe, or model.path=…, counts with your model", style="dim")
+        answer(f"tokens as {stand_in} counts them; a recipe, or model.path=…, counts with your model", style="dim")
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -147,13 +147,13 @@ def print_report(prepared: Prepared, report: dict[str, Any] | None = None, stand
         table.add_row(name, value)
     if ledger.packing_fill is not None:
         table.add_row("packed rows", f"{ledger.packed_rows:,} ({100 * ledger.packing_fill:.1f} % full)")
-    console().print(table)
+    console(stdout=True).print(table)
     if ledger.labels:
         _print_labels(prepared)
     bins = length_histogram(prepared)
     most = max((b["rows"] for b in bins), default=0)
     for b in bins:
         bar = "█" * round(30 * b["rows"] / most) if most else ""
-        say(f"  {b['from']:>5}–{max(b['from'], b['to'] - 1):<5} {bar} {b['rows']:,}", style="dim")
+        answer(f"  {b['from']:>5}–{max(b['from'], b['to'] - 1):<5} {bar} {b['rows']:,}", style="dim")
     for warning in warnings(prepared) if report is None else report["warnings"]:
-        say(f"! {warning}", style="yellow")
+        answer(f"! {warning}", style="yellow")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from whet.base.errors import UserError
+from whet.base.errors import UserError, nearest
 from whet.data.example import Example
 from whet.engine.task import Task, TaskName
 
@@ -104,6 +104,23 @@ def indices(task: Task, examples: Sequence[Example]) -> np.ndarray:
     for row, example in enumerate(examples):
         matrix[row, [index_of[name] for name in _names(example)]] = 1
     return matrix
+
+
+def check_known(task: Task, examples: Sequence[Example]) -> None:
+    """Raises UserError for the first label that a trained `task` does not have."""
+    for example in examples:
+        if task.name == "regression":
+            wrong = not isinstance(example.label, int | float) or isinstance(example.label, bool)
+            unknown = [label_text(example.label)] if wrong else []
+        else:
+            unknown = [name for name in map(str, _names(example)) if name not in task.labels]
+        if unknown:
+            near = nearest(unknown[0], task.labels)
+            raise UserError(
+                "the run was not trained on this label", file=example.file, row=example.row, field="label",
+                found=unknown[0], expected=", ".join(task.labels[:20]) or "a number",
+                fix=f"did you mean {near}?" if near else "correct it, or leave the row out",
+            )  # fmt: skip
 
 
 def label_counts(task: Task, labels: np.ndarray) -> dict[str, Any]:

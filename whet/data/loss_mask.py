@@ -136,14 +136,16 @@ def print_rows(prepared: Prepared, count: int) -> None:
 
     from whet.base.console import console
 
+    out = console(stdout=True)
     for index in _spread(len(prepared.train), count):
         example = prepared.train_examples[int(prepared.train.sources[index])]
-        console().print(f"\n{example.file} row {example.row}", style="bold", markup=False)
+        out.print(f"\n{example.file} row {example.row}", style="bold", markup=False)
         text = Text()
         for part, learned in masked_row(prepared, index):
             # Without colour (a log file) the marks still show what is learned.
-            text.append(part if console().color_system or not learned else f"⟦{part}⟧", "green" if learned else "dim")
-        console().print(text)
+            marked = f"⟦{part}⟧" if learned and not out.color_system else part
+            text.append(marked, "green" if learned else "dim")
+        out.print(text)
 
 
 def length_histogram(prepared: Prepared, bins: int = 8) -> list[dict[str, Any]]:

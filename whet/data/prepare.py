@@ -8,8 +8,10 @@ that took long are taken from the cache at the next start (cache.py); so memory 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ from whet.data.cache import cached, name_of
 from whet.data.collect import Sides, collect, fingerprints
 from whet.data.config import Data
 from whet.data.example import Example
+from whet.data.labels import check_known
 from whet.data.template.row_tokenizer import RowTokenizer
 from whet.engine.task import CAUSAL, Task, TaskName
 
@@ -92,6 +95,32 @@ def prepare(
 
     name = name_of(parts | {"tokenizer": _identity(tokenizer)})
     return cached(name, lambda folder: _prepare_anew(data, model, folder, files), saved, opened)
+
+
+@contextmanager
+def scored_rows(data: Data, tokenizer: PreTrainedTokenizerFast, readable: int | None, task: Task) -> Iterator[Prepared]:
+    """The rows of `data.dataset` as held-out ones of a trained `task`; nothing is learned, split or cached.
+
+    Raises UserError for rows that are not for the task, and for a label that it does not have.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        ledger = Ledger(files=fingerprints(data))
+        sides = collect(data, Path(folder) / EXAMPLES, ledger)
+        sides = replace(sides, train=sides.train[:0], evaluation=sides.train, test=sides.train[:0])
+        decided: dict[str, tuple[object, str]] = {}
+        unlabelled = task.name if not task.labelled else CAUSAL.name
+        if not (task.labelled and sides.kind.name == "classification"):  # else the labels are compared below
+            task_for(sides.kind.name, sides.evaluation, (), task.name, unlabelled, {})
+        model = ModelInput(tokenizer, readable, task.name, unlabelled)
+        if task.name == "causal":
+            yield _conversations(data, model, sides, Path(folder), ledger, decided)
+            return
+        if task.labelled:
+            check_known(task, sides.evaluation)
+        every = (sides.train, sides.evaluation, sides.test)
+        rows, longest = padded_rows(data, tokenizer, task, every, readable, ledger, decided)
+        row_tokenizer = RowTokenizer(tokenizer, chat=False)
+        yield Prepared(*rows, *every, None, longest, ledger, row_tokenizer, decided, task)
 
 
 def _identity(tokenizer: PreTrainedTokenizerFast) -> list[Any]:

@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from whet.base.console import Progress
 from whet.base.errors import UserError, nearest
 from whet.base.files import write_text
-from whet.data.prepare import Prepared
 from whet.engine.answer.logits import Row, decisions, probabilities
 from whet.engine.answer.session import label_session
 from whet.engine.load.open import Opened
 from whet.engine.task import Task
 from whet.evaluation.compare import paired
+from whet.evaluation.custom import ComputeMetrics, with_custom
 from whet.evaluation.label_metrics import details, majority, score_classes, score_labels, score_values
 from whet.evaluation.metrics import Scores
+from whet.evaluation.rows import Chosen
 from whet.opening import open_answerer, tell
 from whet.runs import Run
 
@@ -39,9 +40,10 @@ _DECIDED = {
 HEADLESS = "a base model has no head for these labels, and a random one says nothing"
 
 
-def evaluate_labels(run: Run, prepared: Prepared, rows: int) -> dict[str, Any]:
-    """Score the first `rows` held-out rows; writes results/predictions.jsonl and results/mismatches.jsonl, returns the
-    evaluation. Raises UserError when the labels of the data are not those that were trained on."""
+def evaluate_labels(chosen: Chosen, rows: int, more: ComputeMetrics | None = None) -> dict[str, Any]:
+    """Score the first `rows` rows; writes predictions and mismatches, returns the evaluation. Raises UserError when the
+    labels of the data are not those that were trained on."""
+    run, prepared = chosen.run, chosen.prepared
     recipe, task = run.recipe, prepared.task
     check_labels(run, task)
     opened = open_answerer(run, row_tokenizer=prepared.row_tokenizer, task=task).opened
@@ -56,8 +58,11 @@ def evaluate_labels(run: Run, prepared: Prepared, rows: int) -> dict[str, Any]:
         )  # fmt: skip
     predicted = decisions(task, logits)
     result = judge(task, predicted, references, recipe.eval.metrics)
-    result["mismatches"] = _write_predictions(run, prepared, logits, predicted, references)
-    return result
+    result["mismatches"] = _write_predictions(chosen, logits, predicted, references)
+    named = [names_of(task, one) for one in references]
+    constant = [names_of(task, one) for one in majority(references)]
+    sides = {"base": constant, "tuned": [names_of(task, one) for one in predicted]}
+    return with_custom(result, more, sides, named)
 
 
 def predict(
@@ -143,10 +148,11 @@ def names_of(task: Task, answer: Any) -> Any:
 
 
 def _write_predictions(
-    run: Run, prepared: Prepared, logits: NDArray[np.float32], predicted: NDArray[Any], references: NDArray[Any]
+    chosen: Chosen, logits: NDArray[np.float32], predicted: NDArray[Any], references: NDArray[Any]
 ) -> int:
     """Write predictions.jsonl, every row with its label, what was predicted and how surely, and mismatches.jsonl, the
     wrong ones, for a regression the tenth with the largest errors. Returns the number of these."""
+    prepared = chosen.prepared
     task = prepared.task
     sure = None if task.name == "regression" else _confidence(task, logits, predicted)
     lines, errors = [], []
@@ -166,8 +172,8 @@ def _write_predictions(
     wrong = [index for index in order if errors[index] > 0]
     if sure is None:
         wrong = wrong[: (len(lines) + 9) // 10]
-    write_text(run.results / "predictions.jsonl", "".join(lines))
-    write_text(run.results / "mismatches.jsonl", "".join(lines[index] for index in wrong))
+    write_text(chosen.path("predictions"), "".join(lines))
+    write_text(chosen.path("mismatches"), "".join(lines[index] for index in wrong))
     return len(wrong)
 
 

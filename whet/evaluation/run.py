@@ -1,69 +1,77 @@
-"""Base against tuned on held-out rows: the same prompts, the same model object, the adapter off and on.
+"""Base against tuned on rows that were not learned: the same questions, the same model object, the adapter off and on.
 
-Every answer is written beside its reference, and every difference comes with its confidence interval.
+Every answer is written beside its reference, and every difference comes with its confidence interval. Of written
+answers the loss and the perplexity are measured too, which alone say something of free text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
-from whet import runs
-from whet.base.console import say
 from whet.base.errors import UserError
-from whet.data.example import Example
-from whet.data.prepare import Prepared
 from whet.engine.answer.session import TextSession
+from whet.evaluation.compare import paired
+from whet.evaluation.custom import ComputeMetrics, with_custom
 from whet.evaluation.labels import evaluate_labels
+from whet.evaluation.likelihood import LOSS_METRICS, Losses, chosen_rows, losses_of_both, scored_rows
 from whet.evaluation.metrics import score
+from whet.evaluation.rows import HELD_OUT, Chosen, Split
+from whet.evaluation.rows import chosen_rows as rows_to_score
 from whet.evaluation.sequences import evaluate_sequences
-from whet.evaluation.texts import base_and_tuned, comparison, write_answers
+from whet.evaluation.texts import Compared, asked, comparison, write_answers
+from whet.evaluation.turns import turns_of
 from whet.opening import open_answerer
 from whet.runs import Run
 
-Split = Literal["eval", "test"]
 USUAL_ROWS = 200
-SHOWN_CONFUSIONS = 5
 
 
-def evaluate(run: Run, *, max_rows: int | None = None, split: Split = "eval") -> dict[str, Any]:
-    """Score base and tuned model; writes results/evaluation.json and results/predictions.jsonl, returns the former.
+def evaluate(
+    run: Run, *, max_rows: int | None = None, split: Split = "eval", data: Sequence[str] = (),
+    compute_metrics: ComputeMetrics | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Score base and tuned model; writes the scores and every answer to `results/`, returns the scores.
 
-    split: the held-out rows, or those for a test, whose scores go to results/test.json.
+    split: the held-out rows, or those for a test; data: files whose rows are scored instead. Each has results of its
+    own (`evaluation.json`, `test.json`, `data-NAME-HASH.json`, with predictions beside them). compute_metrics: more
+    metrics, from predictions and references.
 
-    Of a labelled task every held-out row is read, since a row takes one pass; of written answers the first 200, unless
-    `max_rows` or the recipe says otherwise. Raises UserError when there is nothing held out, the run is unfinished, or
+    Of a labelled task every row is read, since a row takes one pass; of written answers the first 200, unless
+    `max_rows` or the recipe says otherwise. Raises UserError when there is nothing to score, the run is unfinished, or
     the tokenizer or the labels are not the trained ones.
     """
-    recipe = run.recipe
-    prepared = runs.prepared(recipe)
-    if split == "test":
-        if not prepared.test_examples:
-            raise UserError(
-                "there are no test rows", field="data.test_size", found="0 test rows",
-                expected="data.test_size above 0 when training, or data.test_dataset",
-                fix="whet eval RUN without --split scores the held-out rows",
-            )  # fmt: skip
-        prepared = replace(prepared, evaluation=prepared.test, held_out=prepared.test_examples)
-    task, limit = prepared.task, max_rows or recipe.eval.max_rows
-    if task.name == "causal":
-        result = _evaluate_written(run, prepared, limit or USUAL_ROWS)
-    else:
-        _require_rows(prepared)
-        held = len(prepared.evaluation)
-        if task.labelled:
-            result = evaluate_labels(run, prepared, min(held, limit or held))
+    with rows_to_score(run, split, data) as chosen:
+        task, limit = chosen.prepared.task, max_rows or run.recipe.eval.max_rows
+        _require_rows(chosen)
+        if task.name == "causal":
+            result = _evaluate_written(chosen, limit, compute_metrics)
+        elif task.labelled:
+            held = len(chosen.prepared.evaluation)
+            result = evaluate_labels(chosen, min(held, limit or held), compute_metrics)
         else:
-            result = evaluate_sequences(run, prepared, min(held, limit or USUAL_ROWS))
-    result["split"] = split
-    run.write("results/evaluation.json" if split == "eval" else "results/test.json", result)
+            rows = min(len(chosen.prepared.evaluation), limit or USUAL_ROWS)
+            result = evaluate_sequences(chosen, rows, compute_metrics)
+        result |= {"split": split if not data else "data", "of": chosen.title}
+        if data:
+            result["files"] = [dict(entry) for entry in chosen.prepared.ledger.files]
+        run.write(f"results/{chosen.name}.json", result)
     return result
 
 
-def _evaluate_written(run: Run, prepared: Prepared, limit: int) -> dict[str, Any]:
+def _evaluate_written(chosen: Chosen, limit: int | None, more: ComputeMetrics | None) -> dict[str, Any]:
+    run, prepared = chosen.run, chosen.prepared
     settings, row_tokenizer = run.recipe.eval, prepared.row_tokenizer
-    examples = _held_out(prepared, limit)
+    answerer = open_answerer(run, row_tokenizer=row_tokenizer, task=prepared.task)
+    rows = prepared.evaluation
+    losses = None
+    if settings.metrics is None or not set(LOSS_METRICS).isdisjoint(settings.metrics):
+        losses = losses_of_both(answerer, scored_rows(rows, chosen_rows(rows, limit)), None)
+    if row_tokenizer.template is None:
+        return _of_losses(losses)
+    turns = turns_of(prepared.held_out, limit or USUAL_ROWS, run.recipe.data.loss_on)
+    examples = turns.examples
     prompts = [row_tokenizer.prompt(example.unanswered) for example in examples]
     references = [example.answer for example in examples]
     longest = settings.max_new_tokens or max(8, int(1.25 * row_tokenizer.longest_reply(examples)) + 1)
@@ -76,49 +84,36 @@ def _evaluate_written(run: Run, prepared: Prepared, limit: int) -> dict[str, Any
         texts = row_tokenizer.tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return [row_tokenizer.answered(example.unanswered, text) for example, text in zip(examples, texts, strict=True)]
 
-    answerer = open_answerer(run, row_tokenizer=row_tokenizer, task=prepared.task)
-    base, tuned = base_and_tuned(answerer, len(examples), write)
-    scores = {name: score(texts, references, settings.metrics) for name, texts in (("base", base), ("tuned", tuned))}
-    write_answers(run.results, examples, references, base, tuned)
-    return comparison(scores, len(examples), longest)
+    answers = asked(answerer, examples, write)
+    names = None if settings.metrics is None else [name for name in settings.metrics if name not in LOSS_METRICS]
+    scores = {name: score(texts, references, names) for name, texts in answers.sides.items()}
+    write_answers(chosen, examples, references, answers)
+    compared = Compared(scores, losses, settings.metrics, turns.by_conversation)
+    result = comparison(compared, references, longest) | {"conversations": turns.conversations}
+    return with_custom(result, more, answers.sides, references)
 
 
-def _held_out(prepared: Prepared, limit: int) -> Sequence[Example]:
-    if prepared.row_tokenizer.template is None:
+def _of_losses(losses: Losses | None) -> dict[str, Any]:
+    """The evaluation of raw text, which has no answers to write."""
+    if losses is None:
         raise UserError(
-            "raw text has no answers to score", field="data.format", found="text", expected="conversations",
-            fix="the held-out loss is in metrics.jsonl",
+            "raw text has no answers to score", field="eval.metrics", found="metrics of answers",
+            expected="loss, perplexity or auto", fix="eval.metrics=auto",
         )  # fmt: skip
-    _require_rows(prepared)
-    return prepared.held_out[:limit]
+    scores = losses.scores()
+    base, tuned = scores["base"], scores["tuned"]
+    return {
+        "rows": len(losses.weights), "decoding": "the loss of the rows, nothing written", "head": "loss",
+        "base": {"metrics": base.metrics}, "tuned": {"metrics": tuned.metrics},
+        "difference": {"loss": asdict(paired(base.rows["loss"], tuned.rows["loss"]))}, "skipped": [],
+    }  # fmt: skip
 
 
-def _require_rows(prepared: Prepared) -> None:
-    if not prepared.held_out:
+def _require_rows(chosen: Chosen) -> None:
+    if chosen.name == HELD_OUT and not chosen.prepared.held_out:
         raise UserError(
             "no rows are held out, so there is nothing to score on", field="data.val_size", found="0 held-out rows",
-            expected="data.val_size above 0, or data.eval_dataset", fix="data.eval_dataset=FILE",
+            expected="data.val_size above 0, data.eval_dataset, or another file", fix="whet eval RUN --data FILE",
         )  # fmt: skip
-
-
-def print_scores(result: dict[str, Any]) -> None:
-    """Print the table of base against tuned."""
-    from rich.table import Table
-
-    from whet.base.console import console
-
-    before = "baseline" if "baseline" in result else "base"
-    table = Table(title=f"{before} against tuned, {result['rows']} held-out rows", title_justify="left")
-    for name, justify in (("metric", "left"), (before, "right"), ("tuned", "right"), ("difference", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name, value in result["tuned"]["metrics"].items():
-        difference = result["difference"].get(name)
-        interval = f"{difference['low']:+.3f} … {difference['high']:+.3f}" if difference else ""
-        table.add_row(name, f"{result['base']['metrics'][name]:.3f}", f"{value:.3f}", interval)
-    console().print(table)
-    if "baseline" in result:
-        say(f"baseline: {result['baseline']}", style="dim")
-    for pair in result.get("labels", {}).get("most_confused", [])[:SHOWN_CONFUSIONS]:
-        say(f"  {pair['reference']} taken for {pair['predicted']}: {pair['rows']}")
-    if result["skipped"]:
-        say(f"not computed: {', '.join(result['skipped'])} (pip install 'whet[eval]')", style="dim")
+    if not len(chosen.prepared.evaluation) and chosen.prepared.task.name != "causal":
+        raise UserError("every row was left out, so there is nothing to score", fix="a larger data.max_length")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 DENSE = ("fp32", "bf16")
 ANY = ("fp32", "bf16", "fp8", "int8", "nf4")
 LABEL_TASKS = ("classification", "multi_label", "regression")
+WIDE, NARROW = 4096, 256  # widths between which the usual rate changes
 ALL_TASKS = ("causal", *LABEL_TASKS, "seq2seq")
 
 
@@ -16,6 +18,7 @@ class Capability:
 
     storages: base storages on which it trains. mergeable: folds into plain weights. peft_format: the saved adapter
     opens in plain PEFT. vllm: vLLM serves it unmerged. learning_rate: the usual peak rate when the recipe says none.
+    narrow_rate: True where `rate_for` raises it for narrow models.
     tasks: what it can be trained for. inside: what it trains lies inside of the layers, so that the layers can be
     called without the method's own wrapper: documents can share a row, losses are fused, decoding is whet's own.
     composable: adapters of it can be combined into one. compiles: its layers compile as whole graphs. whole_model: what
@@ -35,3 +38,18 @@ class Capability:
     whole_model: bool = False
     recomputes: bool = True
     new_tokens: bool = False
+    narrow_rate: bool = False
+
+    def rate_for(self, config: Any) -> tuple[float, str]:
+        """The usual peak rate for a model, and why. config: of transformers, None: unknown.
+
+        Narrow models want a higher one: (4096 / width) ** 0.8 times that of a model of 7 B parameters, which is near
+        what "LoRA Without Regret" (Thinking Machines, 2025) reports for Llama models, and was tried here on widths of
+        320 and 384 (docs/log.md).
+        """
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        width = getattr(text, "hidden_size", None)
+        if not self.narrow_rate or not isinstance(width, int) or not 0 < width < WIDE:
+            return self.learning_rate, ""
+        rate = self.learning_rate * (WIDE / max(width, NARROW)) ** 0.8
+        return float(f"{rate:.1e}"), f", raised for a model of width {width:,}"

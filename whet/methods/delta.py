@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from whet.base.errors import UserError
 from whet.base.files import read_json, write_json
+from whet.engine.load.headers import check_trained_tensors
 from whet.engine.weights.linear import FrozenLinear
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def read(method: str, network: nn.Module, directory: Path) -> tuple[dict[str, to
             f"this is nothing that {method} saved", file=str(directory), expected=f"{ABOUT} and {TENSORS}",
             fix="give the adapter/ directory of a run",
         )  # fmt: skip
+    check_trained_tensors(directory / TENSORS, numbers=False)
     about = read_json(directory / ABOUT)
     if about["method"] != method:
         raise UserError(

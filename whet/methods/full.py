@@ -29,7 +29,7 @@ class Full(Method):
 
     capability: ClassVar[Capability] = Capability(
         storages=("fp32",), mergeable=False, peft_format=False, vllm=True, learning_rate=2e-5,
-        whole_model=True, new_tokens=True,
+        whole_model=True, new_tokens=True, narrow_rate=True,
     )  # fmt: skip
 
     def attach(self, network: PreTrainedModel, task: Task = CAUSAL) -> PreTrainedModel:

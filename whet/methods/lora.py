@@ -92,6 +92,7 @@ class Lora(PeftMethod):
         peft_format=True,
         vllm=True,
         learning_rate=2e-4,
+        narrow_rate=True,
         composable=True,
         new_tokens=True,
     )

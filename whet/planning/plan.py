@@ -126,10 +126,10 @@ def print_plan(found: dict[str, Any]) -> None:
     """Print a plan for people."""
     from rich.table import Table
 
-    from whet.base.console import bytes_text, console, say
+    from whet.base.console import answer, bytes_text, console
 
     trainable, total = found["trainable_params"], found["all_params"]
-    say(f"{found['model']}: {trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
+    answer(f"{found['model']}: {trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -138,9 +138,9 @@ def print_plan(found: dict[str, Any]) -> None:
     table.add_row("together", bytes_text(found["peak_bytes"]), style="bold")
     if found["host_bytes"]:
         table.add_row("in host memory", bytes_text(found["host_bytes"]))
-    console().print(table)
+    console(stdout=True).print(table)
     assumed = found["assumed"]
-    say(
+    answer(
         f"an estimate for {assumed['tokens_per_forward']:,} tokens in a forward pass, {assumed['storage']} weights and "
         f"{assumed['compute']} arithmetic on {assumed['device']}; what torch itself needs comes on top",
         style="dim",

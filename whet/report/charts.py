@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+
+from whet.base.files import write_bytes
 
 Point = tuple[float, float | None]  # a step and its value; None where there is nothing finite to draw
 JsonObject = dict[str, object]
@@ -79,19 +79,6 @@ def points_of(records: Iterable[JsonObject], field: str, kind: str | None = None
         seen = seen or field in record
         by_step[step] = as_number(record.get(field))
     return sorted(by_step.items(), key=lambda item: item[0]) if seen else []
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(name).chmod(0o644)  # mkstemp's 0600 would hide the report from colleagues
-        return Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def thin(points: Sequence[Point], limit: int = POINT_LIMIT) -> list[Point]:
@@ -393,4 +380,5 @@ def write_loss_plot(run_dir: Path, unit: str = "per supervised token") -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    return write_atomically(run_dir / "loss.png", buffer.getvalue())
+    write_bytes(run_dir / "loss.png", buffer.getvalue())
+    return run_dir / "loss.png"

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-from whet.report.charts import JsonObject, as_number, label_of, part, plain, size_text, text_of, write_atomically
+from whet.base.files import write_bytes
+from whet.report.charts import JsonObject, as_number, label_of, part, plain, size_text, text_of
 from whet.report.findings import counts_table, findings, found_faults
 from whet.report.histogram import bins_of, histogram
 from whet.report.markup import Html, fold, objects, pairs, paragraph, ratio, safe, score_text, table
@@ -84,7 +85,8 @@ def data_page(report: JsonObject, rows: Sequence[JsonObject]) -> str:
 
 def write_data_page(path: Path, report: JsonObject, rows: Sequence[JsonObject]) -> Path:
     """Write the page to `path`, whole or not at all. Raises OSError where that is not possible."""
-    return write_atomically(path, data_page(report, rows).encode("utf-8", errors="replace"))
+    write_bytes(path, data_page(report, rows).encode("utf-8", errors="replace"))
+    return path
 
 
 def _title(report: JsonObject) -> Html:

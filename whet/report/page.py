@@ -16,6 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from string import Template
 
+from whet.base.files import write_text
 from whet.report import charts
 from whet.report.charts import (
     Curve,
@@ -382,4 +383,5 @@ def write_page(run_dir: Path) -> Path:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         run_dir=safe(str(run_dir)),
     )
-    return charts.write_atomically(run_dir / "report.html", page.encode("utf-8"))
+    write_text(run_dir / "report.html", page)
+    return run_dir / "report.html"

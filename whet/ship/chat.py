@@ -1,4 +1,4 @@
-"""A conversation in the terminal with a run or a model, streamed as it is written.
+"""A chat with a run or a model: opened once, asked any number of times.
 
 A chat is opened once, as a file is: its model and its session stay for any number of conversations until it is closed.
 An encoder-decoder answers one text at a time: it was trained on pairs, and what was said before is no part of them.
@@ -6,8 +6,7 @@ An encoder-decoder answers one text at a time: it was trained on pairs, and what
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,38 +101,3 @@ def _check_writes(run: Run) -> Run:
             fix=f"whet predict {run.path}",
         )  # fmt: skip
     return run
-
-
-def talk(chat: Chat, first: str | None, system: str | None, *, quiet: bool) -> list[dict[str, str]]:
-    """Answer `first`, or read lines until they end, streaming to stdout unless `quiet`; returns the conversation."""
-    from transformers import TextStreamer
-
-    messages = [Message("system", system)] if system else []
-    options = {"skip_prompt": True, "skip_special_tokens": True}
-    streamer = None if quiet else TextStreamer(chat.answerer.row_tokenizer.tokenizer, **options)  # type: ignore[arg-type]
-    for text in [first] if first is not None else _lines():
-        if text.startswith("/use ") and chat.adapters is not None:
-            chat.use(text.removeprefix("/use ").strip())
-            continue
-        messages.append(Message("user", text))
-        messages.append(Message("assistant", chat.reply(messages, streamer)))
-    return [{"role": message.role, "content": message.content} for message in messages]
-
-
-def _lines() -> Iterator[str]:
-    """Lines typed by a person, or piped in; empty ones are passed over."""
-    person = sys.stdin.isatty()
-    if person:
-        sys.stderr.write("Type a message; an empty line or Ctrl-D ends the conversation.\n")
-    while True:
-        if person:
-            sys.stderr.write("\n> ")
-            sys.stderr.flush()
-        try:
-            line = sys.stdin.readline()
-        except UnicodeDecodeError as error:
-            raise UserError("the message is not UTF-8", fix="set the terminal to UTF-8") from error
-        if not line or (person and not line.strip()):
-            return
-        if line.strip():
-            yield line.rstrip("\n")

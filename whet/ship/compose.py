@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from whet.adapters import CONFIG, NOTE, WEIGHTS, Adapters, How, adapter_directory, base_of
+from whet.adapters import CONFIG, NOTE, WEIGHTS, Adapters, How, adapter_directory, base_of, check_adapter
 from whet.base.errors import UserError
+from whet.base.outputs import output_directory, output_path
+from whet.engine.load.identity import SEAL, base_identity, check_base
 from whet.engine.load.load import locate
+from whet.inputs import inputs_of_adapter
 from whet.opening import open_plain
 
 
@@ -22,7 +26,7 @@ def compose_on_disk(
     What stands beside the first adapter (tokenizer, template contract) is copied. Raises UserError, also when the parts
     were trained on different bases.
     """
-    if Path(out).exists():
+    if os.path.lexists(output_path(out)):
         raise UserError("the output is in the way", file=str(out), fix="give a new directory")
     folders = [adapter_directory(part) for part in parts]
     bases = [base_of(part) for part in parts]
@@ -33,6 +37,11 @@ def compose_on_disk(
                 expected=bases[0][0].path, fix="compose adapters of one base",
             )  # fmt: skip
     model, base = bases[0]
+    recorded = [check_adapter(folder) for folder in folders]
+    for one in recorded:
+        check_base(model, one)
+    for folder, (named, _) in zip(folders, bases, strict=True):
+        output_directory(out, inputs_of_adapter(folder, named.path))
     adapters = Adapters(open_plain(model, base).network)
     names = [str(index) for index in range(len(parts))]
     for name, folder in zip(names, folders, strict=True):
@@ -42,18 +51,15 @@ def compose_on_disk(
         "parts": [str(part) for part in parts], "weights": list(weights or [1.0] * len(parts)), "how": how,
         "base": {name: value for name, value in asdict(model).items() if value is not None},
     }  # fmt: skip
-    written = adapters.write("out", out, note)
-    for file in folders[0].iterdir():
-        if file.is_file() and _is_of_tokenizer(file):
-            shutil.copy2(file, written / file.name)
-    return written
+    beside = [file for file in folders[0].iterdir() if file.is_file() and _is_of_tokenizer(file) and file.name != SEAL]
+    return adapters.write("out", out, note, beside=beside, base=recorded[0] or base_identity(model))
 
 
 def rename_on_disk(target: str | Path, new: str | Path) -> Path:
     """Rename the directory of an adapter (not the adapter/ of a run: that belongs to its run). Raises UserError."""
-    directory, out = adapter_directory(target), Path(new)
+    directory, out = adapter_directory(target), output_path(new)
     _check_stands_alone(directory)
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError("the new name is in the way", file=str(out), fix="give another one")
     out.parent.mkdir(parents=True, exist_ok=True)
     return directory.rename(out)

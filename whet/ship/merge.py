@@ -4,12 +4,12 @@ What the adapter was trained on (the dequantised base) and the 16-bit base are b
 checkpoint first and in fp32 when that loses answers; each is written, read back by plain transformers, and compared
 with the live adapter on held-out rows: `ship.agreement` for models that write, `ship.label_agreement` for labels and
 values. The first candidate that agrees everywhere is kept, else the closest; too far away is refused. The certificate
-lies beside the weights.
+lies beside the weights and says what they were made of and what they are, so that the same merge is not made twice. A
+directory with anything else in it is never replaced.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,17 +18,21 @@ import torch
 
 from whet import runs
 from whet.base.console import say
+from whet.base.content import difference, digest_of, files_in
 from whet.base.errors import UserError
-from whet.base.files import whole_directory, write_json
+from whet.base.files import hidden_directory, read_json, whole_directory, write_json
+from whet.base.outputs import output_directory
 from whet.data.prepare import Prepared
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import write_contract
 from whet.engine.config import Model
 from whet.engine.device import DTYPES, PACKED, Placement
+from whet.engine.load.identity import base_identity, seal_digest
 from whet.engine.load.load import load_model, rebuilding_notice
-from whet.engine.load.open import Opened, open_model
+from whet.engine.load.open import Opened, check_trained, open_model
 from whet.engine.task import Task
 from whet.engine.weights.linear import FrozenLinear
+from whet.inputs import inputs_of_run
 from whet.methods.all import METHODS
 from whet.opening import open_answerer
 from whet.runs import Run
@@ -55,15 +59,19 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
 
     Raises UserError when the method cannot be merged, `out` is in the way, or no candidate is near enough.
     """
-    _check(run, out)
-    prepared = runs.prepared(run.recipe)
+    target = _check(run, out)
+    origin = _origin(run)
+    if (earlier := _earlier(target, origin)) is not None:
+        say(f"{out} holds this merge already: nothing to do")
+        return earlier
+    prepared = runs.rows_of(run)
     live = open_answerer(run, row_tokenizer=prepared.row_tokenizer).opened
     judge = _judge(live, prepared)
-    with tempfile.TemporaryDirectory() as scratch:
-        best, folder, tried = _best_candidate(run, live, judge, prepared, Path(scratch))
+    with hidden_directory(target) as scratch:
+        best, folder, tried = _best_candidate(run, live, judge, prepared, scratch)
         certificate = {
             "chosen": f"{best.name} base, {best.dtype}", "summary": best.summary,
-            **judge.certificate(best, tried), "path": str(out),
+            **judge.certificate(best, tried), "path": str(out), "of": origin,
         }  # fmt: skip
         if not best.near:
             run.write("results/merge.json", certificate | {"path": None})
@@ -72,15 +80,44 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
                 "no merged model is near enough to the adapter, so none was written", file=str(run.path),
                 found=difference, expected=limit, fix="serve the adapter itself; results/merge.json holds the figures",
             )  # fmt: skip
-        with whole_directory(out) as directory:
+        with whole_directory(target) as directory:
             for file in folder.iterdir():
-                file.rename(directory / file.name) if _same_disk(file, directory) else _copy(file, directory)
+                file.rename(directory / file.name)
             prepared.row_tokenizer.tokenizer.save_pretrained(str(directory))
             if live.task.name == "causal" and prepared.row_tokenizer.template is not None:
                 write_contract(prepared.row_tokenizer, directory / CONTRACT)
+            certificate["files"] = files_in(directory)
             write_json(directory / CERTIFICATE, certificate)
     run.write("results/merge.json", certificate)
     return certificate
+
+
+def _origin(run: Run) -> dict[str, Any]:
+    """What a merge is made of, by content: what was trained, and the base."""
+    trained = seal_digest(run.trained) or digest_of(files_in(run.trained))
+    return {"trained": trained, "base": digest_of(base_identity(run.recipe.model))}
+
+
+def _earlier(out: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
+    """The certificate in `out` where the same was merged before; None where nothing stands there.
+
+    Raises UserError where anything else does: nothing that stands there is ever replaced.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    changed = "it is no merge of this run as it is now"
+    try:
+        found = read_json(out / CERTIFICATE)
+        if found["of"] == origin:
+            changed = difference(found["files"], out) or ""
+    except (OSError, ValueError, LookupError, TypeError):
+        found = None
+    if found is None or changed:
+        raise UserError(
+            "the output is in the way: the directory is not empty", file=str(out), found=changed,
+            expected="a new or empty directory", fix="give a new directory, or remove this one yourself",
+        )  # fmt: skip
+    return found
 
 
 def _best_candidate(
@@ -97,17 +134,19 @@ def _best_candidate(
         verdict = judge.compare(base_kind, dtype, candidate, best[0] if best else None)
         del candidate
         tried.append(verdict)
-        say(f"merged on {base_kind} base in {dtype}: {verdict.summary}")
+        if not verdict.perfect:  # the one that is kept is said at the end
+            say(f"tried {base_kind} base in {dtype}: {verdict.summary}", style="dim")
         if best is None or verdict.order < best[0].order:
             best = (verdict, folder)
         if verdict.perfect:
             break
+        say(f"merged on {base_kind} base in {dtype}: {verdict.summary}", style="dim")
     assert best is not None
     return *best, tried
 
 
-def _check(run: Run, out: Path) -> None:
-    """Refuse what cannot be merged, and an `out` that is in the way."""
+def _check(run: Run, out: Path) -> Path:
+    """The directory to write; refuses what cannot be merged, and an `out` that is, or lies above, an input."""
     method = run.recipe.method
     if not method.can.mergeable and method.can.whole_model:
         raise UserError(
@@ -121,12 +160,8 @@ def _check(run: Run, out: Path) -> None:
             expected=", ".join(name for name, kind in METHODS.items() if kind(name=name).can.mergeable),  # type: ignore[arg-type]
             fix=f"serve the adapter as it is: {run.adapter}; or train with method=lora, which merges",
         )  # fmt: skip
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / CERTIFICATE).is_file():
-        raise UserError(
-            "the output is in the way: it is a file or a directory that is not empty",
-            file=str(out),
-            fix="give a new directory",
-        )
+    check_trained(run.trained)
+    return output_directory(out, inputs_of_run(run))
 
 
 def _judge(live: Opened, prepared: Prepared) -> Judge:
@@ -180,13 +215,3 @@ def _copy_dequantised(source: PreTrainedModel, plain: PreTrainedModel) -> None:
     for name, module in source.named_modules():
         if isinstance(module, FrozenLinear):
             plain.get_submodule(name.removesuffix(".base_layer")).weight.copy_(module.dense(torch.float32).to("cpu"))  # type: ignore[union-attr,operator]
-
-
-def _same_disk(file: Path, directory: Path) -> bool:
-    return file.stat().st_dev == directory.stat().st_dev
-
-
-def _copy(file: Path, directory: Path) -> None:
-    import shutil
-
-    shutil.copy2(file, directory / file.name)

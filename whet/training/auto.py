@@ -6,6 +6,7 @@ What decides how the model sits on the hardware is not here: that is the layout 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from whet.data.prepare import Prepared
 from whet.engine.device import Placement
@@ -15,12 +16,13 @@ DECAY_RATIO = 0.2
 Decided = dict[str, tuple[object, str]]
 
 
-def decide_settings(recipe: Recipe, prepared: Prepared, placement: Placement) -> Decided:
-    """Dotted path to (value, reason) of every open setting."""
+def decide_settings(recipe: Recipe, prepared: Prepared, placement: Placement, config: Any = None) -> Decided:
+    """Dotted path to (value, reason) of every open setting. config: of the model, None: unknown."""
     train, method = recipe.train, recipe.method
     decided = dict(prepared.decided) | _of_base(recipe, placement)
     if train.learning_rate is None:
-        decided["train.learning_rate"] = (method.can.learning_rate, f"usual for {method.name}")
+        rate, why = method.can.rate_for(config)
+        decided["train.learning_rate"] = (rate, f"usual for {method.name}{why}")
     decided |= {f"method.{name}": entry for name, entry in method.decided().items()}
     decided |= _of_steps(recipe, prepared)
     if train.lr_scheduler_type == "warmup_stable_decay" and train.decay_ratio is None:

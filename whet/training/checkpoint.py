@@ -9,7 +9,7 @@ they have in the adapter, however layers are grouped; the optimiser's state goes
 
 from __future__ import annotations
 
-import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from whet.base.content import difference, files_in
 from whet.base.errors import UserError
-from whet.base.files import read_json, remove_tree, sync, whole_directory, write_json
+from whet.base.files import read_json, remove_tree, whole_directory, write_json
 from whet.base.seed import random_state, restore_random_state
 from whet.methods.layers.state import load_trained_state, trained_state
 from whet.training.optim import Optimiser
 
 MANIFEST = "manifest.json"
+FILES = {"model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"}
 FORMAT = 2  # of a checkpoint's files; 1 had no number, and an entry of the optimiser's for each group of layers
 
 
@@ -48,17 +50,13 @@ def save(
     target = directory / f"step-{step}"
     random_tensors, random_values = random_state()
     optimiser_tensors, optimiser_values = _flattened(optimiser)
-    with whole_directory(target) as beside:
+    with whole_directory(target, replace=True) as beside:
         save_file(trainable(model, optimiser), beside / "model.safetensors")
         save_file(optimiser_tensors, beside / "optimizer.safetensors")
         save_file(random_tensors, beside / "random.safetensors")
         values = state | {"step": step, "random": random_values, "optimizer": optimiser_values}
         write_json(beside / "state.json", values)
-        files = {}
-        for file in sorted(beside.iterdir()):
-            sync(file)
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        whole = {"format": FORMAT, "recipe": identity.recipe, "data": identity.data, "files": files}
+        whole = {"format": FORMAT, "recipe": identity.recipe, "data": identity.data, "files": files_in(beside)}
         write_json(beside / MANIFEST, whole)
     return target
 
@@ -70,13 +68,13 @@ def latest(directory: Path, identity: Identity) -> tuple[Path | None, list[str]]
     """
     complaints: list[str] = []
     for path in sorted(directory.glob("step-*"), key=_step_of, reverse=True):
-        problem = _problem(path)
+        problem = damage(path)
         if problem is None:
-            manifest = read_json(path / MANIFEST)
-            if manifest["data"] != identity.data:
+            written = read_json(path / MANIFEST).get("data")
+            if written != identity.data:
                 raise UserError(
                     "the training rows have changed since this run began", file=str(path), field="data.dataset",
-                    found=f"sha256 {identity.data[:16]}…", expected=f"sha256 {manifest['data'][:16]}…",
+                    found=f"sha256 {identity.data[:16]}…", expected=f"sha256 {str(written)[:16]}…",
                     fix="put the data back, or start a new run with another output_dir",
                 )  # fmt: skip
             return path, complaints
@@ -107,17 +105,11 @@ def prune(directory: Path, saved: int, keep: int, protected: Sequence[int]) -> N
 
     A later step is one that could not be resumed from: it neither counts nor goes.
     """
-    found = [path for path in sorted(directory.glob("step-*"), key=_step_of, reverse=True) if _step_of(path) <= saved]
+    ours = [path for path in directory.glob("step-*") if 0 <= _step_of(path) <= saved and path.is_dir()]
+    found = sorted(ours, key=_step_of, reverse=True)
     for path in found[keep:]:
         if _step_of(path) not in protected:
             remove_tree(path)
-
-
-def sweep(directory: Path) -> None:
-    """Remove what a killed write left behind: it never got its name, so nobody can miss it."""
-    for path in directory.glob(".*"):
-        if path.suffix in (".tmp", ".old"):
-            remove_tree(path) if path.is_dir() else path.unlink()
 
 
 def trainable(model: torch.nn.Module, optimiser: Optimiser | None = None) -> dict[str, torch.Tensor]:
@@ -159,34 +151,25 @@ def _unflatten(optimiser: Optimiser, tensors: dict[str, torch.Tensor], values: d
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
-def _problem(path: Path) -> str | None:
+def damage(path: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None."""
-    manifest = path / MANIFEST
-    if not manifest.is_file():
+    if _step_of(path) < 0:
+        return "its name is no step"
+    if not (path / MANIFEST).is_file():
         return "it has no manifest"
     try:
-        found = read_json(manifest)
+        found = read_json(path / MANIFEST)
         files, written = found["files"], found.get("format", 1)
-    except (ValueError, KeyError):
+        if written != FORMAT:
+            return f"another version of whet wrote it (format {written}; this one reads {FORMAT})"
+        missing = sorted(FILES - set(files))
+        return f"its manifest does not name {missing[0]}" if missing else difference(files, path)
+    except (ValueError, LookupError, TypeError, AttributeError):
         return "its manifest is damaged"
-    if written != FORMAT:
-        return f"another version of whet wrote it (format {written}; this one reads {FORMAT})"
-    for name, facts in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != facts["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
-        if _sha256(file) != facts["sha256"]:
-            return f"{name} does not match its sha256"
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
 
 
 def _step_of(path: Path) -> int:
-    tail = path.name.rpartition("-")[2]
-    return int(tail) if tail.isdigit() else -1
+    found = re.fullmatch(r"step-(0|[1-9]\d{0,17})", path.name, re.ASCII)
+    return int(found[1]) if found else -1

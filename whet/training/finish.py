@@ -8,36 +8,70 @@ from whet.base.console import say
 from whet.base.files import whole_directory, write_json
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import write_contract
+from whet.engine.load.identity import seal, seal_digest
 from whet.engine.memory.used import peak_bytes
 from whet.engine.weights.linear import count_parameters
-from whet.runs import LABELS
+from whet.runs import IDENTITY, LABELS, Run
 from whet.training.apply import Arranged
 from whet.training.resume import Checkpoints
 from whet.training.setup import Ready
 from whet.training.state import State
+from whet.training.trend import still_falling
 
 
 def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: State, reason: str) -> None:
     """Keep the best weights if wanted, write them, and mark the run finished. reason: why training ended."""
-    best, run = state.best_step, ready.run
-    kept = best if ready.recipe.train.load_best_model_at_end and best is not None else state.step
-    if kept != state.step:
-        checkpoints.load_weights(kept)
-        say(f"keeping step {kept}, the lowest held-out loss ({state.best_loss:.4f})")
+    run, kept = ready.run, state.step
+    if ready.recipe.train.load_best_model_at_end and state.best_step is not None:
+        kept = _load_best(run, checkpoints, state)
     checkpoints.optimiser.hand_back()
     method = ready.recipe.method
     method.finalize(arranged.model)  # after the best weights are back: they may be from before it would be decided
     tokenizer, task = ready.prepared.row_tokenizer, ready.plan.task
-    with whole_directory(run.trained) as directory:
+    with whole_directory(run.trained, replace=True) as directory:
         method.save(arranged.model, directory)  # type: ignore[arg-type]
         tokenizer.tokenizer.save_pretrained(str(directory))
         if task.name != "causal":
             write_json(directory / LABELS, {"task": task.name, "labels": list(task.labels)})
         if tokenizer.template is not None:
             write_contract(tokenizer, directory / CONTRACT)
-    run.write("finished.json", _summary(arranged, state, reason, kept))
-    say(f"trained {state.step} steps, {state.tokens:,} tokens in {state.seconds:.1f} s "
-        f"({state.tokens_per_second:,.0f} tok/s) -> {run.trained}")  # fmt: skip
+        seal(directory, run.read(IDENTITY))
+    summary = _summary(arranged, state, reason, kept) | {"trained_sha256": seal_digest(run.trained)}
+    finding = still_falling(run.lines("metrics.jsonl")) if reason == "completed" else None
+    run.write("finished.json", summary | {"findings": [] if finding is None else [finding]})
+    if finding is not None:
+        say(finding, style="yellow")
+    epochs = state.step / ready.batches.steps_per_epoch
+    say(f"trained {state.step} steps ({epochs:.3g} epochs), {state.tokens:,} tokens in {state.seconds:.1f} s "
+        f"({state.tokens_per_second:,.0f} tok/s){_best(state, kept)} -> {run.trained}")  # fmt: skip
+
+
+def _best(state: State, kept: int) -> str:
+    """Which step is kept, in words, where held-out rows were measured."""
+    if state.best_step is None or state.best_loss is None:
+        return ""
+    best = f"; lowest held-out loss {state.best_loss:.4f} at step {state.best_step}"
+    return f"{best}, kept: step {kept}"
+
+
+def _load_best(run: Run, checkpoints: Checkpoints, state: State) -> int:
+    """Load the weights of the lowest held-out loss whose checkpoint is whole; returns their step.
+
+    Where the best one is damaged, the later ones count, as metrics.jsonl has them, and the last step, which is loaded.
+    """
+    losses = {line["step"]: line["eval_loss"] for line in run.lines("metrics.jsonl") if line.get("kind") == "eval"}
+    later = sorted((loss, step) for step, loss in losses.items() if step > (state.best_step or 0))
+    for loss, step in [(state.best_loss, state.best_step), *later]:
+        if step == state.step:
+            return step
+        problem = checkpoints.damage(step)
+        if problem is None:
+            checkpoints.load_weights(step)
+            say(f"keeping step {step}, the lowest held-out loss ({loss:.4f})")
+            return step
+        if step == state.best_step:
+            say(f"step {step}, the lowest held-out loss, is not used: {problem}", style="yellow")
+    return state.step
 
 
 def _summary(arranged: Arranged, state: State, reason: str, kept_step: int) -> dict[str, Any]:

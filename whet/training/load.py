@@ -10,10 +10,12 @@ from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.seed import seed_everything
 from whet.engine.compute.isolation import check_causality, check_isolation
+from whet.engine.load.identity import base_identity, check_base
 from whet.engine.load.load import load_model, rebuilding_notice
 from whet.engine.memory.host_adam import shorten_weights
 from whet.engine.weights.linear import count_parameters
 from whet.recipe import resolve
+from whet.runs import IDENTITY
 from whet.training.apply import Loaded
 from whet.training.setup import Ready, plan_of
 
@@ -32,7 +34,10 @@ def load(ready: Ready) -> tuple[Loaded, Ready]:
         home = replace(placement, device=torch.device("cpu"))
     if notice := rebuilding_notice(recipe.model, home):
         say(notice, style="yellow")
+    known = _check_base(ready)
     network = load_model(recipe.model, home, ready.plan.task)
+    if not known:  # it was fetched just now
+        _check_base(ready)
     model = recipe.method.attach(network, ready.plan.task)
     masters = shorten_weights(network, placement.device, placement.compute) if layout.short_weights else {}
     if not ready.plan.facts.padded_task:
@@ -40,6 +45,19 @@ def load(ready: Ready) -> tuple[Loaded, Ready]:
     trainable, total = count_parameters(model)
     say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
     return Loaded(network, model.train(), masters), ready
+
+
+def _check_base(ready: Ready) -> bool:
+    """Compare the base with the one that the run began with, or record it; returns whether it is on this machine."""
+    run, model = ready.run, ready.recipe.model
+    recorded = run.read(IDENTITY)
+    if recorded is not None:
+        check_base(model, recorded)
+        return True
+    found = base_identity(model)
+    if found is not None:
+        run.write(IDENTITY, found)
+    return found is not None
 
 
 def _with_proven_attention(ready: Ready, model: torch.nn.Module, vocabulary: int) -> Ready:

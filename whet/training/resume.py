@@ -8,6 +8,7 @@ import torch
 
 from whet.base.console import say
 from whet.base.errors import UserError
+from whet.base.files import sweep
 from whet.runs import Run
 from whet.settings import Train
 from whet.training import checkpoint
@@ -37,7 +38,7 @@ class Checkpoints:
         than the checkpoint was about to train on."""
         self.run.checkpoints.mkdir(parents=True, exist_ok=True)
         for folder in (self.run.path, self.run.checkpoints):
-            checkpoint.sweep(folder)
+            sweep(folder)
         path, complaints = checkpoint.latest(self.run.checkpoints, self.identity)
         for complaint in complaints:
             say(complaint, style="yellow")
@@ -51,6 +52,10 @@ class Checkpoints:
             )  # fmt: skip
         say(f"continuing {self.run.path} after step {state.step} of {self.settings.max_steps}")
         return state
+
+    def damage(self, step: int) -> str | None:
+        """Why the checkpoint of a step cannot be trusted, or None."""
+        return checkpoint.damage(self.run.checkpoints / f"step-{step}")
 
     def load_weights(self, step: int) -> None:
         """Restore the trained weights alone, as they were after `step`."""

@@ -11,9 +11,10 @@ from functools import partial
 
 from whet.base.console import say
 from whet.base.errors import UserError
+from whet.base.lock import DirectoryLock
 from whet.engine.memory.used import keep_freed_memory
 from whet.recipe import Parsed, fingerprint
-from whet.runs import Run
+from whet.runs import Run, run_directory
 from whet.training.apply import Arranged, apply
 from whet.training.checkpoint import Identity
 from whet.training.finish import finish
@@ -30,21 +31,23 @@ from whet.training.start import start_from_rows
 from whet.training.step import NotFinite
 
 
-def train(parsed: Parsed) -> Run:
-    """Train what the recipe says; returns the run. Raises UserError, NotFinite (as UserError) and Stopped."""
+def train(parsed: Parsed, more: Sequence[Observer] = ()) -> Run:
+    """Train what the recipe says; returns the run. more: observers of the caller's. Raises UserError, NotFinite (as
+    UserError) and Stopped."""
     for note in parsed.notes:
         say(note, style="dim")
     keep_freed_memory()
-    ready = get_ready(parsed)
-    if ready.run.finished is not None:
-        say(f"{ready.run.path} is finished ({ready.run.finished['steps']} steps): nothing to do")
-        return ready.run
-    print_ledger(ready.prepared.ledger)
-    arranged, ready = build(ready)
-    with watching(ready) as observers, _naming_rows(ready), arranged.running():
-        loop = make_loop(ready, arranged, observers)
-        reason = loop.fit()
-    finish(ready, arranged, loop.checkpoints, loop.state, reason)
+    with DirectoryLock(run_directory(parsed.recipe)) as lock:
+        ready = get_ready(parsed, lock)
+        if ready.run.finished is not None:
+            say(f"{ready.run.path} is finished ({ready.run.finished['steps']} steps): nothing to do")
+            return ready.run
+        print_ledger(ready.prepared.ledger)
+        arranged, ready = build(ready)
+        with watching(ready, more) as observers, _naming_rows(ready), arranged.running():
+            loop = make_loop(ready, arranged, observers)
+            reason = loop.fit()
+        finish(ready, arranged, loop.checkpoints, loop.state, reason)
     return ready.run
 
 
@@ -77,11 +80,11 @@ def make_loop(ready: Ready, arranged: Arranged, observers: Sequence[Observer]) -
 
 
 @contextlib.contextmanager
-def watching(ready: Ready) -> Iterator[list[Observer]]:
+def watching(ready: Ready, more: Sequence[Observer] = ()) -> Iterator[list[Observer]]:
     """The observers of a run, closed at the end of the block."""
     train, run = ready.recipe.train, ready.run
     log = MetricsLog(run.metrics, run.timing, logging_steps=train.logging_steps, report_to=train.report_to)
-    observers = [log, ProgressBar()]
+    observers = [log, ProgressBar(), *more]
     try:
         yield observers
     finally:

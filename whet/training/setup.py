@@ -16,6 +16,8 @@ import torch
 from whet import runs
 from whet.base.console import say
 from whet.base.errors import UserError
+from whet.base.lock import DirectoryLock
+from whet.base.outputs import output_directory
 from whet.data.batch.batches import Batches, Cut
 from whet.data.batch.ledger import Ledger
 from whet.data.batch.make import make_batches
@@ -23,8 +25,10 @@ from whet.data.labels import labels_text
 from whet.data.prepare import Prepared, prepare
 from whet.data.read.read import check_unchanged
 from whet.engine.device import Hardware, Placement
-from whet.engine.load.load import load_config, longest_input
+from whet.engine.load.headers import check_checkpoint
+from whet.engine.load.load import checkpoint_storage, load_config, longest_input
 from whet.engine.task import text_task
+from whet.inputs import inputs_of_recipe
 from whet.planning.asked import Asked
 from whet.planning.facts import Work
 from whet.planning.plan import Plan, plan_run, resolve_base
@@ -59,9 +63,13 @@ class Ready:
         return "; ".join(f"{example.file} row {example.row}" for example in examples)
 
 
-def get_ready(parsed: Parsed) -> Ready:
-    """Check everything, decide what is open, and make the run directory. Raises UserError; loads no model."""
+def get_ready(parsed: Parsed, lock: DirectoryLock | None = None) -> Ready:
+    """Check everything, decide what is open, and make the run directory. Raises UserError; loads no model.
+
+    lock: as in `runs.start`.
+    """
     recipe = parsed.recipe
+    _check_output(parsed)
     config = load_config(recipe.model)
     hardware, placement = resolve_base(recipe, config)
     asked = Asked.of(recipe, config=config, task=recipe.model.task).on(hardware, placement)
@@ -70,7 +78,7 @@ def get_ready(parsed: Parsed) -> Ready:
     prepared = prepare(data_for_method(recipe), tokenizer, longest_input(config), recipe.model.task, text_task(config))
     prepared.ledger.gate()
     check(replace(asked, task=prepared.task.name, held_out_rows=len(prepared.evaluation)))
-    decided = decide_settings(recipe, prepared, placement)
+    decided = decide_settings(recipe, prepared, placement, config)
     resolved = resolve(recipe, {path: value for path, (value, _) in decided.items()})
     plan = plan_of(resolved, prepared, hardware, placement)
     facts = {
@@ -78,9 +86,19 @@ def get_ready(parsed: Parsed) -> Ready:
         "data.json": prepared.ledger.as_dict(),
         "plan.json": plan.as_dict(),
     }
-    run = runs.start(resolved, parsed.origins, decided, facts)
+    check_checkpoint(recipe.model, config, prepared.task, plain=checkpoint_storage(recipe.model) is None)
+    run = runs.start(resolved, parsed.origins, decided, facts, lock)
     _check_same_rows(run, prepared.ledger)
     return Ready(run, prepared, plan)
+
+
+def _check_output(parsed: Parsed) -> None:
+    """Refuse an output_dir that is, or lies above, something that the recipe reads; its own recipe.yaml may be."""
+    directory, inputs = runs.run_directory(parsed.recipe), inputs_of_recipe(parsed)
+    if (directory / "origins.json").is_file():
+        own = (directory / "recipe.yaml").absolute()
+        inputs = [one for one in inputs if one.path.absolute() != own]
+    output_directory(directory, inputs, "output_dir")
 
 
 def plan_of(recipe: Recipe, prepared: Prepared, hardware: Hardware, placement: Placement) -> Plan:

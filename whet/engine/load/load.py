@@ -120,6 +120,7 @@ def _stored_model(
     model: Model, config: PreTrainedConfig, placement: Placement, dense: torch.dtype, task: Task
 ) -> PreTrainedModel:
     """The model with the weights of its checkpoint; see `load_model`."""
+    from whet.engine.load.headers import check_checkpoint
     from whet.engine.load.prequantised import load_quantised, stored_as
     from whet.engine.load.stream import load_frozen, load_plain
 
@@ -132,6 +133,7 @@ def _stored_model(
     if placement.device.type != "cpu":
         options["device_map"] = {"": placement.device}
     stored = stored_as(config, source)
+    check_checkpoint(model, config, task, plain=stored is None)
     if stored is not None:
         return _opened(
             lambda: load_quantised(source, stored, storage, placement.double_quant, options, task), source, "model"

@@ -87,7 +87,7 @@ class FrozenQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # transformers compares shapes only where no quantiser is at work.
         found = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        _refuse_misfits(str(model.name_or_path), {n: (found[n], shape) for n, shape in self.shapes.items()}, set())
+        refuse_misfits(str(model.name_or_path), {n: (found[n], shape) for n, shape in self.shapes.items()}, set())
         # Not earlier: after reading, transformers makes room anew for every buffer that no file holds, our tables too.
         for name in list(self.filled):
             frozen, linear = self.filled.pop(name), model.get_submodule(name)
@@ -168,12 +168,12 @@ def load_plain(source: str, options: dict[str, Any], task: Task = CAUSAL) -> Pre
     network, report = loaded
     new = tuple(f"{name}." for name in head_names(network))
     wrong = {name: shapes for name, *shapes in report["mismatched_keys"] if not name.startswith(new)}
-    _refuse_misfits(source, wrong, {name for name in report["missing_keys"] if not name.startswith(new)})
+    refuse_misfits(source, wrong, {name for name in report["missing_keys"] if not name.startswith(new)})
     return network
 
 
-def _refuse_misfits(source: str, shapes: Mapping[str, Sequence[torch.Size]], missing: set[str]) -> None:
-    """shapes: name to (found, wanted)."""
+def refuse_misfits(source: str, shapes: Mapping[str, Sequence[torch.Size]], missing: set[str]) -> None:
+    """Raise UserError for weights of another shape, or that are missing. shapes: name to (found, wanted)."""
     wrong = [f"{name} {list(found)}, not {list(wanted)}" for name, (found, wanted) in shapes.items() if found != wanted]
     absent = sorted(missing)
     if wrong or absent:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from whet.base.errors import UserError
 from whet.base.private import adapt_by, has_sdpa
 from whet.engine.compute.cached_attention import CACHED_ATTENTION
+from whet.engine.load.headers import check_adapter_weights
 from whet.engine.task import CAUSAL, Task, head_names
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def attach_adapter(
             "this is no adapter", file=str(directory), expected="adapter_config.json and adapter_model.safetensors",
             fix="give the adapter/ directory of a run",
         )  # fmt: skip
+    check_adapter_weights(directory)
     wrapped = beside
     if wrapped is None:
         wrapped = wrap(network, peft.PeftConfig.from_pretrained(str(directory)), task, name)

@@ -1,0 +1,69 @@
+"""A conversation in the terminal: lines in, answers streamed to stdout, commands obeyed (`ship.commands`).
+
+What goes wrong inside the loop is said and never ends it: a typo must not cost a conversation.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from whet.base.errors import UserError
+from whet.data.example import Message
+from whet.ship.chat import Chat
+from whet.ship.commands import Talk, obey
+
+
+def talk(chat: Chat, first: str | None, system: str | None, *, quiet: bool) -> list[dict[str, str]]:
+    """Answer `first`, or read lines until they end, streaming to stdout unless `quiet`; returns the conversation."""
+    from transformers import TextStreamer
+
+    conversation = Talk(chat, [Message("system", system)] if system else [])
+    options = {"skip_prompt": True, "skip_special_tokens": True}
+    streamer = None if quiet else TextStreamer(chat.answerer.row_tokenizer.tokenizer, **options)  # type: ignore[arg-type]
+    if first is not None:
+        _ask(conversation, first, streamer)
+    else:
+        for line in _lines():
+            _turn(conversation, line, streamer)
+            if conversation.ended:
+                break
+    return [{"role": message.role, "content": message.content} for message in conversation.messages]
+
+
+def _turn(conversation: Talk, line: str, streamer: Any) -> None:
+    """Obey or answer one line; an error is told, and the conversation is as it was before."""
+    try:
+        if line.startswith("/") and not line.startswith("//"):
+            if said := obey(conversation, line):
+                sys.stderr.write(said + "\n")
+        else:
+            _ask(conversation, line.removeprefix("/") if line.startswith("//") else line, streamer)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+
+
+def _ask(conversation: Talk, text: str, streamer: Any) -> None:
+    messages = [*conversation.messages, Message("user", text)]
+    messages.append(Message("assistant", conversation.chat.reply(messages, streamer)))
+    conversation.messages = messages
+
+
+def _lines() -> Iterator[str]:
+    """Lines typed by a person, or piped in; empty ones are passed over."""
+    person = sys.stdin.isatty()
+    if person:
+        sys.stderr.write("Type a message; /help lists commands; Ctrl-D or /quit ends the conversation.\n")
+    while True:
+        if person:
+            sys.stderr.write("\n> ")
+            sys.stderr.flush()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise UserError("the message is not UTF-8", fix="set the terminal to UTF-8") from error
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
