@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from whet.arguments import parse_words
+from whet.base import language
 from whet.base.console import complain, drop_answer, flush_answer, print_json, readable_streams
 from whet.base.disk import disk_fault
 from whet.base.errors import UserError
@@ -25,6 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one verb; returns the exit code."""
     readable_streams()
     try:
+        language.choose(arguments)
         words = parse_words(arguments)
     except UserError as error:
         return _refused(error, "--json" in arguments)
@@ -38,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     except UserError as error:
         return _refused(error, words.json)
     except KeyboardInterrupt:
-        complain("\ninterrupted")
+        complain(language.translated("\ninterrupted"))
         return 130
     except BrokenPipeError:  # who read the answer had enough of it
         drop_answer()
@@ -50,13 +52,15 @@ def run(arguments: Sequence[str]) -> int:
         if fault is not None:
             return _refused(fault, words.json)
         problem = f"{type(error).__name__}: {error}"
-        complain(f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where")
+        complain(language.translated(
+            f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where"
+        ))
         return 1
     return 0
 
 
 def _refused(error: UserError, as_json: bool) -> int:
-    complain(f"error: {error}")
+    complain(language.error_text(error))
     if as_json:
         try:
             print_json({"error": error.as_dict()})

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from whet.base.disk import disk_fault
 from whet.base.errors import UserError
+from whet.base.language import console_class, translated
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,12 +32,11 @@ _consoles: dict[bool, Console] = {}
 
 def console(*, stdout: bool = False) -> Console:
     """The rich console of stderr, or of stdout for an answer that is meant for people."""
-    from rich.console import Console
-
-    if stdout not in _consoles:
-        found = Console(stderr=not stdout, highlight=False, soft_wrap=True)
+    made = console_class()
+    if type(_consoles.get(stdout)) is not made:
+        found = made(stderr=not stdout, highlight=False, soft_wrap=True)
         if not found.is_terminal:  # a file or a pipe has no width, so nothing is cut or broken
-            found = Console(stderr=not stdout, highlight=False, soft_wrap=True, width=WIDE)
+            found = made(stderr=not stdout, highlight=False, soft_wrap=True, width=WIDE)
         _consoles[stdout] = found
     return _consoles[stdout]
 
@@ -127,7 +127,7 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int, start: int = 0, patience_seconds: float = 0.0) -> None:
-        self.title, self.total, self.done, self.patience_seconds = title, total, start, patience_seconds
+        self.title, self.total, self.done, self.patience_seconds = translated(title), total, start, patience_seconds
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
         self._last, self._first, self._from = 0.0, time.monotonic(), start
@@ -144,7 +144,7 @@ class Progress:
 
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"), TextColumn("eta"), TimeRemainingColumn(), console=console(),
+                TextColumn("{task.fields[text]}"), TextColumn(translated("eta")), TimeRemainingColumn(), console=console(),
             )  # fmt: skip
             self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, text="")
             self._bar.start()
@@ -158,7 +158,7 @@ class Progress:
             self.patience_seconds = 0.0
             self._open()
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self.done, text=text)
+            self._bar.update(self._task, completed=self.done, text=translated(text))
             return
         now = time.monotonic()
         if now - self._last >= PLAIN_EVERY_SECONDS or self.done >= self.total:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from whet.base.errors import UserError
+from whet.base.language import error_text, translated
 from whet.data.example import Message
 from whet.ship.chat import Chat
 from whet.ship.commands import Talk, obey
@@ -37,11 +38,11 @@ def _turn(conversation: Talk, line: str, streamer: Any) -> None:
     try:
         if line.startswith("/") and not line.startswith("//"):
             if said := obey(conversation, line):
-                sys.stderr.write(said + "\n")
+                sys.stderr.write(translated(said) + "\n")
         else:
             _ask(conversation, line.removeprefix("/") if line.startswith("//") else line, streamer)
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(error_text(error) + "\n")
 
 
 def _ask(conversation: Talk, text: str, streamer: Any) -> None:
@@ -54,7 +55,7 @@ def _lines() -> Iterator[str]:
     """Lines typed by a person, or piped in; empty ones are passed over."""
     person = sys.stdin.isatty()
     if person:
-        sys.stderr.write("Type a message; /help lists commands; Ctrl-D or /quit ends the conversation.\n")
+        sys.stderr.write(translated("Type a message; /help lists commands; Ctrl-D or /quit ends the conversation.\n"))
     while True:
         if person:
             sys.stderr.write("\n> ")

@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+from whet.base.language import translated
 from whet.verbs.data import is_recipe
 from whet.verbs.libraries import prepare_libraries
 
@@ -51,6 +52,6 @@ def train(words: argparse.Namespace) -> dict[str, Any] | None:
     try:
         run = api.train_parsed(parsed)
     except Stopped as stopped:
-        sys.stderr.write(f"{stopped}\n")
+        sys.stderr.write(translated(f"{stopped}") + "\n")
         raise KeyboardInterrupt from stopped
     return {"run_dir": str(run.path), **(run.finished or {})}
