@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2] / "whet"
 SCOPE = json.loads((Path(__file__).parent / "scope.json").read_text("utf-8"))
 
+OTHERS = "others"  # texts of argparse, pydantic, YAML and the system, which whet shows
 # Where the arguments of a call are read by people, even when they are one word.
 PRINTED = {
     "UserError", "Rule", "say", "answer", "add_column", "add_row", "Progress", "ArgumentTypeError", "advance",
@@ -27,9 +28,8 @@ UNREAD = {
     "compile", "getattr", "hasattr", "setattr", "startswith", "endswith", "removeprefix", "removesuffix", "get", "search",
     "match", "fullmatch", "sub", "split", "rsplit", "partition", "rpartition", "replace", "count", "find", "index", "encode",
     "TypeVar", "import_module", "find_spec", "AssertionError", "ValueError", "TypeError", "RuntimeError", "KeyError",
-    "NotImplementedError", "ImportError", "filterwarnings", "getLogger", "strip", "lstrip", "rstrip", "Literal", "setting", "Private",
+    "NotImplementedError", "ImportError", "filterwarnings", "getLogger", "strip", "lstrip", "rstrip", "Literal", "Private",
 }  # fmt: skip
-
 
 @dataclass
 class Text:
@@ -40,7 +40,6 @@ class Text:
     place: str
     values: list[str] = field(default_factory=list)
     optional: set[int] = field(default_factory=set)
-
 
 def collect(root: Path = ROOT) -> dict[str, Text]:
     """Every text below `root` by its English template, in the order of files and lines."""
@@ -55,16 +54,15 @@ def collect(root: Path = ROOT) -> dict[str, Text]:
                 text.room = "found" if text.english in SCOPE["found"] else "tables"
             if text.english not in found or text.room == "found":
                 found[text.english] = text
+    found = {english: text for english, text in found.items() if english not in SCOPE["texts"]}
     for room, texts in SCOPE["also"].items():
         for english in texts:
-            found.setdefault(english, Text(english, room, "scope.json"))
-    return {english: text for english, text in found.items() if english not in SCOPE["texts"]}
-
+            found[english] = Text(english, room, "scope.json")
+    return found
 
 def room_of(name: str) -> str:
     """The catalogue file for a source file: its room, or the file's own name at the top."""
     return name.split("/")[0].removesuffix(".py")
-
 
 class _Reader:
     """Walk through one file, knowing what stands around each string."""
@@ -189,13 +187,11 @@ class _Reader:
         for value in inner:
             yield from self._of(value, isinstance(value, ast.IfExp | ast.BoolOp) and not _is_ending(value))
 
-
 STYLES = {"style", "justify", "overflow", "file", "field", "dest", "action", "metavar", "default", "choices", "mode"}
 STYLES |= {"prog", "encoding", "errors", "formatter_class", "type", "nargs", "epilog", "name", "path", "dtype"}
 _FIELD = re.compile(r"\{(?!\d+\})(?:[a-z_]\w*(?:\.\w+|\[\d+\])*(?::[^{}]*)?)?\}|%s")
-_PATTERN = re.compile(r"\(\?[:i<=!P]|\\[dswbu]|\[\^|\[A-Z")  # signs of a regular expression
+_PATTERN = re.compile(r"\(\?[:i<=!P]|\\[dsw]|\[\^|\[A-Z")  # signs of a regular expression
 _WORD = re.compile(r"[A-Za-z]{2,}")
-
 
 def _as_found(texts: Iterator[Text]) -> Iterator[Text]:
     """Texts in the place of a found value, which are looked up apart from all others."""
@@ -203,14 +199,11 @@ def _as_found(texts: Iterator[Text]) -> Iterator[Text]:
         text.room = "found"
         yield text
 
-
 def _called(node: ast.Call) -> str:
     return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
-
 def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
-
 
 def _added(node: ast.expr) -> Iterator[ast.expr]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -218,7 +211,6 @@ def _added(node: ast.expr) -> Iterator[ast.expr]:
         yield from _added(node.right)
     else:
         yield node
-
 
 def _numbered(english: str, values: list[str]) -> str:
     """The fields of str.format and % are numbered on, as those of an f-string are."""
@@ -229,14 +221,12 @@ def _numbered(english: str, values: list[str]) -> str:
 
     return _FIELD.sub(number, english)
 
-
 def _is_ending(node: ast.AST) -> bool:
     """True for a plural's ending or the like: a choice between constants of at most three characters."""
     return isinstance(node, ast.IfExp) and all(
         isinstance(part, ast.Constant) and isinstance(part.value, str) and len(part.value) <= 3 and " " not in part.value
         for part in (node.body, node.orelse)
     )
-
 
 def _is_shown(english: str, printed: bool) -> bool:
     """True if the literal words of a template are ones that people read."""
@@ -248,4 +238,4 @@ def _is_shown(english: str, printed: bool) -> bool:
         return False
     if printed:
         return not re.fullmatch(r"[\W\d]*(whet )?[\w.\-/=:]*[._=/\-:][\w.\-/=:]*\s*", literal) or " " in literal.strip()
-    return " " in literal.strip() and len(words) >= 2
+    return " " in literal.strip() and len(re.findall(r"[A-Za-z]+", literal)) >= 2

@@ -19,12 +19,14 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "builtin" / "korean"
 TABLES = "tables"  # names of rows and columns: no texts elsewhere, where the same words are code
+PARTS = "parts"  # single words that are whet's own only where a template says so
 FOUND = "found"  # texts of whet in the place of a found value, which are rows and names otherwise
-SHORT_LITERAL = 5  # letters: so little of a template says nothing, unless its values are single words
+SHORT_LITERAL = 4  # letters: so little of a template says nothing, unless its values are single words
 DEEPEST = 4  # texts within texts
 _PLACE = re.compile(r"\{(\d+)(:words)?\}")
 _WORD = re.compile(r"[A-Za-z]{2,}")
 _BETWEEN = re.compile(r"(, |; | and | or )")
+_ENDING = ",;"  # how a text begins that is added to the end of others
 _JOINED = {" and ": ", ", " or ": " 또는 "}
 
 
@@ -72,7 +74,7 @@ def _positions(text: str, literals: Iterable[str], begin: int, end: int) -> list
     """Where each literal stands, as far left as possible, with its length."""
     found = []
     for literal in literals:
-        at = text.find(literal, begin, end)
+        at = text.find(literal, begin, end) if literal else _end_of_word(text, begin, end)
         if at < 0:
             return None
         found.append((at, len(literal)))
@@ -80,11 +82,16 @@ def _positions(text: str, literals: Iterable[str], begin: int, end: int) -> list
     return found
 
 
+def _end_of_word(text: str, begin: int, end: int) -> int:
+    """Where a value ends that another one follows at once, which then begins with a space or a sign."""
+    return next((at for at in range(begin, end) if text[at] in " ,;("), end)
+
+
 def _positions_from_right(text: str, literals: tuple[str, ...], begin: int, end: int) -> list[tuple[int, int]]:
     """The same, as far right as possible; called where there is a match."""
     found = []
     for literal in reversed(literals):
-        end = text.rfind(literal, begin, end)
+        end = text.rfind(literal, begin, end) if literal else end
         found.append((end, len(literal)))
     return found[::-1]
 
@@ -104,11 +111,13 @@ def template(english: str, korean: str) -> Template:
 class Catalogue:
     """Entries that can be looked up by a text as it is shown."""
 
-    def __init__(self, entries: Mapping[str, str]) -> None:
+    def __init__(self, entries: Mapping[str, str], parts: Mapping[str, str] | None = None) -> None:
+        self._parts = parts or {}
         self.exact = {english: korean for english, korean in entries.items() if not _PLACE.search(english)}
         templates = [template(english, korean) for english, korean in entries.items() if _PLACE.search(english)]
         words = [{word for literal in one.literals for word in _whole_words(literal)} for one in templates]
         common = Counter(word for of_one in words for word in of_one)
+        self._endings = {english: korean for english, korean in self.exact.items() if english[:1] in _ENDING}
         self._by_word: dict[str, list[Template]] = defaultdict(list)
         for one, of_one in zip(templates, words, strict=True):
             self._by_word[min(of_one, key=lambda word: (common[word], word)) if of_one else ""].append(one)
@@ -124,25 +133,37 @@ class Catalogue:
         if body and body != text and (inner := self._whole(body, depth)) is not None:
             at = text.index(body)
             return text[:at] + inner + text[at + len(body) :]
+        for ending, korean in self._endings.items():
+            if text.endswith(ending) and (inner := self._whole(text.removesuffix(ending), depth)) is not None:
+                return inner + korean
         for between in (": ", "  "):  # a name and what it is
             head, separator, tail = text.rpartition(between)
             if separator and tail in self.exact:
                 return head + separator + self.exact[tail]
+        head, bracket, tail = text.rpartition(" (")
+        if bracket and tail.endswith(")") and head in self.exact:
+            return f"{self.exact[head]} ({self.words(tail[:-1], depth)})"
         return text
 
     def words(self, text: str, depth: int = 0) -> str:
         """A text of whet within another one: as it is, or put together with commas."""
-        whole = self._whole(text, depth)
+        whole = self._part(text, depth)
         if whole is not None:
             return whole
+        body = text.strip(" ()")
+        if body and body != text and (inner := self._part(body, depth)) is not None:
+            return text.replace(body, inner)
         pieces = _BETWEEN.split(text)
-        known = [self._whole(piece, depth) for piece in pieces[::2]]
-        if len(pieces) == 1 or not any(known):
+        known = [self._part(piece, depth) for piece in pieces[::2]]
+        if len(pieces) == 1 or not (any(known) or all(" " not in piece for piece in pieces[::2])):
             return text
         shown = [piece if now is None else now for piece, now in zip(pieces[::2], known, strict=True)]
         return shown[0] + "".join(
             _JOINED.get(between, between) + one for between, one in zip(pieces[1::2], shown[1:], strict=True)
         )
+
+    def _part(self, text: str, depth: int) -> str | None:
+        return self._parts[text] if text in self._parts else self._whole(text, depth)
 
     def _whole(self, text: str, depth: int) -> str | None:
         if text in self.exact:
@@ -183,7 +204,9 @@ def _entries(folder: Path = FOLDER) -> dict[str, dict[str, str]]:
 def catalogue() -> Catalogue:
     """What whet says in sentences."""
     rooms = _entries()
-    return Catalogue({english: ko for room, texts in rooms.items() if room != TABLES for english, ko in texts.items()})
+    apart = (TABLES, PARTS)
+    texts = {english: ko for room, texts in rooms.items() if room not in apart for english, ko in texts.items()}
+    return Catalogue(texts, rooms.get(PARTS))
 
 
 @functools.cache

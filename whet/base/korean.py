@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from rich.cells import cell_len
@@ -14,6 +15,7 @@ from whet.base.errors import UserError, shorten
 
 LABELS = {"found": "현재 값:", "expected": "올바른 값:", "fix": "해결:"}
 _LABEL_CELLS = 11
+_CHOICES = re.compile(r"(?:[^ ]+, )*[^ ]+ or [^ ]+")
 
 
 def error_in_korean(error: UserError) -> str:
@@ -36,8 +38,7 @@ def error_in_korean(error: UserError) -> str:
 def _sentence(text: str) -> str:
     """A text of whet, or choices of single words, which are code but for the word between them."""
     shown = catalogue().translated(text)
-    choices = text.split(" or ")
-    return " 또는 ".join(choices) if shown == text and not any(" " in one for one in choices) else shown
+    return re.sub(" or (?=[^ ]+$)", " 또는 ", text) if shown == text and _CHOICES.fullmatch(text) else shown
 
 
 def _labelled(name: str, text: str) -> str:
