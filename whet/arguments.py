@@ -189,6 +189,7 @@ def _data_verbs(verbs: Any) -> None:
     parser = verbs.add_parser("data", help=what, description=what[0].upper() + what[1:] + ".",
                               epilog=f"example:\n  {example}", formatter_class=help_format()
                               )  # fmt: skip
+    parser.add_argument("--lang", choices=LANGUAGES, help=LANGUAGE)
     inner = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     target = "a recipe (.yaml) or a data file, directory, glob or hub:owner/name"
     check = _verb(inner, "check", "what is in the data and what exactly is learned", data.data,

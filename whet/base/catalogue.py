@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -40,11 +41,7 @@ class Template:
     literals: tuple[str, ...]
     numbers: tuple[int, ...]
     parts: tuple[str | tuple[int, bool], ...]
-
-    @property
-    def letters(self) -> int:
-        """How much of the text the template itself says."""
-        return sum(len(word) for literal in self.literals for word in _WORD.findall(literal))
+    letters: int  # how much of the text the template itself says
 
     def values(self, text: str) -> dict[int, str] | None:
         """The value of each place, or None where the text is another one or could be read in two ways."""
@@ -105,7 +102,8 @@ def template(english: str, korean: str) -> Template:
         parts += [korean[at : place.start()], (int(place[1]), place[2] is not None)]
         at = place.end()
     parts.append(korean[at:])
-    return Template(tuple(pieces[::2]), tuple(int(number) for number in pieces[1::2]), tuple(parts))
+    letters = sum(len(word) for literal in pieces[::2] for word in _WORD.findall(literal))
+    return Template(tuple(pieces[::2]), tuple(int(number) for number in pieces[1::2]), tuple(parts), letters)
 
 
 class Catalogue:
@@ -118,9 +116,11 @@ class Catalogue:
         words = [{word for literal in one.literals for word in _whole_words(literal)} for one in templates]
         common = Counter(word for of_one in words for word in of_one)
         self._endings = {english: korean for english, korean in self.exact.items() if english[:1] in _ENDING}
-        self._by_word: dict[str, list[Template]] = defaultdict(list)
-        for one, of_one in zip(templates, words, strict=True):
-            self._by_word[min(of_one, key=lambda word: (common[word], word)) if of_one else ""].append(one)
+        self._by_word: dict[str, list[tuple[int, Template]]] = defaultdict(list)
+        pairs = sorted(zip(templates, words, strict=True), key=lambda pair: _precision(pair[0]), reverse=True)
+        for rank, (one, of_one) in enumerate(pairs):
+            rarest = min(of_one, key=lambda word: (common[word], word)) if of_one else ""
+            self._by_word[rarest].append((rank, one))
 
     def translated(self, text: str, depth: int = 0) -> str:
         """The Korean of a text; of each line where the whole is not known; the text itself where nothing is."""
@@ -170,8 +170,13 @@ class Catalogue:
             return self.exact[text]
         if depth > DEEPEST:
             return None
-        candidates = [one for word in {"", *_WORD.findall(text)} for one in self._by_word.get(word, ())]
-        for one in sorted(candidates, key=lambda one: (-one.letters, -len("".join(one.literals)))):
+        candidates = [
+            pair
+            for word in {"", *_WORD.findall(text)} & self._by_word.keys()
+            for pair in self._by_word[word]
+            if text.startswith(pair[1].literals[0]) and text.endswith(pair[1].literals[-1])
+        ]
+        for _, one in sorted(candidates, key=operator.itemgetter(0)):
             values = one.values(text)
             if values is not None and (shown := self._filled(one, values, depth)) is not None:
                 return shown
@@ -187,6 +192,10 @@ class Catalogue:
         if one.letters <= SHORT_LITERAL and any(" " in values[part[0]] == now for part, now in shown.items()):
             return None
         return "".join(part if isinstance(part, str) else shown[part] for part in one.parts)
+
+
+def _precision(one: Template) -> tuple[int, int]:
+    return one.letters, sum(map(len, one.literals))
 
 
 def _whole_words(literal: str) -> list[str]:
@@ -211,5 +220,12 @@ def catalogue() -> Catalogue:
 
 @functools.cache
 def catalogue_of(room: str) -> Catalogue:
-    """The entries of one file: `tables` or `found`."""
-    return Catalogue(_entries().get(room, {}))
+    """The entries of one file: `tables`, with single words, or `found`, without templates that say next to nothing."""
+    texts = {**(_entries().get(PARTS, {}) if room == TABLES else {}), **_entries().get(room, {})}
+    if room == FOUND:
+        texts = {
+            english: korean
+            for english, korean in texts.items()
+            if not _PLACE.search(english) or template(english, korean).letters > SHORT_LITERAL
+        }
+    return Catalogue(texts)
