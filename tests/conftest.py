@@ -13,6 +13,7 @@ import torch
 from whet.base.console import quiet_libraries
 from whet.recipe import Parsed
 
+os.environ["WHET_LANG"] = "en"  # whatever language the machine speaks
 torch.set_num_threads(1)  # the matrices are tiny, and waiting threads fight over two shared cores
 
 

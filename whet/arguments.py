@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from whet.aliases import NAMES
 from whet.base.errors import UserError, nearest
+from whet.base.language import LANGUAGES, help_format
 from whet.verbs import about, answers, data, training
 from whet.verbs import adapters as adapter_verbs
 
@@ -23,6 +24,7 @@ start here:
   whet data check tickets.yaml --show 3      what exactly is learned
   whet train tickets.yaml train.learning_rate=1e-4
 """
+LANGUAGE = "language of what people read (that of WHET_LANG or LANG)"
 OVERRIDES = "settings as section.key=value, laid over the recipe"
 _SETTING = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
@@ -98,9 +100,10 @@ def _unknown(strange: Sequence[str], words: argparse.Namespace) -> UserError:
 def parser_of_words() -> Words:
     """The parser of the whole command line."""
     parser = Words(
-        prog="whet", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="whet", description=DESCRIPTION, epilog=EPILOG, formatter_class=help_format()
     )
     parser.add_argument("--version", action="version", version=f"whet {_version()}")
+    parser.add_argument("--lang", choices=LANGUAGES, help=LANGUAGE)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     _verb(verbs, "quickstart", "everything on the built-in model and data", training.quickstart,
           "whet quickstart --json", overrides=True)  # fmt: skip
@@ -135,7 +138,7 @@ def _verb(
 ) -> argparse.ArgumentParser:  # fmt: skip
     parser = verbs.add_parser(
         name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=help_format(),
     )  # fmt: skip
     if target:
         parser.add_argument("target", help=target)
@@ -143,6 +146,7 @@ def _verb(
         parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     parser.add_argument("--json", action="store_true", help="print the answer as one JSON object on stdout")
     parser.add_argument("--offline", action="store_true", help="never use the network, also not for a hub name")
+    parser.add_argument("--lang", choices=LANGUAGES, help=LANGUAGE)
     parser.add_argument("--traceback", action="store_true", help="show where a failure of whet itself happened")
     parser.set_defaults(call=call, help_text=parser.format_help)
     return parser
@@ -186,8 +190,9 @@ def _data_verbs(verbs: Any) -> None:
     what = "look at data before training, have it judged, add paraphrases"
     example = "whet data check tickets.yaml --show 3\n  whet data judge --help"
     parser = verbs.add_parser("data", help=what, description=what[0].upper() + what[1:] + ".",
-                              epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+                              epilog=f"example:\n  {example}", formatter_class=help_format()
                               )  # fmt: skip
+    parser.add_argument("--lang", choices=LANGUAGES, help=LANGUAGE)
     inner = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     target = "a recipe (.yaml) or a data file, directory, glob or hub:owner/name"
     check = _verb(inner, "check", "what is in the data and what exactly is learned", data.data,

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from whet.arguments import parse_words
+from whet.base import language
 from whet.base.console import drop_answer, flush_answer, readable_streams, write_error, write_json
 from whet.base.disk import disk_fault
 from whet.base.errors import UserError
@@ -25,6 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one verb; returns the exit code."""
     readable_streams()
     try:
+        language.choose(arguments)
         words = parse_words(arguments)
     except UserError as error:
         return _refused(error, "--json" in arguments)
@@ -38,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     except UserError as error:
         return _refused(error, words.json)
     except KeyboardInterrupt:
-        write_error("\ninterrupted\n")
+        write_error(language.translated("\ninterrupted") + "\n")
         return 130
     except BrokenPipeError:  # who read the answer had enough of it
         drop_answer()
@@ -50,13 +52,15 @@ def run(arguments: Sequence[str]) -> int:
         if fault is not None:
             return _refused(fault, words.json)
         problem = f"{type(error).__name__}: {error}"
-        write_error(f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where\n")
+        write_error(language.translated(
+            f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where"
+        ) + "\n")  # fmt: skip
         return 1
     return 0
 
 
 def _refused(error: UserError, as_json: bool) -> int:
-    write_error(f"error: {error}\n")
+    write_error(language.error_text(error) + "\n")
     if as_json:
         try:
             write_json({"error": error.as_dict()}, indent=1)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from whet.base.disk import disk_fault
 from whet.base.errors import UserError
+from whet.base.language import console_class, translated
 from whet.base.visible import visible, visible_json
 
 if TYPE_CHECKING:
@@ -30,23 +31,25 @@ if TYPE_CHECKING:
 PLAIN_EVERY_SECONDS = 5.0
 WIDE = 400  # characters of a line that goes to no terminal
 _consoles: dict[bool, Console] = {}
+_made_of: dict[bool, type[Console]] = {}  # the language may change
 
 
 def console(*, stdout: bool = False) -> Console:
     """The rich console of stderr, or of stdout for an answer that is meant for people."""
-    if stdout not in _consoles:
+    made = console_class()
+    if _made_of.get(stdout) is not made:
         found = _console(stdout)
         if not found.is_terminal:  # a file or a pipe has no width, so nothing is cut or broken
             found = _console(stdout, width=WIDE)
+        _made_of[stdout] = made
         _consoles[stdout] = found
     return _consoles[stdout]
 
 
 def _console(stdout: bool, **options: Any) -> Console:
-    from rich.console import Console
     from rich.segment import Segment
 
-    class SafeConsole(Console):
+    class SafeConsole(console_class()):  # type: ignore[misc]
         """rich's console, whose own control sequences reach the terminal and nobody else's."""
 
         def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
@@ -164,7 +167,7 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int, start: int = 0, patience_seconds: float = 0.0) -> None:
-        self.title, self.total, self.done, self.patience_seconds = title, total, start, patience_seconds
+        self.title, self.total, self.done, self.patience_seconds = translated(title), total, start, patience_seconds
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
         self._last, self._first, self._from = 0.0, time.monotonic(), start
@@ -181,7 +184,7 @@ class Progress:
 
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"), TextColumn("eta"), TimeRemainingColumn(), console=console(),
+                TextColumn("{task.fields[text]}"), TextColumn(translated("eta")), TimeRemainingColumn(), console=console(),
             )  # fmt: skip
             self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, text="")
             self._bar.start()
@@ -195,7 +198,7 @@ class Progress:
             self.patience_seconds = 0.0
             self._open()
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self.done, text=text)
+            self._bar.update(self._task, completed=self.done, text=translated(text))
             return
         now = time.monotonic()
         if now - self._last >= PLAIN_EVERY_SECONDS or self.done >= self.total:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from whet.base.console import Progress, say, write_error
 from whet.base.errors import UserError
+from whet.base.language import translated
 from whet.data.batch.padded import source_text
 from whet.data.labels import encode_texts, encode_typed
 from whet.data.template.row_tokenizer import RowTokenizer
@@ -193,7 +194,7 @@ def predict_file(
         Progress("predicting", total or 0) if shown else nullcontext() as bar,
     ):
         if person:
-            write_error("One text a line; Ctrl-D ends.\n")
+            write_error(translated("One text a line; Ctrl-D ends.\n"))
             predictor = replace(predictor, batch_size=1)
         questions = in_file(source, asks) if total is not None else _standard_input(asks)
         for question, answer in predict(predictor, questions, 1 if person else BATCHES_TOGETHER):

@@ -11,6 +11,7 @@ from typing import Any
 
 from whet.base.console import write_answer, write_error
 from whet.base.errors import UserError
+from whet.base.language import error_text, translated
 from whet.data.example import Message
 from whet.ship.chat import Chat
 from whet.ship.commands import Talk, obey
@@ -44,11 +45,11 @@ def _turn(conversation: Talk, line: str, streamer: Any) -> None:
     try:
         if line.startswith("/") and not line.startswith("//"):
             if said := obey(conversation, line):
-                write_error(said + "\n")
+                write_error(translated(said) + "\n")
         else:
             _ask(conversation, line.removeprefix("/") if line.startswith("//") else line, streamer)
     except UserError as error:
-        write_error(f"error: {error}\n")
+        write_error(error_text(error) + "\n")
 
 
 def _ask(conversation: Talk, text: str, streamer: Any) -> None:
@@ -61,7 +62,7 @@ def _lines() -> Iterator[str]:
     """Lines typed by a person, or piped in; empty ones are passed over."""
     person = sys.stdin.isatty()
     if person:
-        write_error("Type a message; /help lists commands; Ctrl-D or /quit ends the conversation.\n")
+        write_error(translated("Type a message; /help lists commands; Ctrl-D or /quit ends the conversation.\n"))
     while True:
         if person:
             write_error("\n> ")

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from whet.base.console import write_answer, write_error
+from whet.base.language import translated
 from whet.verbs.data import is_recipe
 from whet.verbs.libraries import prepare_libraries
 
@@ -57,6 +58,6 @@ def train(words: argparse.Namespace) -> dict[str, Any] | None:
         try:
             run = api.train_parsed(parsed)
         except Stopped as stopped:
-            write_error(f"{stopped}\n")
+            write_error(translated(f"{stopped}") + "\n")
             raise KeyboardInterrupt from stopped
     return {"run_dir": str(run.path), **(run.finished or {})}
