@@ -18,7 +18,8 @@ from whet.recipe import parse, to_tree, to_yaml
 KNOWN = {path for name in METHODS for path in flat(to_tree(parse(None, [f"method={name}"]).recipe))}
 KNOWN |= {"method.rank_pattern", "method.alpha_pattern"}
 SAMPLES = {
-    "method.name": "lora", "model.adapter": "a", "method.target_modules": ["q_proj"], "data.columns": {"prompt": "q"}, "train.optim": "sgd",
+    "method.name": "lora", "model.adapter": "a",
+    "method.target_modules": ["q_proj"], "data.columns": {"prompt": "q"}, "train.optim": "sgd",
     "train.lr_scheduler_type": "linear", "data.dataset": "a.jsonl", "data.eval_dataset": "b.jsonl",
     "model.chat_template": "chatml", "model.tokenizer": "t", "model.path": "m", "data.max_length": 64,
     "base.double_quant": True, "data.packing": True, "data.padding_free": False, "base.keep_transposed": True,

@@ -61,8 +61,9 @@ class Bridge(PeftMethod):
             shapes = _shapes(network, options["target_modules"])
             if not shapes:
                 raise UserError(
-                    f"{self.name} needs layers with plain weights", field="base.storage", found="none of those it adapts",
-                    expected=", ".join(self.can.storages), fix=f"base.storage={self.can.storages[0]}",
+                    f"{self.name} needs layers with plain weights", field="base.storage",
+                    found="none of those it adapts", expected=", ".join(self.can.storages),
+                    fix=f"base.storage={self.can.storages[0]}",
                 )  # fmt: skip
             options = {name: most(shapes) for name, most in row.fits.items()} | options
         if self.name in ("prompt", "p_tuning"):  # PEFT finds these by the names of a few families

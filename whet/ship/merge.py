@@ -4,9 +4,9 @@ What the adapter was trained on (the dequantised base) and the base as its check
 of the checkpoint first and in wider ones when that loses answers or cannot hold a weight; each is written, read back by
 plain transformers with the attention that it gives the model, and compared with the live adapter on held-out rows:
 `ship.agreement` for models that write, `ship.label_agreement` for labels and values. The first candidate that agrees
-everywhere is kept, else the closest; too far away is refused. The certificate lies beside the weights and says what they
-were made of and what they are, so that the same merge is not made twice. A directory with anything else in it is never
-replaced.
+everywhere is kept, else the closest; too far away is refused. The certificate lies beside the weights and says what
+they were made of and what they are, so that the same merge is not made twice. A directory with anything else in it is
+never replaced.
 """
 
 from __future__ import annotations
@@ -126,6 +126,8 @@ def _earlier(out: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
             expected="a new or empty directory", fix="give a new directory, or remove this one yourself",
         )  # fmt: skip
     return found
+
+
 def _remember(run: Run, certificate: dict[str, Any]) -> None:
     """Keep the certificate in the run; the folder of an adapter alone is somebody's input, and left as it is."""
     if run.has_recipe:
