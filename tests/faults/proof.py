@@ -30,7 +30,7 @@ import tiny  # noqa: E402
 FAULTS = {"kill": -1, "error": errno.EIO, "full disk": errno.ENOSPC, "short write": -2, "other disk": errno.EXDEV}
 STAYS = ("full disk", "other disk")
 KILLED = -signal.SIGKILL
-ON_THE_DAY = {"timing.jsonl", "finished.json", "report.html", "loss.png", "environment.json"}  # never twice the same
+ON_THE_DAY = {"timing.jsonl", "finished.json", "state.json", "manifest.json"}  # they hold times: never twice the same
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,10 @@ class Proof:
 
 
 def content(path: Path) -> Any:
-    """The bytes of a file, or of all files of a directory but those of the day; None where nothing is."""
+    """The bytes of a file, or of all files of a directory, where those of the day are only there; None for nothing."""
     if path.is_dir():
-        files = {str(one.relative_to(path)): one.read_bytes() for one in path.rglob("*") if one.is_file()}
-        return {name: text for name, text in files.items() if name not in ON_THE_DAY}
+        files = {str(one.relative_to(path)): one for one in path.rglob("*") if one.is_file()}
+        return {name: b"" if one.name in ON_THE_DAY else one.read_bytes() for name, one in files.items()}
     return path.read_bytes() if path.is_file() else None
 
 
