@@ -263,4 +263,4 @@ def test_the_check_finds_it_all_and_strict_says_so(tmp_path: Path, capsys: pytes
     assert cli.run(["data", "check", path, "--strict", "--fast"]) == 2
     assert "--strict allows none" in capsys.readouterr().err
     assert cli.run(["data", "check", clean, "--strict", "--fast"]) == 0
-    assert cli.run(["data", "check", clean, "--html", str(tmp_path / "no" / "such" / "page.html")]) == 2
+    assert cli.run(["data", "check", clean, "--html", str(tmp_path / "new" / "folder" / "page.html")]) == 0

@@ -27,7 +27,7 @@ from whet.data.read.record import COPY_AGAIN
 
 HEAD_BYTES = 64
 # Text packs to a tenth; what unpacks to over a hundred times its size would be read for hours, or fills the memory.
-MOST_TIMES, UNPACKED_AT_LEAST = 100, 8 << 20
+MOST_TIMES, UNPACKED_AT_LEAST = 100, 256 << 20
 BUFFER_BYTES, PACKED_BUFFER_BYTES = 1 << 18, 1 << 15
 _LFS_POINTER = b"version https://git-lfs"
 _UTF16 = ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW")

@@ -63,8 +63,9 @@ class RememberedTokenizer:
 
     def __call__(self, text: Any, text_pair: Any = None, **options: Any) -> Any:
         """input_ids and token_type_ids of one text, or of a list of texts (with their pairs) without padding."""
-        if isinstance(text, str) and text_pair is None and not options:
-            return SimpleNamespace(input_ids=self._encoded([text], None)[0].ids)
+        if isinstance(text, str) and not options:
+            one = self._encoded([text if text_pair is None else (text, text_pair)], None)[0]
+            return SimpleNamespace(input_ids=one.ids, token_type_ids=one.type_ids)
         length, cut = options.pop("max_length", None), options.pop("truncation", False)
         if not isinstance(text, list) or options != _CALL or cut != (length is not None):
             return self.whole()(text, text_pair, max_length=length, truncation=cut, **options)
