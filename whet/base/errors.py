@@ -16,7 +16,6 @@ from typing import Any
 from whet.base.secrets import hide
 from whet.base.visible import visible
 
-
 LONGEST_NAME, MOST_CHOICES = 100, 5000
 
 

@@ -46,7 +46,9 @@ def two_ways(row_tokenizer: RowTokenizer, examples: Sequence[Example], policy: M
         leads = [rendered.text[turn.start : turn.content] for turn in answers]
         if len(set(leads)) > 1:
             last = shorten(repr(leads[-1]), 40)
-            yield (f"the template writes {last} before the last answer and not before "
-                   "earlier ones, so one kind of question is answered in two ways; data.loss_on=last_assistant learns the last alone "
-                   f"({shorten(example.file, 60)} row {example.row} for one)")  # fmt: skip
+            row = f"{shorten(example.file, 60)} row {example.row}"
+            yield (
+                f"the template writes {last} before the last answer and not before earlier ones, so one question "
+                f"is answered in two ways ({row}); data.loss_on=last_assistant learns the last alone"
+            )  # fmt: skip
             return
