@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test mutants check format bench clean
+.PHONY: help install quickstart test hostile mutants check format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -26,6 +26,9 @@ quickstart: $(READY) ## learn, score, merge and show, on the built-in model and 
 
 test: $(READY) ## all CPU tests, under 10 minutes on 2 cores, no network
 	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+hostile: $(READY) ## hostile recipes, rows, templates and terminals: each is refused clearly or means what it says
+	@$(BIN)/python -m pytest tests/hostile tests/test_template_refusals.py -q
 
 mutants: $(READY) ## careless edits planted one at a time: every one must turn a test red (an hour)
 	@$(BIN)/python tests/mutants/run.py
