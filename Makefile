@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-oldest test-newest families mutants faults check format bench clean
+.PHONY: help install quickstart test test-oldest test-newest hostile families mutants faults check format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -35,6 +35,9 @@ test-newest: ## the same with the highest
 
 families: $(READY) ## every text family of transformers, trained, answered and merged against plain transformers (10 minutes)
 	@$(BIN)/python tests/families/run.py --jobs 2
+
+hostile: $(READY) ## hostile recipes, rows, templates and terminals: each is refused clearly or means what it says
+	@$(BIN)/python -m pytest tests/hostile tests/test_template_refusals.py -q
 
 mutants: $(READY) ## careless edits planted one at a time: every one must turn a test red (an hour)
 	@$(BIN)/python tests/mutants/run.py

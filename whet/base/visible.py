@@ -11,7 +11,7 @@ import re
 
 _NEWLINES = re.compile(r"\r\n?|[\x85\u2028\u2029]")
 _CONTROL = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufff9-\ufffb"
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2028\u2029\u2060-\u2069\ufeff\ud800-\udfff\ufff9-\ufffb"
     r"\ufffe\uffff\U000e0000-\U000e007f]"
 )
 

@@ -20,7 +20,8 @@ from whet.base.errors import UserError, nearest
 from whet.data.batch.ledger import Ledger
 from whet.data.batch.store import Examples, Store
 from whet.data.config import Data, listed
-from whet.data.example import Example
+from whet.data.example import Example, named
+from whet.data.format.label_field import read_number
 from whet.data.format.recognise import Format, recognise
 from whet.data.format.standardise import Dropped, standardise
 from whet.data.judge.added import source_id
@@ -147,9 +148,9 @@ class _Collector:
         dropped, before = Dropped(), len(self.store)
         stream = standardise(
             chain(sample, records), kind, self.data.columns, empty=self.data.empty, dropped=dropped,
-            preference=self.data.preference, invalid=self.data.invalid, numbers=self.numbers,
+            preference=self.data.preference, invalid=self.data.invalid,
         )  # fmt: skip
-        for example in islice(self._cleaned(stream), limit):
+        for example in islice(self._cleaned(_with_values(stream) if self.numbers else stream), limit):
             self.store.add(example)
             self.sources.append(len(self.names))
             if field == "dataset" and self._has_groups:
@@ -225,6 +226,17 @@ class _Collector:
         if self.data.personal != "keep":
             stream = without_personal_data(stream, self.data.personal, PersonalData(), note)
         return iter(stream)
+
+
+def _with_values(stream: Iterable[Example]) -> Iterator[Example]:
+    """The examples with labels in text read as values."""
+    for example in stream:
+        try:
+            value = None if example.label is None else read_number(example.label)
+        except UserError as error:
+            error.file, error.row = example.file, example.row
+            raise
+        yield example if value == example.label else named(replace(example, label=value))
 
 
 def _check_kind(kind: Format, other: Format, field: str) -> None:

@@ -15,7 +15,7 @@ from whet.base.errors import UserError
 from whet.data.example import Example, Message, named
 from whet.data.format.absent import Nulls, without_absent
 from whet.data.format.fields import MEDIA, NothingToLearn, refuse_media
-from whet.data.format.label_field import LabelledText, read_number
+from whet.data.format.label_field import LabelledText
 from whet.data.format.preference import Judged, Learned, feedback, pair
 from whet.data.format.recognise import Format, FormatName, original, recognise, rename
 from whet.data.format.single import Conversation, alpaca, classification, prompt_completion, raw_text, turn_list
@@ -69,14 +69,12 @@ def standardise(
     dropped: Dropped | None = None,
     preference: Learned = "error",
     invalid: Literal["error", "drop"] = "error",
-    numbers: bool = False,
 ) -> Iterator[Example]:
     """The examples of `records`, in order.
 
     With `empty="drop"` blank answers are left out and listed in `dropped`. preference: for a row that judges its
     answers, "error" refuses it, "chosen" gives the good answer and lists the other in `dropped`, "check" gives both.
-    With `invalid="drop"` rows that do not keep to the format are left out and listed. numbers: labels are values,
-    which may be written as text. Raises UserError.
+    With `invalid="drop"` rows that do not keep to the format are left out and listed. Raises UserError.
     """
     listing = empty == "drop" or preference == "chosen" or invalid == "drop"
     assert dropped is not None or not listing, "nothing is dropped uncounted"
@@ -90,8 +88,6 @@ def standardise(
             if not MEDIA.isdisjoint(value):
                 refuse_media(value)
             content = convert(value, format.needed[0])
-            if numbers and isinstance(content, LabelledText):
-                content = content._replace(label=read_number(content.label))
         except UserError as error:
             error.file, error.row, error.field = record.file, record.row, original(error.field, columns)
             blank = empty == "drop" and isinstance(error, NothingToLearn)

@@ -158,7 +158,7 @@ def text_stream(disk: WatchedFile, packing: str) -> BinaryIO:
 
 
 class _Unpacked(io.RawIOBase):
-    """What a packed file holds, as long as it is not far more than the file."""
+    """The bytes inside of a packed file, as long as they are not far more than those of the file."""
 
     def __init__(self, disk: WatchedFile, inside: BinaryIO) -> None:
         super().__init__()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +37,14 @@ def kind_of_tokenizer(tokenizer: Any) -> str:
     return tokenizer.kind if isinstance(tokenizer, RememberedTokenizer) else type(tokenizer).__name__
 
 
+class _Encoded(dict[str, list[int]]):
+    """One encoded text, read as a mapping or by its attribute, as transformers' BatchEncoding is."""
+
+    @property
+    def input_ids(self) -> list[int]:
+        return self["input_ids"]
+
+
 class RememberedTokenizer:
     """Answers as the PreTrainedTokenizerFast that was kept in a folder; `open_whole` opens it for what was not kept."""
 
@@ -63,22 +70,23 @@ class RememberedTokenizer:
 
     def __call__(self, text: Any, text_pair: Any = None, **options: Any) -> Any:
         """input_ids and token_type_ids of one text, or of a list of texts (with their pairs) without padding."""
-        if isinstance(text, str) and not options:
-            one = self._encoded([text if text_pair is None else (text, text_pair)], None)[0]
-            return SimpleNamespace(input_ids=one.ids, token_type_ids=one.type_ids)
+        if isinstance(text, str) and options.keys() <= {"add_special_tokens", "verbose"}:
+            special = options.get("add_special_tokens", True)
+            one = self._encoded([text if text_pair is None else (text, text_pair)], None, special)[0]
+            return _Encoded(input_ids=one.ids, token_type_ids=one.type_ids)
         length, cut = options.pop("max_length", None), options.pop("truncation", False)
         if not isinstance(text, list) or options != _CALL or cut != (length is not None):
             return self.whole()(text, text_pair, max_length=length, truncation=cut, **options)
         encoded = self._encoded(text if text_pair is None else list(zip(text, text_pair, strict=True)), length)
         return {"input_ids": [one.ids for one in encoded], "token_type_ids": [one.type_ids for one in encoded]}
 
-    def _encoded(self, texts: Sequence[Any], length: int | None) -> list[Any]:
+    def _encoded(self, texts: Sequence[Any], length: int | None, special: bool = True) -> list[Any]:
         self.backend_tokenizer.no_padding()
         if length is None:
             self.backend_tokenizer.no_truncation()
         else:
             self.backend_tokenizer.enable_truncation(length, direction=self._kept["truncation_side"])
-        return self.backend_tokenizer.encode_batch(texts, add_special_tokens=True)
+        return self.backend_tokenizer.encode_batch(texts, add_special_tokens=special)
 
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
