@@ -128,6 +128,9 @@ def test_an_input_is_never_written_over(labels_run: Run, tmp_path: Path) -> None
     assert command(["predict", str(labels_run.path), str(tmp_path), "--out", str(file)]) == 2, "one of a directory"
     assert command(["predict", str(labels_run.path), str(file), "--out", str(tmp_path / "out.xls")]) == 2
     assert file.read_bytes() == before
+    old = in_format(".jsonl", [{"row": 1, "review": TEXTS[0]}], tmp_path)  # looks like answers, and is the input
+    assert command(["predict", str(labels_run.path), str(old), "--out", str(old)]) == 2
+    assert "review" in old.read_text(encoding="utf-8")
 
 
 def test_a_failure_leaves_no_half_of_a_file(labels_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
