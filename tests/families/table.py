@@ -77,4 +77,5 @@ def _listed(verdicts: Sequence[Verdict], outcome: str, title: str) -> str:
 
 def _plain(reason: str) -> str:
     """A reason that a table cell can hold."""
-    return re.sub(r"\s+", " ", reason).replace("|", "/").strip()[:220]
+    without_place = re.sub(r"/\S*/(run|family|model)/?\S*:? ?", "", reason)
+    return re.sub(r"\s+", " ", without_place).replace("|", "/").strip()[:220]
