@@ -61,7 +61,9 @@ def test_errors_of_recipes_leave_no_english(tmp_path: Path, monkeypatch: pytest.
     shown = 0
     for bad in BAD_RECIPES:
         content = bad.text.encode() if isinstance(bad.text, str) else bad.text
-        (tmp_path / "bad.yaml").unlink(missing_ok=True) if content is None else (tmp_path / "bad.yaml").write_bytes(content)
+        (tmp_path / "bad.yaml").unlink(missing_ok=True) if content is None else (tmp_path / "bad.yaml").write_bytes(
+            content
+        )
         try:
             check(Asked.of(parse(*_of(bad)).recipe, device="cpu"))
         except UserError as error:
@@ -123,7 +125,9 @@ def test_english_is_what_it_was(capsys: pytest.CaptureFixture[str]) -> None:
     assert said == "interrupted\ntraining 1/1  loss 1.0  eta 0 s\n"
 
 
-def test_json_stays_english(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_stays_english(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["train", "none.yaml", "--json", "--lang", "ko"]) == 2
     shown = capsys.readouterr()
@@ -148,7 +152,9 @@ def test_json_stays_english(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         ({}, "utf-8", "en"),
     ],
 )
-def test_the_environment_says_the_language(environment: dict[str, str], encoding: str, wanted: str, tmp_path: Path) -> None:
+def test_the_environment_says_the_language(
+    environment: dict[str, str], encoding: str, wanted: str, tmp_path: Path
+) -> None:
     with (tmp_path / "stream").open("w", encoding=encoding) as stream:
         assert language.of_environment(environment, (stream, None)) == wanted
 
@@ -187,7 +193,9 @@ def test_data_with_words_of_whet_stays_as_it_is(words: str, korean: None, capsys
     assert shown.count(words) >= 3
     assert shown.splitlines()[2] == words
     found = Catalogue({"the row {0} of {1}": "{1}의 {0}행"})
-    assert found.translated(f"the row 7 of {words}") == (f"{words}의 7행" if " of " not in words else f"the row 7 of {words}")
+    assert found.translated(f"the row 7 of {words}") == (
+        f"{words}의 7행" if " of " not in words else f"the row 7 of {words}"
+    )
 
 
 def test_what_could_be_read_in_two_ways_stays_english() -> None:

@@ -98,9 +98,7 @@ def _unknown(strange: Sequence[str], words: argparse.Namespace) -> UserError:
 
 def parser_of_words() -> Words:
     """The parser of the whole command line."""
-    parser = Words(
-        prog="whet", description=DESCRIPTION, epilog=EPILOG, formatter_class=help_format()
-    )
+    parser = Words(prog="whet", description=DESCRIPTION, epilog=EPILOG, formatter_class=help_format())
     parser.add_argument("--version", action="version", version=f"whet {_version()}")
     parser.add_argument("--lang", choices=LANGUAGES, help=LANGUAGE)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)

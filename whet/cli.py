@@ -52,9 +52,11 @@ def run(arguments: Sequence[str]) -> int:
         if fault is not None:
             return _refused(fault, words.json)
         problem = f"{type(error).__name__}: {error}"
-        complain(language.translated(
-            f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where"
-        ))
+        complain(
+            language.translated(
+                f"error: whet itself failed: {problem}\n  fix:      the same command with --traceback says where"
+            )
+        )
         return 1
     return 0
 

@@ -84,7 +84,9 @@ def merge(filled: Rooms, wanted: Mapping[str, Text], root: Path) -> None:
     for path in folder.glob("*.json"):
         path.unlink()
     for room, texts in made.items():
-        (folder / f"{room}.json").write_text(json.dumps(dict(sorted(texts.items())), ensure_ascii=False, indent=1) + "\n")
+        (folder / f"{room}.json").write_text(
+            json.dumps(dict(sorted(texts.items())), ensure_ascii=False, indent=1) + "\n"
+        )
 
 
 def main() -> None:
@@ -100,7 +102,10 @@ def main() -> None:
     rooms = entries(root)
     lacking = missing(wanted, rooms)
     print(json.dumps(lacking, ensure_ascii=False, indent=1))
-    for line in [*(f"stale: {one}" for one in stale(wanted, rooms)), *(f"wrong: {one}" for one in faults(wanted, rooms))]:
+    for line in [
+        *(f"stale: {one}" for one in stale(wanted, rooms)),
+        *(f"wrong: {one}" for one in faults(wanted, rooms)),
+    ]:
         print(line)
     print(f"{len(wanted) - sum(map(len, lacking.values()))} of {len(wanted)} texts")
 

@@ -31,6 +31,7 @@ UNREAD = {
     "NotImplementedError", "ImportError", "filterwarnings", "getLogger", "strip", "lstrip", "rstrip", "Literal", "Private",
 }  # fmt: skip
 
+
 @dataclass
 class Text:
     """english: the template. place: file and line. values: the code of each numbered place. optional: may be left out."""
@@ -40,6 +41,7 @@ class Text:
     place: str
     values: list[str] = field(default_factory=list)
     optional: set[int] = field(default_factory=set)
+
 
 def collect(root: Path = ROOT) -> dict[str, Text]:
     """Every text below `root` by its English template, in the order of files and lines."""
@@ -60,9 +62,11 @@ def collect(root: Path = ROOT) -> dict[str, Text]:
             found[english] = Text(english, room, "scope.json")
     return found
 
+
 def room_of(name: str) -> str:
     """The catalogue file for a source file: its room, or the file's own name at the top."""
     return name.split("/")[0].removesuffix(".py")
+
 
 class _Reader:
     """Walk through one file, knowing what stands around each string."""
@@ -187,11 +191,13 @@ class _Reader:
         for value in inner:
             yield from self._of(value, isinstance(value, ast.IfExp | ast.BoolOp) and not _is_ending(value))
 
+
 STYLES = {"style", "justify", "overflow", "file", "field", "dest", "action", "metavar", "default", "choices", "mode"}
 STYLES |= {"prog", "encoding", "errors", "formatter_class", "type", "nargs", "epilog", "name", "path", "dtype"}
 _FIELD = re.compile(r"\{(?!\d+\})(?:[a-z_]\w*(?:\.\w+|\[\d+\])*(?::[^{}]*)?)?\}|%s")
 _PATTERN = re.compile(r"\(\?[:i<=!P]|\\[dsw]|\[\^|\[A-Z")  # signs of a regular expression
 _WORD = re.compile(r"[A-Za-z]{2,}")
+
 
 def _as_found(texts: Iterator[Text]) -> Iterator[Text]:
     """Texts in the place of a found value, which are looked up apart from all others."""
@@ -199,11 +205,14 @@ def _as_found(texts: Iterator[Text]) -> Iterator[Text]:
         text.room = "found"
         yield text
 
+
 def _called(node: ast.Call) -> str:
     return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
+
 def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
 
 def _added(node: ast.expr) -> Iterator[ast.expr]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -211,6 +220,7 @@ def _added(node: ast.expr) -> Iterator[ast.expr]:
         yield from _added(node.right)
     else:
         yield node
+
 
 def _numbered(english: str, values: list[str]) -> str:
     """The fields of str.format and % are numbered on, as those of an f-string are."""
@@ -221,12 +231,17 @@ def _numbered(english: str, values: list[str]) -> str:
 
     return _FIELD.sub(number, english)
 
+
 def _is_ending(node: ast.AST) -> bool:
     """True for a plural's ending or the like: a choice between constants of at most three characters."""
     return isinstance(node, ast.IfExp) and all(
-        isinstance(part, ast.Constant) and isinstance(part.value, str) and len(part.value) <= 3 and " " not in part.value
+        isinstance(part, ast.Constant)
+        and isinstance(part.value, str)
+        and len(part.value) <= 3
+        and " " not in part.value
         for part in (node.body, node.orelse)
     )
+
 
 def _is_shown(english: str, printed: bool) -> bool:
     """True if the literal words of a template are ones that people read."""
