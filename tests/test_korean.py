@@ -80,13 +80,17 @@ def _of(bad: BadRecipe) -> tuple[str, list[str]]:
     return name, settings
 
 
+def read_all(path: Path) -> None:
+    head = list(islice(records := read_files([str(path)]), 100))
+    list(standardise(chain(head, records), recognise(head, {}), {}))
+
+
 @pytest.mark.parametrize("bad", BAD_DATA, ids=lambda bad: bad.name)
 def test_errors_of_data_leave_no_english(bad: BadFile, tmp_path: Path, korean: None) -> None:
     path = tmp_path / (bad.name + bad.suffix)
     path.write_bytes(bad.content)
     with pytest.raises(UserError) as caught:
-        head = list(islice(records := read_files([str(path)]), 100))
-        list(standardise(chain(head, records), recognise(head, {}), {}))
+        read_all(path)
     message = language.error_text(caught.value)
     first = message.splitlines()[0]
     assert first.startswith(f"오류: {path}" + (f", {bad.row}행" if bad.row else ""))
@@ -95,8 +99,10 @@ def test_errors_of_data_leave_no_english(bad: BadFile, tmp_path: Path, korean: N
     assert english_left(message) == []
 
 
-@pytest.mark.parametrize("words", [[], *([verb] for verb in VERBS), ["data", "check"], ["data", "judge"], ["data", "augment"]],
-                         ids=" ".join)  # fmt: skip
+HELP = [[], *([verb] for verb in VERBS), ["data", "check"], ["data", "judge"], ["data", "augment"]]
+
+
+@pytest.mark.parametrize("words", HELP, ids=" ".join)
 def test_help_is_korean_and_keeps_to_its_width(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,7 +213,8 @@ def test_what_could_be_read_in_two_ways_stays_english() -> None:
 
 def test_the_most_specific_template_wins_and_only_marked_values_are_translated() -> None:
     found = Catalogue({
-        "{0} cannot be read": "{0}: 읽을 수 없음", "the index {0} cannot be read": "색인 {0}: 읽을 수 없음", "the index": "색인",
+        "{0} cannot be read": "{0}: 읽을 수 없음", "the index {0} cannot be read": "색인 {0}: 읽을 수 없음",
+        "the index": "색인",
         "stopped: {0}": "멈춤: {0:words}", "was kept: {0}": "남김: {0}",
     })  # fmt: skip
     assert found.translated("the index 3 cannot be read") == "색인 3: 읽을 수 없음"

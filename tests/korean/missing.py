@@ -1,7 +1,7 @@
 """Print what the Korean catalogue lacks, as JSON ready to be filled, and what it has too much.
 
     python tests/korean/missing.py                  texts without an entry, by file of the catalogue
-    python tests/korean/missing.py --merge FILE     put a filled file of that form into the catalogue, and drop what is stale
+    python tests/korean/missing.py --merge FILE     put a filled file of that form in, and drop what is stale
     python tests/korean/missing.py --tree FOLDER    the same for another checkout: FOLDER is its root
 
 A text that people never read, or that is the same in every language (a command, a value), goes into `scope.json`.
@@ -28,7 +28,7 @@ def entries(root: Path) -> Rooms:
 
 
 def missing(wanted: Mapping[str, Text], rooms: Rooms) -> Rooms:
-    """Texts that stand in no file, or in another one than they belong to, by file; the value says where they come from."""
+    """Texts that stand in no file, or in a wrong one, by file; the value says where they come from."""
     found: Rooms = defaultdict(dict)
     for english, text in wanted.items():
         if english not in rooms.get(text.room, {}):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,16 +25,17 @@ PRINTED = {
 PRINTED_KEYWORDS = {"problem", "fix", "expected", "found", "help", "title"}
 # Calls whose texts are read by programs, or by those who mend whet.
 UNREAD = {
-    "compile", "getattr", "hasattr", "setattr", "startswith", "endswith", "removeprefix", "removesuffix", "get", "search",
-    "match", "fullmatch", "sub", "split", "rsplit", "partition", "rpartition", "replace", "count", "find", "index", "encode",
-    "TypeVar", "import_module", "find_spec", "AssertionError", "ValueError", "TypeError", "RuntimeError", "KeyError",
-    "NotImplementedError", "ImportError", "filterwarnings", "getLogger", "strip", "lstrip", "rstrip", "Literal", "Private",
+    "compile", "getattr", "hasattr", "setattr", "startswith", "endswith", "removeprefix", "removesuffix",
+    "get", "search", "match", "fullmatch", "sub", "split", "rsplit", "partition", "rpartition", "replace",
+    "count", "find", "index", "encode", "TypeVar", "import_module", "find_spec", "AssertionError",
+    "ValueError", "TypeError", "RuntimeError", "KeyError", "NotImplementedError", "ImportError",
+    "filterwarnings", "getLogger", "strip", "lstrip", "rstrip", "Literal", "Private",
 }  # fmt: skip
 
 
 @dataclass
 class Text:
-    """english: the template. place: file and line. values: the code of each numbered place. optional: may be left out."""
+    """english: the template. place: file and line. values: the code of each place. optional: places to leave out."""
 
     english: str
     room: str
@@ -78,48 +79,51 @@ class _Reader:
         yield from self._of(tree, printed=False)
 
     def _of(self, node: ast.AST, printed: bool) -> Iterator[Text]:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            return  # a docstring
-        if isinstance(node, ast.Assign | ast.AnnAssign) and self._private_constant(node):
-            return
-        if isinstance(node, ast.Call):
-            yield from self._of_call(node, printed)
-            return
-        if isinstance(node, ast.Assign) and {getattr(one, "id", "") for one in node.targets} & {"found", "shown"}:
-            yield from _as_found(self._of(node.value, True))
-            return
-        if isinstance(node, ast.Compare | ast.Assert | ast.Subscript):
-            for child in self._values_of(node):
-                yield from self._of(child, False)
-            return
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            parts = list(_added(node))
-            if any(_is_text(part) for part in parts):
-                yield from self._of_parts(parts, node, printed)
-                return
-        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
-            yield from self._of_parts([node], node, printed)
-            return
+        """The texts of a node. printed: whether its value is shown, so that one word counts."""
+        match node:
+            case ast.Expr(value=ast.Constant()):
+                return  # a docstring
+            case ast.Call():
+                yield from self._of_call(node, printed)
+            case ast.Assign() | ast.AnnAssign():
+                yield from self._of_assignment(node)
+            case ast.Compare() | ast.Assert() | ast.Subscript():
+                yield from self._of_each(self._values_of(node), printed=False)
+            case ast.BinOp(op=ast.Add()) if any(_is_text(part) for part in _added(node)):
+                yield from self._of_parts(list(_added(node)), node, printed)
+            case ast.JoinedStr() | ast.Constant(value=str()):
+                yield from self._of_parts([node], node, printed)
+            case ast.For():
+                yield from self._of_loop(node)
+            case ast.Dict():
+                yield from self._of_each([one for one in node.keys if one and not _is_text(one)], printed=False)
+                yield from self._of_each(node.values, printed)
+            case ast.IfExp():
+                yield from self._of(node.test, False)
+                yield from self._of_each([node.body, node.orelse], printed)
+            case _:
+                yield from self._of_children(node, printed)
+
+    def _of_each(self, nodes: Iterable[ast.AST], printed: bool) -> Iterator[Text]:
+        for node in nodes:
+            yield from self._of(node, printed)
+
+    def _of_children(self, node: ast.AST, printed: bool) -> Iterator[Text]:
         if isinstance(node, ast.ClassDef) and self.name.startswith("methods/"):
             yield from self._of_method(node)
-        if isinstance(node, ast.For):
-            yield from self._of_loop(node)
-            return
-        if isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                if key is not None and not isinstance(key, ast.Constant):
-                    yield from self._of(key, False)
-                yield from self._of(value, printed)
-            return
-        if isinstance(node, ast.IfExp):
-            yield from self._of(node.test, False)
-            yield from self._of(node.body, printed)
-            yield from self._of(node.orelse, printed)
-            return
         keeps = isinstance(node, ast.BoolOp | ast.Tuple | ast.List | ast.Lambda | ast.Starred)
-        for child in ast.iter_child_nodes(node):
-            if not (isinstance(node, ast.arg | ast.AnnAssign) and child is node.annotation):
-                yield from self._of(child, printed and keeps)
+        children = [one for one in ast.iter_child_nodes(node) if one is not getattr(node, "annotation", None)]
+        yield from self._of_each(children, printed and keeps)
+
+    def _of_assignment(self, node: ast.Assign | ast.AnnAssign) -> Iterator[Text]:
+        """Constants that `scope.json` names hold nothing that is shown; `found` holds what an error found."""
+        if self._private_constant(node) or node.value is None:
+            return
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if {getattr(one, "id", "") for one in targets} & {"found", "shown"}:
+            yield from _as_found(self._of(node.value, True))
+        else:
+            yield from self._of(node.value, False)
 
     def _private_constant(self, node: ast.Assign | ast.AnnAssign) -> bool:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]

@@ -184,7 +184,8 @@ class Progress:
 
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"), TextColumn(translated("eta")), TimeRemainingColumn(), console=console(),
+                TextColumn("{task.fields[text]}"), TextColumn(translated("eta")), TimeRemainingColumn(),
+                console=console(),
             )  # fmt: skip
             self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, text="")
             self._bar.start()

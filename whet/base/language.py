@@ -8,6 +8,7 @@ Texts stay plain literals and f-strings where they are written, and are translat
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,13 +28,15 @@ def choose(arguments: Sequence[str]) -> None:
     _chosen.clear()
     words = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     named = [word.removeprefix("--lang=") for word in words if word.startswith("--lang=")]
-    named += [after for word, after in zip(words, words[1:], strict=False) if word == "--lang"]
+    named += [after for word, after in itertools.pairwise(words) if word == "--lang"]
     if named and named[-1] in LANGUAGES:  # the parser says what is wrong with another one
         use(named[-1])
     elif (wanted := os.environ.get("WHET_LANG")) and wanted not in LANGUAGES:
         use("en")
-        raise UserError("there is no such language", f"export WHET_LANG={LANGUAGES[-1]}, or remove it", field="WHET_LANG",
-                        found=wanted, expected=", ".join(LANGUAGES))  # fmt: skip
+        raise UserError(
+            "there is no such language", f"export WHET_LANG={LANGUAGES[-1]}, or remove it", field="WHET_LANG",
+            found=wanted, expected=", ".join(LANGUAGES),
+        )  # fmt: skip
 
 
 def use(language: str) -> None:
