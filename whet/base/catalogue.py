@@ -68,7 +68,7 @@ class Template:
 
 
 def _positions(text: str, literals: Iterable[str], begin: int, end: int) -> list[tuple[int, int]] | None:
-    """Where each literal stands, as far left as possible, with its length."""
+    """Places of the literals, as far left as possible: (start, length) of each, or None."""
     found = []
     for literal in literals:
         at = text.find(literal, begin, end) if literal else _end_of_word(text, begin, end)
@@ -85,7 +85,7 @@ def _end_of_word(text: str, begin: int, end: int) -> int:
 
 
 def _positions_from_right(text: str, literals: tuple[str, ...], begin: int, end: int) -> list[tuple[int, int]]:
-    """The same, as far right as possible; called where there is a match."""
+    """Places of the literals, as far right as possible; called where there is a match."""
     found = []
     for literal in reversed(literals):
         end = text.rfind(literal, begin, end) if literal else end

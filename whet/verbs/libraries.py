@@ -6,9 +6,10 @@ from __future__ import annotations
 def prepare_libraries(doing: str | None = None, style: str = "dim") -> None:
     """Import what models need, which takes seconds. doing: what is said before, so that nobody waits without a word."""
     from whet.base.console import quiet_libraries, say
+    from whet.base.secrets import hide
 
     if doing is not None:
-        say(doing, style=style)
+        say(hide(doing), style=style)
     import transformers  # noqa: F401
 
     quiet_libraries()
