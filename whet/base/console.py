@@ -30,20 +30,18 @@ if TYPE_CHECKING:
 
 PLAIN_EVERY_SECONDS = 5.0
 WIDE = 400  # characters of a line that goes to no terminal
-_consoles: dict[bool, Console] = {}
-_made_of: dict[bool, type[Console]] = {}  # the language may change
+_consoles: dict[tuple[bool, type[Console]], Console] = {}  # by stream and class, which the language decides
 
 
 def console(*, stdout: bool = False) -> Console:
     """The rich console of stderr, or of stdout for an answer that is meant for people."""
-    made = console_class()
-    if _made_of.get(stdout) is not made:
+    kind = (stdout, console_class())
+    if kind not in _consoles:
         found = _console(stdout)
         if not found.is_terminal:  # a file or a pipe has no width, so nothing is cut or broken
             found = _console(stdout, width=WIDE)
-        _made_of[stdout] = made
-        _consoles[stdout] = found
-    return _consoles[stdout]
+        _consoles[kind] = found
+    return _consoles[kind]
 
 
 def _console(stdout: bool, **options: Any) -> Console:
