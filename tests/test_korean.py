@@ -205,9 +205,9 @@ def test_data_with_words_of_whet_stays_as_it_is(words: str, korean: None, capsys
 
 
 def test_what_could_be_read_in_two_ways_stays_english() -> None:
-    found = Catalogue({"{0} is no {1}": "{1} 아님: {0}", "no such {0}: {1}": "{1} 없음({0})"})
-    assert found.translated("a is no b") == "b 아님: a"
-    assert found.translated("this is no joke is no number") == "this is no joke is no number"
+    found = Catalogue({"{0} is never {1}": "{1} 아님: {0}", "no such {0}: {1}": "{1} 없음({0})"})
+    assert found.translated("a is never b") == "b 아님: a"
+    assert found.translated("this is never so is never a number") == "this is never so is never a number"
     assert found.translated("no such file: a: b") == "a: b 없음(file)", "signs are no words"
 
 

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 from mutants.mutant import Mutant  # noqa: E402 (its folder has to be found first)
 
-ROOMS = ("template", "evaluation", "ship", "engine", "families", "training", "layout", "base")
+ROOMS = ("template", "evaluation", "ship", "engine", "families", "training", "layout", "base", "korean")
 COPIED = ("whet", "tests", "recipes", "examples", "docs", "bench", "pyproject.toml", "Makefile", "README.md",
           "README.ko.md", "CONTRIBUTING.md", "requirements.lock")  # fmt: skip
 LONGEST_SECONDS = 600.0  # a mutant that loops for ever is noticed

@@ -68,7 +68,7 @@ class Template:
 
 
 def _positions(text: str, literals: Iterable[str], begin: int, end: int) -> list[tuple[int, int]] | None:
-    """Places of the literals, as far left as possible: (start, length) of each, or None."""
+    """The position and length of each literal, as far left as possible."""
     found = []
     for literal in literals:
         at = text.find(literal, begin, end) if literal else _end_of_word(text, begin, end)
@@ -80,7 +80,7 @@ def _positions(text: str, literals: Iterable[str], begin: int, end: int) -> list
 
 
 def _end_of_word(text: str, begin: int, end: int) -> int:
-    """The end of a value that another one follows at once, which then begins with a space or a sign."""
+    """The end of a value that another one follows at once; that one begins with a space or a sign."""
     return next((at for at in range(begin, end) if text[at] in " ,;("), end)
 
 
@@ -211,7 +211,7 @@ def _entries(folder: Path = FOLDER) -> dict[str, dict[str, str]]:
 
 @functools.cache
 def catalogue() -> Catalogue:
-    """The entries that are sentences."""
+    """The entries of all sentences."""
     rooms = _entries()
     apart = (TABLES, PARTS)
     texts = {english: ko for room, texts in rooms.items() if room not in apart for english, ko in texts.items()}
