@@ -218,6 +218,7 @@ def _validated(tree: dict[str, Any], said: Said, overridden: Sequence[str]) -> R
     problems += secrets
     if isinstance(tree.get("method"), dict):
         tree = tree | {"method": {"name": "lora"} | tree["method"]}
+    recipe: Recipe | None = None
     try:
         recipe = _adapter().validate_json(json.dumps(tree), strict=True)
     except UserError as error:  # of an option of a bridged method
@@ -229,6 +230,7 @@ def _validated(tree: dict[str, Any], said: Said, overridden: Sequence[str]) -> R
         told = {one.field for one in secrets}
         problems += (one for one in complaints(error.errors(), file, lines, overridden) if one.field not in told)
     raise_all(problems)
+    assert recipe is not None
     return recipe
 
 

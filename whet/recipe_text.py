@@ -11,7 +11,7 @@ import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from whet.base.errors import UserError, nearest
 
@@ -137,8 +137,8 @@ class _Plain:
             return self._inside(node, path, depth)
         if node is None:
             return None
-        kind = bool if isinstance(node, ScalarBoolean) else next((k for k in KINDS if isinstance(node, k)), None)
-        if kind is None or (kind is float and not math.isfinite(node)):
+        kind: Any = bool if isinstance(node, ScalarBoolean) else next((k for k in KINDS if isinstance(node, k)), None)
+        if kind is None or (kind is float and not math.isfinite(cast("float", node))):
             raise UserError(
                 "a setting is text, a finite number, true, false, a list or a mapping",
                 file=self.file,
@@ -147,7 +147,7 @@ class _Plain:
                 found=f"the tag {tagged}" if tagged else str(node) if kind else type(node).__name__,
                 fix="write a finite number" if kind else "remove the tag, or put the value in quotes",
             )
-        self._count(len(node) if kind is str else 0)
+        self._count(len(str(node)) if kind is str else 0)
         return None if node == "auto" else kind(node)
 
     def _inside(self, node: Any, path: str, depth: int) -> Any:

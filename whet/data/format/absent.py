@@ -25,7 +25,7 @@ class Nulls:
 
 def without_absent(value: dict[str, Any], nulls: Nulls) -> dict[str, Any]:
     """The row without the nulls that its columns put into tools and calls; those are counted in `nulls`."""
-    fields = {name: value.get(name) for name in ("tools", "functions") if isinstance(value.get(name), list)}
+    fields = {name: tools for name in ("tools", "functions") if isinstance(tools := value.get(name), list)}
     cleaned: dict[str, Any] = {}
     for name, tools in fields.items():
         cleaned[name] = [_defined(tool, nulls) if isinstance(tool, dict) else tool for tool in tools]

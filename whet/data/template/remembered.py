@@ -100,7 +100,7 @@ class RememberedTokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False, **options: Any) -> str:
         """The text of `ids`."""
         if options != {"clean_up_tokenization_spaces": False}:
-            return self.whole().decode(ids, skip_special_tokens=skip_special_tokens, **options)
+            return self.whole().decode(list(ids), skip_special_tokens=skip_special_tokens, **options)  # type: ignore[return-value]
         return self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def whole(self) -> PreTrainedTokenizerFast:

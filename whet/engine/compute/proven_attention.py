@@ -51,7 +51,8 @@ def attention_notice(network: Any) -> str | None:
 
 def use_attention_with_masks(network: PreTrainedModel) -> str:
     """Give `network` an attention that reads masks and caches; returns why it is the eager one, or nothing."""
-    inside = network.get_base_model() if hasattr(network, "get_base_model") else network  # PEFT's wrapper
+    unwrap: Any = getattr(network, "get_base_model", None)  # of PEFT's wrapper
+    inside = network if unwrap is None else unwrap()
     if has_sdpa(inside):
         return _choose(inside, [CACHED_ATTENTION])
     # Without sdpa of its own a model has scores that only its eager attention knows, as with attention sinks.

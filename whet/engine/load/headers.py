@@ -151,7 +151,7 @@ def _check_tensors(folder: Path, network: PreTrainedModel, stored: Mapping[str, 
     kinds = {_kind(name) for name in names.values()}
     tied = {*network.all_tied_weights_keys, *network.all_tied_weights_keys.values()}
     absent = set(wanted) - set(names.values()) - tied
-    refuse_misfits(str(folder), shapes, {name for name in absent if _kind(name) in kinds})
+    refuse_misfits(str(folder), shapes, {name for name in absent if _kind(name) in kinds})  # type: ignore[arg-type]
     others = [one for one in names if stored[one].dtype not in TRAINABLE]
     if others:
         raise UserError(
