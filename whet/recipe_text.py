@@ -148,7 +148,7 @@ class _Plain:
                 fix="write a finite number" if kind else "remove the tag, or put the value in quotes",
             )
         self._count(len(str(node)) if kind is str else 0)
-        return None if node == "auto" else kind(node)
+        return None if node == "auto" else kind(node)  # type: ignore[arg-type]
 
     def _inside(self, node: Any, path: str, depth: int) -> Any:
         if depth > DEEPEST:

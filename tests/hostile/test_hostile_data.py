@@ -239,7 +239,7 @@ def test_what_is_probably_not_meant_is_said(name: str, place: Path, capfd: pytes
     file, content, overrides, sentence = SAID[name]
     (place / file).write_text(content)
     assert run(["data", "check", file, "--fast", *overrides]) == 0
-    said = capfd.readouterr().err
+    said = "".join(capfd.readouterr())
     assert sentence in said
     assert ("tokens as builtin:tiny counts" in said) == (name != "tokenizer")
 
