@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from whet import aliases
 from whet.methods.all import METHODS, capability_rows
 from whet.planning.rules import RULES
 from whet.recipe import SECTIONS, json_schema
+from whet.spelling import aliases
 
 PAGE = Path(__file__).with_name("recipe.md")
 METHODS_PAGE = Path(__file__).with_name("methods.md")

@@ -10,8 +10,8 @@ import pytest
 import tiny
 import torch
 
-from whet.adapter_files import describe, find
-from whet.adapters import Adapters
+from whet.adapters.files import describe, find
+from whet.adapters.loaded import Adapters
 from whet.base.errors import UserError
 from whet.engine.config import Model
 from whet.engine.device import Placement

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from test_recipe import flat, read, value
 
-from whet import aliases
 from whet.base.errors import UserError
 from whet.methods.all import METHODS
 from whet.recipe import parse, to_tree, to_yaml
+from whet.spelling import aliases
 
 KNOWN = {path for name in METHODS for path in flat(to_tree(parse(None, [f"method={name}"]).recipe))}
 KNOWN |= {"method.rank_pattern", "method.alpha_pattern"}

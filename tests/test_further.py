@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import whet
+from whet.adapters.further import START, with_starting_adapter
 from whet.base.errors import UserError
-from whet.further import START, with_starting_adapter
 from whet.methods.layers.state import trained_state
 from whet.recipe import Parsed, parse
 from whet.training.run import train

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import whet
 from whet import cli
-from whet.adapters import base_of
+from whet.adapters.loaded import base_of
 from whet.base.content import difference, files_in
 from whet.base.errors import UserError
 from whet.engine.load.identity import SEAL, check_sealed

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import plan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from whet.adapters import Adapters, base_of
+from whet.adapters.loaded import Adapters, base_of
 from whet.base.errors import UserError
 from whet.engine.config import Base, Model
 from whet.engine.device import Placement

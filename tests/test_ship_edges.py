@@ -17,7 +17,7 @@ import tiny
 import torch
 
 import whet
-from whet.adapters import Adapters
+from whet.adapters.loaded import Adapters
 from whet.api import compose
 from whet.base.errors import UserError
 from whet.cli import run as command

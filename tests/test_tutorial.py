@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 
 import whet
 from whet import api, cli
-from whet.adapter_files import describe
+from whet.adapters.files import describe
 from whet.runs import open_run
 from whet.training.run import train
 

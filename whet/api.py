@@ -126,7 +126,7 @@ def merge(run: str | Path | Run, out: str | Path, *, data: str | None = None) ->
 
     data: rows on which an adapter without a run is compared; None: the built-in ones.
     """
-    from whet.adapter_folder import with_rows
+    from whet.adapters.folder import with_rows
     from whet.report.page import write_page
     from whet.ship.merge import merge as run_merge
 
@@ -162,7 +162,7 @@ def opened(run: str | Path | Run) -> Run:
     if isinstance(run, Run):
         return run
     if is_adapter_alone(run):
-        from whet.adapter_folder import open_folder
+        from whet.adapters.folder import open_folder
 
         return open_folder(run)
     return open_run(run)
@@ -170,7 +170,7 @@ def opened(run: str | Path | Run) -> Run:
 
 def plan(recipe: Given = None, /, **overrides: Any) -> dict[str, Any]:
     """Parameters and memory of a recipe, from the model's config alone."""
-    from whet.further import with_starting_adapter
+    from whet.adapters.further import with_starting_adapter
     from whet.planning.plan import plan_recipe
 
     return plan_recipe(with_starting_adapter(_parsed(recipe, overrides)).recipe).as_dict()
@@ -196,7 +196,7 @@ def prepared(parsed: Parsed, *, any_model: bool = False) -> Prepared:
     from whet.runs import prepared as prepare_rows
 
     if parsed.recipe.model.adapter is not None:
-        from whet.further import with_starting_adapter
+        from whet.adapters.further import with_starting_adapter
 
         parsed = with_starting_adapter(parsed)
     asked = Asked.of(parsed.recipe)
@@ -325,7 +325,7 @@ def compose(
 ) -> Path:  # fmt: skip
     """Make one adapter of several runs' or folders' LoRA adapters of one base, in the new folder `out`.
 
-    See `whet.adapters.Adapters.compose`. Raises UserError.
+    See `whet.adapters.loaded.Adapters.compose`. Raises UserError.
     """
     from whet.ship.compose import compose_on_disk
 

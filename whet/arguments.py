@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from whet.aliases import NAMES
 from whet.base.errors import UserError, nearest
 from whet.base.language import LANGUAGES, help_format
+from whet.spelling.aliases import NAMES
 from whet.verbs import about, answers, data, training
 from whet.verbs import adapters as adapter_verbs
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from whet.adapter_files import CONFIG, adapter_directory
-from whet.adapter_folder import AdapterFolder, own_tokenizer
-from whet.adapters import Adapters, base_of, check_adapter
+from whet.adapters.files import CONFIG, adapter_directory
+from whet.adapters.folder import AdapterFolder, own_tokenizer
+from whet.adapters.loaded import Adapters, base_of, check_adapter
 from whet.base.console import say
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import check_contract

@@ -20,7 +20,6 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from whet.aliases import Said, canonical_tree
 from whet.base.config import config, field_docs, setting
 from whet.base.errors import UserError
 from whet.base.secrets import hide, holds_secret
@@ -30,12 +29,13 @@ from whet.methods.all import Method
 from whet.methods.bridge import Bridge
 from whet.methods.bridged import BRIDGED
 from whet.methods.lora import Lora
-from whet.recipe_problems import complaints, raise_all
-from whet.recipe_text import override, read_file, read_yaml, written
 from whet.sections import SECTION_CLASSES, SECTIONS
 from whet.settings import Eval, Train
-from whet.translations import method_name
-from whet.without_effect import without_effect
+from whet.spelling.aliases import Said, canonical_tree
+from whet.spelling.problems import complaints, raise_all
+from whet.spelling.text import override, read_file, read_yaml, written
+from whet.spelling.translations import method_name
+from whet.spelling.without_effect import without_effect
 
 METHOD_PATHS = ("method", "method.name")
 NAMES = ("model.path", "model.tokenizer", "output_dir")

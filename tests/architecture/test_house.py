@@ -21,7 +21,7 @@ RANK = re.compile(r"\blora_alpha\b|\bmethod\.r\b|\bLora\((?:[^()]*,\s*)?r\s*=")
 ENVIRONMENT_WRITERS = {"cli.py"}
 ONE_OWNER = {  # a library and the only places that may import it
     "pydantic": {"recipe.py"},
-    "ruamel": {"recipe_text.py"},
+    "ruamel": {"text.py"},
     "bitsandbytes": {"extras.py"},
     "matplotlib": {"charts.py"},
 }
@@ -149,7 +149,7 @@ def names_a_rank(source: str) -> bool:
 def test_a_rank_is_named_in_one_file() -> None:
     """Where the method lives; beside it stand the names that other tools have for it."""
     users = {str(p.relative_to(ROOT)) for p in SOURCES if names_a_rank(p.read_text(encoding="utf-8"))}
-    assert users - {"whet/aliases.py"} == {"whet/methods/lora.py"}
+    assert users - {"whet/spelling/aliases.py"} == {"whet/methods/lora.py"}
 
 
 @pytest.mark.parametrize(

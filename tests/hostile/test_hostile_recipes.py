@@ -10,8 +10,8 @@ import pytest
 
 from whet.base.errors import UserError
 from whet.recipe import parse, to_tree
-from whet.recipe_problems import RecipeProblems
-from whet.unneeded import NOT_THERE, REASONS
+from whet.spelling.problems import RecipeProblems
+from whet.spelling.unneeded import NOT_THERE, REASONS
 
 TOKEN = "hf_" + "aB3dE5gH7jK9mN1pQ2rS4tU6vW8xY0z"
 MERGES = "a: &a {k: v}\n" + "".join(

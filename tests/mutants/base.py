@@ -72,7 +72,7 @@ MUTANTS = [
         "another sliding window than was trained with", IDENTITY,
     ),
     Mutant(
-        "adapters: a recipe above an adapter is its run", "adapters.py",
+        "adapters: a recipe above an adapter is its run", "adapters/loaded.py",
         'if directory.name != "adapter" or not all(', "if not any(",
         "a stray recipe names another base", "test_identity.py -k happens_to_stand",
     ),

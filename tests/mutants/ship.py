@@ -116,40 +116,40 @@ MUTANTS = [
         "whether a value is near hangs on its unit", CERTIFICATE,
     ),
     Mutant(
-        "adapters: the one before is not put back", "adapters.py",
+        "adapters: the one before is not put back", "adapters/loaded.py",
         "        finally:\n            self.use(before)", "        finally:\n            self.use(name)",
         "one request with another adapter changes all later ones", EDGES,
     ),
     Mutant(
-        "adapters: base with an adapter", "adapters.py",
+        "adapters: base with an adapter", "adapters/loaded.py",
         "            self._switched_off.enter_context(self.wrapped.disable_adapter())\n",
         "            pass\n",
         "the base answers with the last adapter", ADAPTERS,
     ),
     Mutant(
-        "adapters: a mean for a sum", "adapters.py",
+        "adapters: a mean for a sum", "adapters/loaded.py",
         "weights = [1.0] * len(parts) if weights is None",
         "weights = [1.0 / len(parts)] * len(parts) if weights is None",
         "composed adapters act with half of their strength", EDGES,
     ),
     Mutant(
-        "adapters: renamed one falls out of use", "adapters.py",
+        "adapters: renamed one falls out of use", "adapters/loaded.py",
         "        self.in_use = new if self.in_use == old else self.in_use\n", "        self.in_use = self.in_use\n",
         "after a new name the old one is asked for", ADAPTERS,
     ),
     Mutant(
-        "adapters: a deleted one stays in use", "adapters.py",
+        "adapters: a deleted one stays in use", "adapters/loaded.py",
         "self.use(self.in_use if self.in_use in self._peft_names else None)", "self.use(self.in_use)",
         "the chat goes on with an adapter that is gone", ADAPTERS,
     ),
     Mutant(
-        "adapters: loading switches", "adapters.py",
+        "adapters: loading switches", "adapters/loaded.py",
         "            self._peft_names[name] = peft_name\n\n    def use(",
         "            self._peft_names[name] = peft_name\n        self.use(name)\n\n    def use(",
         "the last adapter that was loaded answers", EDGES,
     ),
     Mutant(
-        "adapters: the smallest rank", "adapters.py",
+        "adapters: the smallest rank", "adapters/loaded.py",
         "rank or max(config.r for config in configs)", "rank or min(config.r for config in configs)",
         "a composition loses what the larger adapter learned", EDGES,
     ),
@@ -159,7 +159,7 @@ MUTANTS = [
         "whet adapters compose ignores --weights", EDGES,
     ),
     Mutant(
-        "adapters: modules that were trained whole are lost", "adapters.py",
+        "adapters: modules that were trained whole are lost", "adapters/loaded.py",
         'BESIDE = ("use_dora", "trainable_token_indices", "modules_to_save")',
         'BESIDE = ("use_dora", "trainable_token_indices")',
         "a composition drops a trained head", ADAPTERS,
@@ -170,7 +170,7 @@ MUTANTS = [
         "adapters of different models are added up", EDGES,
     ),
     Mutant(
-        "adapters: density is not passed on", "adapters.py",
+        "adapters: density is not passed on", "adapters/loaded.py",
         'options["density"] = density', 'options["density"] = 0.5',
         "ties and dare thin out by half whatever is asked", EDGES,
     ),
@@ -239,7 +239,7 @@ MUTANTS = [
         "a typo in a command costs the conversation", "test_chat.py -k typo",
     ),
     Mutant(
-        "adapter folder: the base's tokenizer", "adapter_folder.py",
+        "adapter folder: the base's tokenizer", "adapters/folder.py",
         "    if not differing:\n", "    if differing:\n",
         "an adapter answers with another template than it was trained with", f"{THEIRS} -k own_template",
     ),
@@ -259,7 +259,7 @@ MUTANTS = [
         "training goes on from other numbers than the adapter's", f"{FURTHER} -k not_the_adapter",
     ),
     Mutant(
-        "further: the method is not compared", "further.py",
+        "further: the method is not compared", "adapters/further.py",
         "    if (found := disagreement(given, settings)) is not None:\n",
         "    if (found := disagreement({}, settings)) is not None:\n",
         "what a recipe says of the method is dropped without a word", f"{FURTHER} -k not_agree",

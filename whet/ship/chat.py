@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from whet.adapter_files import CONFIG
-from whet.adapter_folder import open_folder
-from whet.adapters import Adapters
+from whet.adapters.files import CONFIG
+from whet.adapters.folder import open_folder
+from whet.adapters.loaded import Adapters
 from whet.base.errors import UserError
 from whet.data.example import Message
 from whet.data.labels import encode_texts

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from whet.adapter_files import CONFIG, NOTE, WEIGHTS, adapter_directory
-from whet.adapters import Adapters, How, base_of, check_adapter
+from whet.adapters.files import CONFIG, NOTE, WEIGHTS, adapter_directory
+from whet.adapters.loaded import Adapters, How, base_of, check_adapter
 from whet.base.errors import UserError
 from whet.base.outputs import output_directory, output_path
 from whet.data.template.goldens import OTHER_TEMPLATES

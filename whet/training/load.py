@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from whet.adapters.further import start_directory
 from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.seed import seed_everything
@@ -18,7 +19,6 @@ from whet.engine.load.identity import base_identity, check_base
 from whet.engine.load.load import load_model, rebuilding_notice
 from whet.engine.memory.host_adam import shorten_weights
 from whet.engine.weights.linear import count_parameters
-from whet.further import start_directory
 from whet.methods.targets import left_alone_notices
 from whet.recipe import resolve
 from whet.runs import IDENTITY

@@ -16,6 +16,14 @@ from typing import Any
 import torch
 
 from whet import runs
+from whet.adapters.further import (
+    START,
+    check_labels,
+    check_same_start,
+    start_directory,
+    start_facts,
+    with_starting_adapter,
+)
 from whet.base.console import bytes_text, say
 from whet.base.errors import UserError
 from whet.base.lock import DirectoryLock
@@ -30,7 +38,6 @@ from whet.engine.device import Hardware, Placement
 from whet.engine.load.headers import check_checkpoint
 from whet.engine.load.load import checkpoint_storage, load_config, longest_input
 from whet.engine.task import text_task
-from whet.further import START, check_labels, check_same_start, start_directory, start_facts, with_starting_adapter
 from whet.inputs import inputs_of_recipe
 from whet.planning.asked import Asked
 from whet.planning.facts import Work

@@ -26,7 +26,7 @@ def adapters(words: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list_adapters(words: argparse.Namespace) -> dict[str, Any]:
-    from whet.adapter_files import find, head_score
+    from whet.adapters.files import find, head_score
     from whet.base.console import bytes_text, say
 
     found = find(words.targets[0])

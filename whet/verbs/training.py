@@ -29,7 +29,7 @@ def init(words: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def plan(words: argparse.Namespace) -> dict[str, Any]:
-    from whet.further import with_starting_adapter
+    from whet.adapters.further import with_starting_adapter
     from whet.planning.plan import plan_recipe, print_plan
     from whet.recipe import parse
 

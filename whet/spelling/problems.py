@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from whet.aliases import TOP_LEVEL
 from whet.base.config import field_docs
 from whet.base.errors import UserError, nearest
 from whet.methods.all import METHODS
 from whet.methods.bridged import BRIDGED, LEFT_OUT
 from whet.sections import SECTION_CLASSES, SECTIONS
-from whet.translations import preference
+from whet.spelling.aliases import TOP_LEVEL
+from whet.spelling.translations import preference
 
 _PREFERENCE = frozenset(
     ("dpo", "orpo", "kto", "ppo", "grpo", "simpo", "cpo", "ipo", "rm", "reward", "rlhf", "gspo", "rloo")

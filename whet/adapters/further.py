@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from whet.adapter_files import CONFIG
-from whet.adapter_folder import own_tokenizer
-from whet.adapters import base_of
+from whet.adapters.files import CONFIG
+from whet.adapters.folder import own_tokenizer
+from whet.adapters.loaded import base_of
 from whet.base.errors import UserError
 from whet.engine.config import Model
 from whet.methods.from_peft import OWN, check_trainable, disagreement, method_settings

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from whet.adapter_files import CONFIG, WEIGHTS, adapter_directory
-from whet.adapters import base_of
+from whet.adapters.files import CONFIG, WEIGHTS, adapter_directory
+from whet.adapters.loaded import base_of
 from whet.base.errors import UserError
 from whet.data.config import Data
 from whet.data.template.named import use_template

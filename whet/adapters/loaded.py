@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from whet.adapter_files import CONFIG, NOTE, adapter_directory, describe
+from whet.adapters.files import CONFIG, NOTE, adapter_directory, describe
 from whet.base.errors import UserError, nearest
 from whet.base.files import read_json, whole_directory
 from whet.base.outputs import output_path

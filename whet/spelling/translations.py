@@ -18,7 +18,7 @@ from whet.data.template.named import NAMED
 from whet.engine.config import Base
 from whet.methods.all import METHODS
 from whet.settings import TILE_TOKENS
-from whet.unneeded import NOT_THERE, OFF, REASONS, SECRETS, SERVICES
+from whet.spelling.unneeded import NOT_THERE, OFF, REASONS, SECRETS, SERVICES
 
 Settings = list[tuple[str, Any]]
 Found = Settings | str | None  # a text is the reason why it is ignored

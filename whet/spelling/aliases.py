@@ -15,7 +15,7 @@ from typing import Any
 from whet.base.config import field_docs
 from whet.base.errors import UserError
 from whet.sections import SECTION_CLASSES, SECTIONS
-from whet.translations import method_name, shown, translated
+from whet.spelling.translations import method_name, shown, translated
 
 # A peer's name, alone or inside a section, to ours.
 NAMES = {
