@@ -7,13 +7,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from whet.adapters.files import CONFIG, NOTE, WEIGHTS, adapter_directory
 from whet.adapters.loaded import Adapters, How, base_of, check_adapter
+from whet.base.console import say
+from whet.base.content import digest_of, files_in
 from whet.base.errors import UserError
+from whet.base.files import read_json
 from whet.base.outputs import output_directory, output_path
 from whet.data.template.goldens import OTHER_TEMPLATES
-from whet.engine.load.identity import SEAL, base_identity, check_base
+from whet.engine.load.identity import SEAL, base_identity, check_base, check_sealed
 from whet.engine.load.locate import locate
 from whet.inputs import inputs_of_adapter
 from whet.opening import open_plain
@@ -25,13 +29,19 @@ def compose_on_disk(
 ) -> Path:  # fmt: skip
     """Load the base of the first part, compose the parts and write the result to the new directory `out`.
 
+    Where `out` holds the same composition already it is left as it is.
     What stands beside the first adapter (tokenizer, template contract) is copied. Raises UserError, also when the parts
     were trained on different bases.
     """
-    if os.path.lexists(output_path(out)):
-        raise UserError("the output is in the way", file=str(out), fix="give a new directory")
     folders = [adapter_directory(part) for part in parts]
     recorded = [check_adapter(folder) for folder in folders]
+    asked = {
+        "parts": [str(part) for part in parts], "weights": list(weights or [1.0] * len(parts)), "how": how,
+        "rank": rank, "density": density,
+        "made_of": [digest_of(files_in(folder, [CONFIG, WEIGHTS])) for folder in folders],
+    }  # fmt: skip
+    if os.path.lexists(output_path(out)):
+        return _composed_before(output_path(out), asked)
     bases = [base_of(part) for part in parts]
     for folder, (model, _) in zip(folders[1:], bases[1:], strict=True):
         if locate(model.path) != locate(bases[0][0].path):
@@ -49,15 +59,26 @@ def compose_on_disk(
     for name, folder in zip(names, folders, strict=True):
         adapters.load(name, folder)
     adapters.compose("out", names, weights, how=how, rank=rank, density=density)
-    note = {
-        "parts": [str(part) for part in parts], "weights": list(weights or [1.0] * len(parts)), "how": how,
-        "base": {name: value for name, value in asdict(model).items() if value is not None},
-    }  # fmt: skip
+    note = asked | {"base": {name: value for name, value in asdict(model).items() if value is not None}}
     beside = [
         file for file in folders[0].iterdir()
         if file.name == OTHER_TEMPLATES or (file.is_file() and _is_of_tokenizer(file) and file.name != SEAL)
     ]  # fmt: skip
     return adapters.write("out", out, note, beside=beside, base=recorded[0] or base_identity(model))
+
+
+def _composed_before(out: Path, asked: dict[str, Any]) -> Path:
+    """The directory `out` where the same was composed before. Raises UserError where anything else stands there."""
+    try:
+        found = read_json(out / NOTE)
+        same = all(found[name] == value for name, value in asked.items())
+    except (OSError, ValueError, LookupError, TypeError):
+        same = False
+    if not same:
+        raise UserError("the output is in the way", file=str(out), fix="give a new directory")
+    check_sealed(out)
+    say(f"{out} holds this composition already: nothing to do")
+    return out
 
 
 def rename_on_disk(target: str | Path, new: str | Path) -> Path:
