@@ -16,6 +16,8 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
+from whet.adapter_files import Described
+from whet.aliases import canonical
 from whet.arguments import VERBS
 from whet.base import language
 from whet.base.catalogue import Catalogue, catalogue
@@ -26,6 +28,7 @@ from whet.data.format.standardise import recognise, standardise
 from whet.data.read.read import read_files
 from whet.planning.rules import Asked, check
 from whet.recipe import parse
+from whet.unneeded import REASONS
 
 LABELS = ("  현재 값:   ", "  올바른 값: ", "  해결:      ")
 SENTENCE = re.compile(r"(?:\b[a-z]{2,} ){2,}[a-z]{2,}\b")
@@ -119,16 +122,41 @@ def test_help_is_korean_and_keeps_to_its_width(
 
 
 def test_english_is_what_it_was(capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
+    from whet.base.korean import KoreanConsole
 
     error = UserError("there is no such recipe", "remove it", "a.yaml", 3, "train.seed", "x", "a name")
     assert language.error_text(error) == f"error: {error}"
-    assert type(console()) is Console
+    assert not isinstance(console(), KoreanConsole)
     say("interrupted")
     with Progress("training", 1) as bar:
         bar.advance("loss 1.0")
     said = capsys.readouterr().err
     assert said == "interrupted\ntraining 1/1  loss 1.0  eta 0 s\n"
+
+
+def test_what_is_said_of_other_tools_settings_is_korean(korean: None) -> None:
+    notes = {f"{name}: ignored, {reason}" for name, reason in REASONS.items()}
+    for name, value in (("hf_token", None), ("bias", "none"), ("report_to", "wandb"), ("torch_dtype", "auto")):
+        said = {note for _, _, note in canonical(name, value, None, None) if note}
+        assert said, name
+        notes |= said
+    for note in notes:
+        shown = language.translated(note)
+        assert re.fullmatch(r"\w+: 무시합니다\. .*[가-힣].*", shown), shown
+
+
+def test_adapters_are_listed_by_korean_names(
+    tmp_path: Path, korean: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [
+        Described(name, tmp_path / name, "lora", None, "held out", 8, 1000, 4096) for name in ("missing", "held out")
+    ]
+    monkeypatch.setattr("whet.adapter_files.find", lambda _: found)
+    assert run(["adapters", "list", str(tmp_path), "--lang", "ko"]) == 0
+    names, *rows = capsys.readouterr().out.splitlines()
+    assert names.split() == ["어댑터", "종류", "랭크", "파라미터", "크기", "기반", "점수"]
+    assert [row.split("  ")[0] for row in rows] == [str(one.path) for one in found], "names are data"
+    assert {cell_len(line.partition("lora")[0]) for line in rows} == {cell_len(names.partition("종류")[0])}
 
 
 def test_json_stays_english(

@@ -78,6 +78,15 @@ def translated(text: str) -> str:
     return catalogue().translated(text)
 
 
+def column_name(text: str) -> str:
+    """The name of a column that is printed without a table; unchanged in English."""
+    if not korean():
+        return text
+    from whet.base.catalogue import TABLES, catalogue_of
+
+    return catalogue_of(TABLES).translated(text)
+
+
 def error_text(error: UserError) -> str:
     """The lines that show an error in the terminal."""
     if not korean():

@@ -217,9 +217,9 @@ def canonical(path: str, value: Any, file: str | None, line: int | None) -> Rewr
     if not (inside and (word in AT_HOME or (_ours(path) and word in _OF_OTHERS))):
         turned = translated(word, value, inside=inside, where={"file": file, "row": line, "field": word})
         if turned is not None:
-            settings, note = turned
+            settings, reason = turned
             if not settings:
-                return [(None, None, f"{word}: {note}")]
+                return [(None, None, f"{word}: ignored, {reason}")]
             return [(new, item, f"{word}: read as {new}={shown(item)}") for new, item in settings]
     target = LOCAL.get(path) or (path if inside and _ours(path) else NAMES.get(word, path))
     if inside and word in AT_HOME and target.partition(".")[0] != section:

@@ -44,12 +44,12 @@ def translated(word: str, value: Any, *, inside: bool, where: dict[str, Any]) ->
     if word in SECRETS and value not in (None, False, True):
         raise UserError("a recipe holds no secrets", **where, fix="set it in the environment (HF_TOKEN)")
     if word in SECRETS:
-        return [], "ignored, the environment says it (HF_TOKEN)"
+        return [], "the environment says it (HF_TOKEN)"
     if word in REASONS:
-        return [], f"ignored, {REASONS[word]}"
+        return [], REASONS[word]
     if word in NOT_THERE:
         if value in (*OFF, *NOT_THERE[word]):
-            return [], "ignored, it is off"
+            return [], "it is off"
         raise UserError(
             "whet has no such thing, and it would change what is learned", **where, found=shown(value),
             expected="off, as where the line is missing", fix="remove the line",
@@ -57,9 +57,7 @@ def translated(word: str, value: Any, *, inside: bool, where: dict[str, Any]) ->
     for rule in (_of_model, _of_storage, _of_data, _of_training, _of_stage):
         found = rule(word, value, inside, where)
         if found is not None:
-            return (
-                ([], f"ignored, {found}") if isinstance(found, str) else (found, "" if found else "ignored, it is off")
-            )
+            return ([], found) if isinstance(found, str) else (found, "" if found else "it is off")
     return None
 
 

@@ -21,10 +21,10 @@ def bench(words: argparse.Namespace) -> dict[str, Any]:
     load = ("rows", "length", "accumulation", "lengths", "warm", "steps")
     found = api.bench_speed(words.target, words.overrides, **{name: getattr(words, name) for name in load})
     if not words.json:
-        speed = f"{found['tokens_per_second']:,} tokens a second ({found['median_seconds'] * 1000:.1f} ms a step)"
         peak = bytes_text(int(found["peak_allocated_gib"] * 2**30))
-        how = f"{found['storage']} weights, {found['compute']} arithmetic on {found['device']}"
-        answer(f"{speed}, peak {peak}, {how}", style="bold")
+        answer(f"{found['tokens_per_second']:,} tokens a second ({found['median_seconds'] * 1000:.1f} ms a step), "
+               f"peak {peak}, {found['storage']} weights, {found['compute']} arithmetic on {found['device']}",
+               style="bold")  # fmt: skip
     return found
 
 

@@ -28,6 +28,7 @@ def adapters(words: argparse.Namespace) -> dict[str, Any]:
 def _list_adapters(words: argparse.Namespace) -> dict[str, Any]:
     from whet.adapters.files import find, head_score
     from whet.base.console import bytes_text, say
+    from whet.base.language import column_name
 
     found = find(words.targets[0])
     rows = [
@@ -36,7 +37,8 @@ def _list_adapters(words: argparse.Namespace) -> dict[str, Any]:
         for one in found
     ]  # fmt: skip
     if not words.json and rows:
-        _print_aligned([("adapter", "kind", "rank", "parameters", "size", "base", "score"), *rows], right=(2, 3, 4))
+        names = ("adapter", "kind", "rank", "parameters", "size", "base", "score")
+        _print_aligned([tuple(map(column_name, names)), *rows], right=(2, 3, 4))
     elif not words.json:
         say(f"no adapters in {words.targets[0]}")
     return {"adapters": [asdict(one) | {"path": str(one.path)} for one in found]}
@@ -44,16 +46,20 @@ def _list_adapters(words: argparse.Namespace) -> dict[str, Any]:
 
 def _print_aligned(rows: Sequence[Sequence[str]], right: Collection[int]) -> None:
     """Print columns to stdout, whole however wide: a path that is cut cannot be used in the next command."""
+    from rich.cells import cell_len
+    from rich.text import Text
+
     from whet.base.console import console
 
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    widths = [max(cell_len(row[place]) for row in rows) for place in range(len(rows[0]))]
     out = console(stdout=True)
     for row in rows:
+        gaps = [" " * (width - cell_len(text)) for text, width in zip(row, widths, strict=True)]
         cells = [
-            text.rjust(width) if place in right else text.ljust(width)
-            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+            gap + text if place in right else text + gap
+            for place, (text, gap) in enumerate(zip(row, gaps, strict=True))
         ]
-        out.print("  ".join(cells).rstrip(), soft_wrap=True, markup=False, highlight=False)
+        out.print(Text("  ".join(cells).rstrip()), soft_wrap=True)
 
 
 def _compose(words: argparse.Namespace) -> dict[str, Any]:
@@ -69,7 +75,7 @@ def _compose(words: argparse.Namespace) -> dict[str, Any]:
             fix="--weights 0.5,0.5",
         ) from error  # fmt: skip
     out, *parts = words.targets
-    prepare_libraries(f"compose: opening {' and '.join(parts)}")
+    prepare_libraries(f"compose: opening {', '.join(parts)}")
     made = api.compose(out, parts, weights=weights, how=words.how, rank=words.rank, density=words.density)
     say(f"{' + '.join(parts)} by {words.how} -> {made}")
     return {"adapter": str(made), "parts": parts, "how": words.how, "weights": weights}
