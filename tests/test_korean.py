@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from whet.adapter_files import Described
+from whet.adapters.files import Described
 from whet.aliases import canonical
 from whet.arguments import VERBS
 from whet.base import language
@@ -151,7 +151,7 @@ def test_adapters_are_listed_by_korean_names(
     found = [
         Described(name, tmp_path / name, "lora", None, "held out", 8, 1000, 4096) for name in ("missing", "held out")
     ]
-    monkeypatch.setattr("whet.adapter_files.find", lambda _: found)
+    monkeypatch.setattr("whet.adapters.files.find", lambda _: found)
     assert run(["adapters", "list", str(tmp_path), "--lang", "ko"]) == 0
     names, *rows = capsys.readouterr().out.splitlines()
     assert names.split() == ["어댑터", "종류", "랭크", "파라미터", "크기", "기반", "점수"]
