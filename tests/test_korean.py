@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from whet.adapters.files import Described
-from whet.aliases import canonical
 from whet.arguments import VERBS
 from whet.base import language
 from whet.base.catalogue import Catalogue, catalogue
@@ -28,7 +27,8 @@ from whet.data.format.standardise import recognise, standardise
 from whet.data.read.read import read_files
 from whet.planning.rules import Asked, check
 from whet.recipe import parse
-from whet.unneeded import REASONS
+from whet.spelling.aliases import canonical
+from whet.spelling.unneeded import REASONS
 
 LABELS = ("  현재 값:   ", "  올바른 값: ", "  해결:      ")
 SENTENCE = re.compile(r"(?:\b[a-z]{2,} ){2,}[a-z]{2,}\b")

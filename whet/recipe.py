@@ -1,8 +1,8 @@
 """Parse recipes, here and nowhere else: YAML 1.2 and `key=value` in, one frozen `Recipe` out.
 
-`recipe_text` reads the text, `aliases` rewrites other tools' names, and here the tree becomes a `Recipe`. An unknown
-key is an error with its line and the nearest name; all that is wrong is said at once (`recipe_problems`). `auto` (or
-null) leaves a decision to whet; the decided value is written back through `resolve`, so a run directory holds no
+`spelling.text` reads the text, `spelling.aliases` rewrites other tools' names, and here the tree becomes a `Recipe`. An
+unknown key is an error with its line and the nearest name; all that is wrong is said at once (`spelling.problems`).
+`auto` (or null) leaves a decision to whet; the decided value is written back through `resolve`, so a run directory holds no
 `auto`.
 """
 
