@@ -48,7 +48,7 @@ def options(parser: argparse.ArgumentParser, verb: str = "") -> Iterator[tuple[s
         if isinstance(action, argparse._SubParsersAction):
             for name, inner in action.choices.items():
                 yield from options(inner, f"{verb} {name}".strip())
-        elif action.nargs != 0:
+        elif action.nargs != 0 and action.dest != "lang":  # every verb has it
             yield verb, action.option_strings[0] if action.option_strings else action.dest
 
 

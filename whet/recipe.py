@@ -2,8 +2,8 @@
 
 `spelling.text` reads the text, `spelling.aliases` rewrites other tools' names, and here the tree becomes a `Recipe`. An
 unknown key is an error with its line and the nearest name; all that is wrong is said at once (`spelling.problems`).
-`auto` (or null) leaves a decision to whet; the decided value is written back through `resolve`, so a run directory holds no
-`auto`.
+`auto` (or null) leaves a decision to whet; the decided value is written back through `resolve`, so a run directory
+holds no `auto`.
 """
 
 from __future__ import annotations
