@@ -68,7 +68,7 @@ class Template:
 
 
 def _positions(text: str, literals: Iterable[str], begin: int, end: int) -> list[tuple[int, int]] | None:
-    """Where each literal stands, as far left as possible, with its length."""
+    """The position and length of each literal, as far left as possible."""
     found = []
     for literal in literals:
         at = text.find(literal, begin, end) if literal else _end_of_word(text, begin, end)
@@ -80,7 +80,7 @@ def _positions(text: str, literals: Iterable[str], begin: int, end: int) -> list
 
 
 def _end_of_word(text: str, begin: int, end: int) -> int:
-    """Where a value ends that another one follows at once, which then begins with a space or a sign."""
+    """The end of a value that another one follows at once; that one begins with a space or a sign."""
     return next((at for at in range(begin, end) if text[at] in " ,;("), end)
 
 
@@ -136,8 +136,7 @@ class Catalogue:
         for ending, korean in self._endings.items():
             if text.endswith(ending) and (inner := self._whole(text.removesuffix(ending), depth)) is not None:
                 return inner + korean
-        for between in (": ", "  "):  # a name and what it is
-            head, separator, tail = text.rpartition(between)
+        for head, separator, tail in (text.partition(": "), text.rpartition(": "), text.rpartition("  ")):  # a name
             if separator and tail in self.exact:
                 return head + separator + self.exact[tail]
         head, bracket, tail = text.rpartition(" (")
@@ -211,7 +210,7 @@ def _entries(folder: Path = FOLDER) -> dict[str, dict[str, str]]:
 
 @functools.cache
 def catalogue() -> Catalogue:
-    """What whet says in sentences."""
+    """The entries of all sentences."""
     rooms = _entries()
     apart = (TABLES, PARTS)
     texts = {english: ko for room, texts in rooms.items() if room not in apart for english, ko in texts.items()}

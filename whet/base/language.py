@@ -70,7 +70,7 @@ def _shows_hangul(stream: TextIO | None) -> bool:
 
 
 def translated(text: str) -> str:
-    """What a person reads for a text of whet; unchanged in English, and where the catalogue does not know it."""
+    """The text of whet that a person reads; unchanged in English, and where the catalogue does not know it."""
     if not korean():
         return text
     from whet.base.catalogue import catalogue
