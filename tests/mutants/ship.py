@@ -235,7 +235,7 @@ MUTANTS = [
     ),
     Mutant(
         "chat: an error ends the conversation", "ship/talk.py",
-        '        write_error(f"error: {error}\\n")\n', "        raise\n",
+        '        write_error(error_text(error) + "\\n")\n', "        raise\n",
         "a typo in a command costs the conversation", "test_chat.py -k typo",
     ),
     Mutant(
