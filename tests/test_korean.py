@@ -145,6 +145,30 @@ def test_what_is_said_of_other_tools_settings_is_korean(korean: None) -> None:
         assert re.fullmatch(r"\w+: 무시합니다\. .*[가-힣].*", shown), shown
 
 
+@pytest.mark.parametrize(
+    ("english", "shown"),
+    [
+        ("trained 6 steps (1.5 epochs), 9 tokens in 2.4 s (5 tok/s); lowest held-out loss 0.3881 at step 6, "
+         "kept: step 6 -> runs/a",
+         "6스텝(1.5에폭), 9토큰을 2.4초에 학습 (초당 5토큰); "
+         "최저 검증 손실 0.3881 (6스텝), 남긴 것: 6스텝 -> runs/a"),
+        ("merged on trained base, bf16; on 8 held-out rows: greedy answers 100.00%, mean KL 1e-05, top-1 100.00%, "
+         "held-out loss 0.3895 to 0.3889 -> out",
+         "병합: 학습한 기반 (bf16); 검증 행 8개로 비교: greedy 답변 100.00%, 평균 KL 1e-05, top-1 100.00%, "
+         "검증 손실 0.3895에서 0.3889 -> out"),
+        ("questions that are nearly the same in train and held out: 8 (data.leakage=drop_near)",
+         "학습, 검증 양쪽에 거의 같은 질문: 8 (data.leakage=drop_near)"),
+        ("head: Feature extraction: train the head alone on what the frozen model computes.", None),
+        ("512 tokens a second (1.5 ms a step), peak 1.0 GiB, nf4 weights, bf16 arithmetic on cuda",
+         "초당 512토큰 (스텝당 1.5 ms), 최대 1.0 GiB, cuda에서 nf4 가중치와 bf16 연산"),
+        ("\nrows.jsonl row 1", "\nrows.jsonl 1행"),
+    ],
+)  # fmt: skip
+def test_lines_of_verbs_are_korean_throughout(english: str, shown: str | None, korean: None) -> None:
+    found = language.translated(english)
+    assert found == shown if shown else (found != english and re.search("[가-힣]", found))
+
+
 def test_adapters_are_listed_by_korean_names(
     tmp_path: Path, korean: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,8 +136,7 @@ class Catalogue:
         for ending, korean in self._endings.items():
             if text.endswith(ending) and (inner := self._whole(text.removesuffix(ending), depth)) is not None:
                 return inner + korean
-        for between in (": ", "  "):  # a name and what it is
-            head, separator, tail = text.rpartition(between)
+        for head, separator, tail in (text.partition(": "), text.rpartition(": "), text.rpartition("  ")):  # a name
             if separator and tail in self.exact:
                 return head + separator + self.exact[tail]
         head, bracket, tail = text.rpartition(" (")

@@ -83,7 +83,7 @@ class Agreement:
 
     @property
     def summary(self) -> str:
-        loss = f"held-out loss {self.live_held_out_loss:.4f} -> {self.held_out_loss:.4f}"
+        loss = f"held-out loss {self.live_held_out_loss:.4f} to {self.held_out_loss:.4f}"
         kl = f"mean KL {self.mean_kl:.2g}"
         return f"greedy answers {self.greedy_agreement:.2%}, {kl}, top-1 {self.top1_agreement:.2%}, {loss}"
 

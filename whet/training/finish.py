@@ -60,8 +60,7 @@ def _best(state: State, kept: int) -> str:
     """Which step is kept, in words, where held-out rows were measured."""
     if state.best_step is None or state.best_loss is None:
         return ""
-    best = f"; lowest held-out loss {state.best_loss:.4f} at step {state.best_step}"
-    return f"{best}, kept: step {kept}"
+    return f"; lowest held-out loss {state.best_loss:.4f} at step {state.best_step}, kept: step {kept}"
 
 
 def _load_best(run: Run, checkpoints: Checkpoints, state: State) -> int:
