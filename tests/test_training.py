@@ -126,7 +126,9 @@ SHAPES = ("linear", "cosine", "constant", "warmup_stable_decay")
 
 
 def rates(shape: str, total: int, warmup: float, decay: float = 0.2) -> list[float]:
-    options: dict[str, Any] = {"peak": 3e-4, "shape": shape, "warmup_ratio": warmup, "decay_ratio": decay}
+    options: dict[str, Any] = {
+        "peak": 3e-4, "shape": shape, "warmup_steps": math.ceil(warmup * total), "decay_ratio": decay
+    }  # fmt: skip
     return [learning_rate(step, total, **options) for step in range(total)]
 
 

@@ -124,7 +124,7 @@ def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
 
 
 def test_each_file_goes_back_to_its_own_place(tmp_path: Path) -> None:
-    log, state = log_in(tmp_path), State()
+    log, state = log_in(tmp_path), State(step=1)
     log.step_done(done(1, 1.23456789))
     log.before_save(state)
     kept = [(tmp_path / name).read_bytes() for name in ("metrics", "timing")]

@@ -25,7 +25,7 @@ import socket
 import ssl
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,7 +224,6 @@ class _Client:
             raise BadReply("not a chat completion") from None
         if not isinstance(text, str):
             raise BadReply("a reply without text")
-        text = text.replace(self.key, "[SECRET]") if self.key else text  # replies are written into files
         if choice.get("finish_reason") == "length":
             raise BadReply("the reply was cut off")
         return text.replace(self.key, SECRET) if self.key else text  # whatever is made of a reply is written to files
@@ -239,13 +238,14 @@ class _Client:
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         assert url.hostname is not None
         connection = kind(url.hostname, url.port, timeout=limit)
-        late = threading.Event()
+        late, lines = threading.Event(), list[socket.socket]()
         # A server that sends a byte now and then keeps every single read within its time, headers too.
-        watch = threading.Timer(limit, _end, (connection, late))
+        watch = threading.Timer(limit, _end, (lines, late))
         watch.daemon = True
         watch.start()
         try:
             connection.request("POST", f"{url.path.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+            lines.append(connection.sock)  # the connection lets go of it before a reply without keep-alive is read
             response = connection.getresponse()
             self.answered = True
             read = _read(response, late, MOST_BYTES if response.status == 200 else MOST_BYTES_OF_ERRORS)
@@ -278,11 +278,10 @@ class _Client:
         return shorten(redact(text, find(text)), 200)
 
 
-def _end(connection: http.client.HTTPConnection, late: threading.Event) -> None:
-    """End a connection whose time is over, whatever it waits for."""
+def _end(lines: Sequence[socket.socket], late: threading.Event) -> None:
+    """End the connection whose time is over, whatever it waits for."""
     late.set()
-    line = connection.sock
-    if line is not None:
+    for line in lines:
         with contextlib.suppress(OSError):
             line.shutdown(socket.SHUT_RDWR)
 
