@@ -288,6 +288,7 @@ def test_whole_scripts_of_the_articles_work_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("options", "field"), [
     (["train.max_steps=4", "train.num_train_epochs=3"], "train.num_train_epochs"),
     (["train.warmup_steps=4", "train.warmup_ratio=0.1"], "train.warmup_ratio"),
+    (["model.path=builtin:tiny", "model.revision=v2"], "model.revision"),
     (["data.replay=0.2"], "data.replay"), (["data.leakage=drop", "data.val_size=0"], "data.leakage"),
     (["data.val_size=0", "train.load_best_model_at_end=true"], "train.load_best_model_at_end"),
 ])  # fmt: skip

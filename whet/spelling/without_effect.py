@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from whet.base.config import field_docs
@@ -31,7 +32,13 @@ def _nothing_apart(of: Settings) -> bool:
     return of("data.val_size") == 0 and not named
 
 
+def _on_this_machine(of: Settings) -> bool:
+    path = str(of("model.path") or "builtin:tiny")
+    return path.startswith("builtin:") or Path(path).expanduser().is_dir()
+
+
 IDLE = (
+    Idle("model.revision", _on_this_machine, "a model on this machine has no revisions"),
     Idle("train.num_train_epochs", lambda of: of("train.max_steps"), "train.max_steps says how long training is"),
     Idle("train.warmup_ratio", lambda of: of("train.warmup_steps") is not None, "train.warmup_steps says how long"),
     Idle("data.replay", lambda of: not of("data.replay_dataset"), "data.replay_dataset names no rows to mix in"),
