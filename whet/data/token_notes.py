@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
 from whet.base.errors import shorten
@@ -42,8 +42,10 @@ def two_ways(row_tokenizer: RowTokenizer, examples: Sequence[Example], policy: M
         if any(message.reasoning for message in example.messages or ()):
             continue
         rendered = template.render([example])[0]
-        answers = [turn for turn in rendered.turns if turn.role == "assistant"]
-        leads = [rendered.text[turn.start : turn.content] for turn in answers]
+        leads = [
+            rendered.text[before.end : turn.content]
+            for before, turn in pairwise(rendered.turns) if turn.role == "assistant"
+        ]  # fmt: skip
         if len(set(leads)) > 1:
             last = shorten(repr(leads[-1]), 40)
             yield (f"the template writes {last} before the last answer and not before earlier ones, so one kind of "
