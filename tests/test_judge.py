@@ -58,7 +58,7 @@ def judged(fake: Fake, cache: Path, count: int = 6, **changes: Any) -> list[Verd
     return [verdict for _, verdict in pairs]
 
 
-def test_scores_come_in_order_and_a_second_run_asks_nothing(tmp_path: Path) -> None:
+def test_scores_come_in_order_and_a_second_run_asks_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def answer(request: dict[str, Any], before: int) -> Say:
         return Say(good(1 + number(request) % 5, f"row {number(request)}"), seconds=0.03 * (number(request) % 3))
 
@@ -68,12 +68,14 @@ def test_scores_come_in_order_and_a_second_run_asks_nothing(tmp_path: Path) -> N
         assert [one.reason for one in first] == [f"row {n}" for n in range(1, 13)]
         assert len(fake.asked) == 12
         assert 1 < fake.most <= 3
+        assert "not asked for again" not in capsys.readouterr().err
         again = judged(fake, tmp_path / "replies.jsonl", 12)
         assert len(fake.asked) == 12
         assert [(one.score, one.reason, one.prompt_sha256) for one in again] == [
             (one.score, one.reason, one.prompt_sha256) for one in first
         ]
         assert all(one.cached for one in again)
+        assert "12 replies were kept" in capsys.readouterr().err
         assert not any(one.cached for one in first)
         judged(fake, tmp_path / "replies.jsonl", 13, model="judge-2")
         assert len(fake.asked) == 25  # another judge is another question

@@ -35,6 +35,7 @@ from urllib.parse import urlsplit
 from annotated_types import Ge, Gt
 
 from whet.base.config import config, setting
+from whet.base.console import say
 from whet.base.errors import UserError, shorten
 from whet.base.network import is_offline
 from whet.data.detect.personal import find, redact
@@ -114,7 +115,7 @@ def ask_all(questions: Iterable[Question], endpoint: Endpoint, cache: Path) -> I
     stop = threading.Event()
     waiting: deque[Future[Reply] | Reply] = deque()
     under_way: dict[str, Future[Reply]] = {}
-    bad = good = 0
+    bad = good = kept = 0
     with Replies(cache) as replies, ThreadPoolExecutor(endpoint.concurrency) as pool:
         try:
             client: _Client | None = None
@@ -132,6 +133,7 @@ def ask_all(questions: Iterable[Question], endpoint: Endpoint, cache: Path) -> I
                 first = waiting.popleft()
                 reply = first if isinstance(first, Reply) else first.result()
                 under_way.pop(reply.prompt_sha256, None)
+                kept += reply.cached
                 good, bad = good + (not reply.problem), bad + bool(reply.problem)
                 if bad >= ALL_BAD and not good:
                     raise UserError(
@@ -139,6 +141,8 @@ def ask_all(questions: Iterable[Question], endpoint: Endpoint, cache: Path) -> I
                         field="model", found=f"{endpoint.model}: {reply.problem}",
                     )  # fmt: skip
                 yield reply
+            if kept:
+                say(f"{kept:,} replies were kept in {cache} and are not asked for again", style="dim")
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
