@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from whet.engine.weights.linear import FrozenLinear, count_parameters, dense_wei
 from whet.methods.all import METHODS, capability_rows
 from whet.methods.layers.group import LoraGroup
 from whet.methods.layers.state import trained_state
+from whet.methods.lora import Lora
 from whet.recipe import Parsed, parse
 from whet.training.optim import build_optimiser
 from whet.training.run import build, train
@@ -247,3 +249,12 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(recipe: Make) -> None:
     arranged.objective.before_step()
     assert not torch.equal(logits(model, IDS), logits(model, IDS))
     assert torch.equal(logits(model.eval(), IDS), logits(model, IDS))
+
+
+def test_the_config_of_an_adapter_is_the_same_in_every_process(recipe: Make, tmp_path: Path) -> None:
+    """PEFT keeps names in sets, which are written in another order by each process."""
+    model = tiny.built(recipe()).model
+    model.peft_config["default"].target_modules = {"v_proj", "q_proj", "up_proj", "k_proj", "gate_proj", "down_proj"}
+    Lora().save(model, tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
+    assert written == ["down_proj", "gate_proj", "k_proj", "q_proj", "up_proj", "v_proj"]

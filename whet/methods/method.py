@@ -10,6 +10,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from whet.base.errors import UserError
+from whet.base.files import read_json, write_json
 from whet.engine.task import CAUSAL, Task
 from whet.methods.capability import Capability
 
@@ -165,6 +166,8 @@ class PeftMethod(Method):
         tables = False if new_token_ids(model.get_base_model()) else "auto"
         state = saved_state(model)
         model.save_pretrained(str(directory), state_dict=state, save_embedding_layers=tables)
+        config = directory / "adapter_config.json"
+        write_json(config, {name: _ordered(value) for name, value in read_json(config).items()})
 
     def check_saved(self, model: Any, directory: Path, empty: PreTrainedModel, task: Task = CAUSAL) -> None:
         """Compare the file with what PEFT says of the model, and put it on `empty`, where names and shapes must fit."""
@@ -213,3 +216,9 @@ class PeftMethod(Method):
     def fold(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> PreTrainedModel:
         """The plain model with the adapter merged by PEFT."""
         return self.load(network, directory, task).merge_and_unload()  # type: ignore[operator]
+
+
+def _ordered(value: Any) -> Any:
+    """A list of names in the order of the alphabet: PEFT writes sets, whose order is another one in every process."""
+    names = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return sorted(value) if names else value
