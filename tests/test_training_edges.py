@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,15 @@ def test_tensorboard_gets_every_number_but_the_step(tmp_path: Path) -> None:
     assert not {"kind", "step"} & found.keys()
 
 
+@pytest.fixture
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """A shell starts what runs in the background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_is_heard")
 def test_the_first_ctrl_c_asks_and_the_second_stops_at_once() -> None:
     asked: list[int] = []
     before = signal.getsignal(signal.SIGINT)
@@ -171,6 +180,7 @@ def test_the_first_ctrl_c_asks_and_the_second_stops_at_once() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("_ctrl_c_is_heard")
 def test_ctrl_c_is_pythons_own_again_after_the_block() -> None:
     before = signal.getsignal(signal.SIGINT)
     with CtrlC(lambda: None):
