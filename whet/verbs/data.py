@@ -27,6 +27,10 @@ def _of_data(words: argparse.Namespace, *alone: str) -> Any:
 def data(words: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import replace
 
+    from whet.base.console import say
+    from whet.base.secrets import hide
+
+    say(f"data check: {hide(words.target)}", style="dim")  # the first look at a model's tokenizer takes seconds
     from whet import api
     from whet.data.check import check_strictly, print_report, report_of
     from whet.data.loss_mask import masked_rows, print_rows

@@ -30,7 +30,6 @@ CLOSE_SHARE = 0.98
 FORM_SHARE = 0.95
 MOST_FORMS = 10_000  # different ones remembered; a set with more of them has no common form
 MOST_LABELS = 100
-LONG_ANSWER = 80
 
 
 @dataclass
