@@ -27,11 +27,9 @@ def _of_data(words: argparse.Namespace, *alone: str) -> Any:
 def data(words: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import replace
 
+    from whet import api
     from whet.base.console import say
     from whet.base.secrets import hide
-
-    say(f"data check: {hide(words.target)}", style="dim")  # the first look at a model's tokenizer takes seconds
-    from whet import api
     from whet.data.check import check_strictly, print_report, report_of
     from whet.data.loss_mask import masked_rows, print_rows
     from whet.data.quality import quality_findings
@@ -43,6 +41,8 @@ def data(words: argparse.Namespace) -> dict[str, Any]:
         named = [*([given] if isinstance(given, str) else given), *words.benchmark]
         parsed = replace(parsed, recipe=replace(parsed.recipe, data=replace(parsed.recipe.data, benchmarks=named)))
     page, removed = _outputs_of_check(words, parsed)
+    if not parsed.recipe.model.path.startswith("builtin:"):  # the first look at a model's tokenizer takes seconds
+        say(f"data check: {hide(words.target)}", style="dim")
     found = api.prepared(parsed, any_model=source is None)
     result = report_of(found, quality_findings(found, near=not words.fast))
     if page:
