@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from whet.report import charts
-from whet.report.charts import Curve, chart, plain, smooth, thin, ticks, write_loss_plot
+from whet.report.charts import Curve, chart, plain, smooth, thin, ticks
+from whet.report.loss_plot import write_loss_plot
 from whet.report.page import safe, write_page
 
 HOSTILE = "<script>alert(1)</script> \"'& \x1b[31mred\x1b[0m \u202eright-to-left \ud800 </style><img src=x onerror=y>"

@@ -66,13 +66,13 @@ def train_parsed(parsed: Parsed, callbacks: Sequence[Callback] = ()) -> Run:
     if (done := already_trained(parsed)) is not None:
         return done
     _quiet()
-    from whet.report.charts import write_loss_plot
+    from whet.report.loss_plot import write_loss_plot
     from whet.report.page import write_page
     from whet.training.observers import observer_of
     from whet.training.run import train as run_training
 
     run = run_training(parsed, [observer_of(one) for one in callbacks])
-    write_loss_plot(run.path, "per row" if run.task.labelled else "per supervised token")
+    write_loss_plot(run.path, per_row=run.task.labelled)
     write_page(run.path)
     return run
 

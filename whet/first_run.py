@@ -11,7 +11,7 @@ from whet.base.console import say
 from whet.evaluation.printed import print_scores
 from whet.evaluation.run import evaluate
 from whet.recipe import parse
-from whet.report.charts import write_loss_plot
+from whet.report.loss_plot import write_loss_plot
 from whet.report.page import write_page
 from whet.runs import Run
 from whet.ship.merge import merge

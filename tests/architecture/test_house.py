@@ -23,7 +23,7 @@ ONE_OWNER = {  # a library and the only places that may import it
     "pydantic": {"recipe.py"},
     "ruamel": {"text.py"},
     "bitsandbytes": {"extras.py"},
-    "matplotlib": {"charts.py"},
+    "matplotlib": {"loss_plot.py"},
 }
 
 

@@ -3,6 +3,8 @@
 A string counts as shown unless its place says otherwise: docstrings, patterns, keys, comparisons, names, messages of
 our own mistakes. A template has a numbered place for each value: f"no such {kind}: {name}" is "no such {0}: {1}".
 Texts of one word count where they are printed: table headers, help, the parts of an error, choices within a sentence.
+A page names its texts by `phrase`, or in a constant dict whose values it looks up; a text of a page that is neither is
+not `named`, and would stay English. Comments of the recipes are texts as well.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2] / "whet"
 SCOPE = json.loads((Path(__file__).parent / "scope.json").read_text("utf-8"))
 
+PAGES = "report/"
+RECIPES = "recipes"
 OTHERS = "others"  # texts of argparse, pydantic, YAML and the system, which whet shows
 # Where the arguments of a call are read by people, even when they are one word.
 PRINTED = {
-    "UserError", "Rule", "say", "answer", "add_column", "add_row", "Progress", "ArgumentTypeError", "advance",
+    "UserError", "Rule", "say", "answer", "add_column", "add_row", "Progress", "ArgumentTypeError", "advance", "phrase",
 }  # fmt: skip
 PRINTED_KEYWORDS = {"problem", "fix", "expected", "found", "help", "title"}
 # Calls whose texts are read by programs, or by those who mend whet.
@@ -35,33 +39,56 @@ UNREAD = {
 
 @dataclass
 class Text:
-    """english: the template. place: file and line. values: the code of each place. optional: places to leave out."""
+    """english: the template. place: file and line. values: the code of each place. optional: places to leave out.
+
+    named: of a page, the text goes through `phrase`.
+    """
 
     english: str
     room: str
     place: str
     values: list[str] = field(default_factory=list)
     optional: set[int] = field(default_factory=set)
+    named: bool = False
 
 
 def collect(root: Path = ROOT) -> dict[str, Text]:
     """Every text below `root` by its English template, in the order of files and lines."""
     found: dict[str, Text] = {}
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if any(name == one or name.startswith(one) for one in SCOPE["files"]):
-            continue
-        tree = ast.parse(path.read_text("utf-8"))
-        for text in _Reader(name).read(tree):
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    for name in sorted(names, key=lambda name: name.startswith(PAGES)):  # a page shares what another room says as well
+        for text in texts_of(root, name):
             if text.english in SCOPE["found"] or text.english in SCOPE["tables"]:
                 text.room = "found" if text.english in SCOPE["found"] else "tables"
             if text.english not in found or text.room == "found":
                 found[text.english] = text
     found = {english: text for english, text in found.items() if english not in SCOPE["texts"]}
+    found |= {text.english: text for text in comments(root.parent / "recipes")}
     for room, texts in SCOPE["also"].items():
         for english in texts:
             found[english] = Text(english, room, "scope.json")
     return found
+
+
+def texts_of(root: Path, name: str) -> Iterator[Text]:
+    """The texts of one file below `root`; none of a file that `scope.json` leaves out."""
+    if not any(name == one or name.startswith(one) for one in SCOPE["files"]):
+        yield from _Reader(name).read(ast.parse((root / name).read_text("utf-8")))
+
+
+def comments(folder: Path) -> Iterator[Text]:
+    """The comments of the recipes: a block of lines is one text, and one behind a setting another."""
+    for path in sorted(folder.glob("*.yaml")):
+        block: list[str] = []
+        for number, line in enumerate([*path.read_text("utf-8").splitlines(), ""], 1):
+            setting, _, comment = line.partition("#")
+            if comment and not setting.strip():
+                block.append(comment.strip())
+                continue
+            for text in (" ".join(block), comment.strip()):
+                if text:
+                    yield Text(text, RECIPES, f"{path.name}:{number}")
+            block = []
 
 
 def room_of(name: str) -> str:
@@ -73,7 +100,7 @@ class _Reader:
     """Walk through one file, knowing what stands around each string."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.on_page = name, name.startswith(PAGES)
 
     def read(self, tree: ast.Module) -> Iterator[Text]:
         yield from self._of(tree, printed=False)
@@ -120,7 +147,14 @@ class _Reader:
         if self._private_constant(node) or node.value is None:
             return
         targets = node.targets if isinstance(node, ast.Assign) else []
-        if {getattr(one, "id", "") for one in targets} & {"found", "shown"}:
+        if (
+            self.on_page
+            and isinstance(node.value, ast.Dict)
+            and all(getattr(one, "id", "").isupper() for one in targets)
+        ):
+            yield from _as_named(self._of(node.value, True))
+            return
+        if {getattr(one, "id", "") for one in targets} & {"found", "shown"} and not self.on_page:
             yield from _as_found(self._of(node.value, True))
         else:
             yield from self._of(node.value, False)
@@ -164,7 +198,8 @@ class _Reader:
         for argument in node.args:
             if name in UNREAD and _is_text(argument):
                 continue
-            yield from self._of(argument, name in PRINTED)
+            texts = self._of(argument, name in PRINTED)
+            yield from _as_named(texts) if name == "phrase" else texts
         for keyword in node.keywords:
             shown = keyword.arg in PRINTED_KEYWORDS or (name in PRINTED and keyword.arg not in STYLES)
             if name in UNREAD and _is_text(keyword.value):
@@ -189,11 +224,12 @@ class _Reader:
                 values.append(ast.unparse(value))
                 inner.append(value)
         english = _numbered(english, values)
-        if _is_shown(english, printed):
+        if _is_shown(english, printed) if printed or not self.on_page else _is_on_page(english):
             place = f"{self.name}:{getattr(node, 'lineno', 0)}"
             yield Text(english, room_of(self.name), place, values, optional)
         for value in inner:
-            yield from self._of(value, isinstance(value, ast.IfExp | ast.BoolOp) and not _is_ending(value))
+            choice = isinstance(value, ast.IfExp | ast.BoolOp) and not _is_ending(value)
+            yield from self._of(value, choice and not self.on_page)  # on a page: of classes and attributes
 
 
 STYLES = {"style", "justify", "overflow", "file", "field", "dest", "action", "metavar", "default", "choices", "mode"}
@@ -207,6 +243,13 @@ def _as_found(texts: Iterator[Text]) -> Iterator[Text]:
     """Texts in the place of a found value, which are looked up apart from all others."""
     for text in texts:
         text.room = "found"
+        yield text
+
+
+def _as_named(texts: Iterator[Text]) -> Iterator[Text]:
+    """Texts that a page looks up before it shows them."""
+    for text in texts:
+        text.named = True
         yield text
 
 
@@ -245,6 +288,12 @@ def _is_ending(node: ast.AST) -> bool:
         and " " not in part.value
         for part in (node.body, node.orelse)
     )
+
+
+def _is_on_page(english: str) -> bool:
+    """True if words are left of a text of a page without its markup: one beside a tag, two alone."""
+    words = re.sub(r"<[^<>]*>", " ", english)
+    return _is_shown(words, "<" in english)
 
 
 def _is_shown(english: str, printed: bool) -> bool:

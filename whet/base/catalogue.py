@@ -21,6 +21,8 @@ from pathlib import Path
 FOLDER = Path(__file__).parents[1] / "builtin" / "korean"
 TABLES = "tables"  # names of rows and columns: no texts elsewhere, where the same words are code
 PARTS = "parts"  # single words that are whet's own only where a template says so
+REPORT = "report"  # texts of pages, which are named where they are written and never looked for
+RECIPES = "recipes"  # comments of the recipes that `whet init` prints
 FOUND = "found"  # texts of whet in the place of a found value, which are rows and names otherwise
 SHORT_LITERAL = 4  # letters: so little of a template says nothing, unless its values are single words
 DEEPEST = 4  # texts within texts
@@ -145,15 +147,17 @@ class Catalogue:
         return text
 
     def words(self, text: str, depth: int = 0) -> str:
-        """A text of whet within another one: as it is, or put together with commas."""
-        whole = self._part(text, depth)
-        if whole is not None:
+        """A text of whet within another one: as it is, or put together with commas. Where every member of a list is
+        known, no template is tried on the list."""
+        if text in self._parts or text in self.exact:
+            return self._parts.get(text) or self.exact[text]
+        pieces = _BETWEEN.split(text)
+        known = [self._part(piece, depth) for piece in pieces[::2]]
+        if (len(pieces) == 1 or not all(known)) and (whole := self._whole(text, depth)) is not None:
             return whole
         body = text.strip(" ()")
         if body and body != text and (inner := self._part(body, depth)) is not None:
             return text.replace(body, inner)
-        pieces = _BETWEEN.split(text)
-        known = [self._part(piece, depth) for piece in pieces[::2]]
         if len(pieces) == 1 or not (any(known) or all(" " not in piece for piece in pieces[::2])):
             return text
         shown = [piece if now is None else now for piece, now in zip(pieces[::2], known, strict=True)]
@@ -212,9 +216,17 @@ def _entries(folder: Path = FOLDER) -> dict[str, dict[str, str]]:
 def catalogue() -> Catalogue:
     """The entries of all sentences."""
     rooms = _entries()
-    apart = (TABLES, PARTS)
+    apart = (TABLES, PARTS, REPORT, RECIPES)
     texts = {english: ko for room, texts in rooms.items() if room not in apart for english, ko in texts.items()}
     return Catalogue(texts, rooms.get(PARTS))
+
+
+@functools.cache
+def by_english() -> dict[str, str]:
+    """The Korean of each text by its whole English; its places are ready for `str.format`."""
+    rooms = _entries()
+    order = [*(room for room in rooms if room not in (REPORT, RECIPES)), REPORT]
+    return {english: _PLACE.sub(r"{\1}", ko) for room in order for english, ko in rooms.get(room, {}).items()}
 
 
 @functools.cache

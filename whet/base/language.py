@@ -1,8 +1,10 @@
 """The language that people read: English as it stands in the code, or Korean from the catalogue in whet/builtin/korean.
 
 Texts stay plain literals and f-strings where they are written, and are translated where they are shown: an error by
-`error_text`, what goes through the console by its class, help by its formatter. What programs read (`--json`, files,
-`str` of an error) stays English. English costs nothing: `whet.base.catalogue` is imported for Korean alone.
+`error_text`, what goes through the console by its class, help by its formatter. A page names each of its texts by
+`phrase`, which puts the values in afterwards, so that nothing from the data is ever looked up. What programs read
+(`--json`, files, `str` of an error) stays English. English costs nothing: `whet.base.catalogue` is imported for Korean
+alone.
 """
 
 from __future__ import annotations
@@ -76,6 +78,26 @@ def translated(text: str) -> str:
     from whet.base.catalogue import catalogue
 
     return catalogue().translated(text)
+
+
+def phrase(english: str, *values: object) -> str:
+    """A text of whet with values in its numbered places, as people read it. Values stay as they are."""
+    return named(english).format(*values)
+
+
+def named(english: str) -> str:
+    """A text of whet, its places still open, or a name of its own; unchanged where the catalogue does not know it."""
+    if not korean():
+        return english
+    from whet.base.catalogue import by_english
+
+    return by_english().get(english, english)
+
+
+def written(text: str) -> str:
+    """A sentence that whet wrote into a file, in English for programs, as people read it. Values in it stay."""
+    shown = named(text)
+    return translated(text) if shown == text else shown
 
 
 def column_name(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Draw curves of a run from `metrics.jsonl` and `timing.jsonl`, as inline SVG for the HTML page and as one PNG.
+"""Draw curves of a run from `metrics.jsonl` and `timing.jsonl`, as inline SVG for the HTML page.
 
 The SVG holds lines only, drawn in a square of 1000 x 1000 that CSS stretches to any width; strokes do not stretch
 (`vector-effect`) and all words are HTML beside it, so text keeps its size on a phone and colours follow the theme.
@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from whet.base.files import write_bytes
+from whet.base.language import named, phrase
 
 Point = tuple[float, float | None]  # a step and its value; None where there is nothing finite to draw
 JsonObject = dict[str, object]
@@ -153,7 +153,7 @@ def plain(value: float, digits: int = 4) -> str:
 def text_of(value: object) -> str:
     """A JSON value in words: 12,345, yes, a list with commas; a dash for what is absent or not finite."""
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return phrase("yes") if value else phrase("no")
     if isinstance(value, list):
         return ", ".join(map(text_of, value)) or "–"
     if isinstance(value, dict):
@@ -165,8 +165,16 @@ def text_of(value: object) -> str:
 
 
 def label_of(key: str) -> str:
+    """The English label of any key."""
     words = " ".join(_ACRONYMS.get(word, word) for word in key.replace("_", " ").split())
     return words[:1].upper() + words[1:]
+
+
+def own_label(key: str) -> str:
+    """The label of a key that whet wrote, as people read it. A name from the data takes `label_of`, or none."""
+    spelled = " ".join(key.replace("_", " ").split())
+    shown = named(spelled)
+    return label_of(key) if shown == spelled else shown
 
 
 def size_text(value: object) -> str:
@@ -181,9 +189,11 @@ def size_text(value: object) -> str:
 def seconds_text(value: object) -> str:
     seconds = as_number(value)
     if seconds is None or seconds < 60:
-        return "–" if seconds is None else f"{plain(round(seconds, 1))} s"
+        return "–" if seconds is None else phrase("{0} s", plain(round(seconds, 1)))
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{plain(minutes // 60)} h {minutes % 60} min"
+    if minutes < 60:
+        return phrase("{0} min {1} s", minutes, rest)
+    return phrase("{0} h {1} min", plain(minutes // 60), minutes % 60)
 
 
 def is_wide(values: Sequence[float]) -> bool:
@@ -220,9 +230,8 @@ def axis_for(values: Sequence[float], unit: str, is_bytes: bool, from_zero: bool
     elif is_wide(values):
         bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
         step = max(1, math.ceil((top - bottom) / 5))
-        return Axis(
-            tuple(float(n) for n in range(bottom, top + step, step)), 1.0, f"{unit}, logarithmic".lstrip(", "), True
-        )
+        unit = phrase("{0}, logarithmic", unit) if unit else phrase("logarithmic")
+        return Axis(tuple(float(n) for n in range(bottom, top + step, step)), 1.0, unit, True)
     else:
         power = math.floor(math.log10(1.1 * max(abs(low), abs(high)) or 1.0))  # 9.9e-5 is read as 0.99×10⁻⁴
         scale = 1.0 if -3 < power < 6 else 10.0**power
@@ -279,18 +288,18 @@ def chart(
     if best_step is not None and min(steps) <= best_step <= max(steps):
         side = " before" if across(best_step) > 0.6 else ""
         grid += f'<path class="best" d="M{1000 * across(best_step):.2f} 0V1000"/>'
-        flag = (
-            f'<span class="flag{side}" style="left:{100 * across(best_step):.2f}%">best: step {plain(best_step)}</span>'
-        )
+        text = phrase("best: step {0}", plain(best_step))
+        flag = f'<span class="flag{side}" style="left:{100 * across(best_step):.2f}%">{text}</span>'
     unit_text = f'<span class="unit">{escape(axis.unit)}</span>' if axis.unit else ""
-    summary = f"{title}: {plain(min(values))} to {plain(max(values))}, steps {plain(min(steps))} to {plain(max(steps))}"
+    ends = (plain(end) for end in (min(values), max(values), min(steps), max(steps)))
+    summary = phrase("{0}: {1} to {2}, steps {3} to {4}", title, *ends)
     return (
         f'<figure class="chart"><figcaption><h3>{escape(title)}</h3>{unit_text}{_legend(curves)}</figcaption>'
         f'<div class="plot" data-x="{first:g},{last:g}" data-y="{axis.marks[0]:g},{axis.marks[-1]:g}"'
         f'{" data-log" if axis.log else ""}><div class="ys" aria-hidden="true">{left}</div><div class="canvas">'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{escape(summary)}">'
         f'{grid}{lines}</svg>{flag}</div><div class="xs" aria-hidden="true">{below}</div>'
-        f'<div class="xname" aria-hidden="true">optimiser step</div></div>{_gaps(curves)}</figure>'
+        f'<div class="xname" aria-hidden="true">{phrase("optimiser step")}</div></div>{_gaps(curves)}</figure>'
     )
 
 
@@ -326,59 +335,28 @@ def _gaps(curves: Sequence[Curve]) -> str:
         if curve.style != "raw" and (missing := [step for step, value in curve.points if value is None])
     ]
     return "".join(
-        f'<p class="warn small">{escape(name)}: {plain(len(missing))} {"value" if len(missing) == 1 else "values"} '
-        f"missing or not finite, first at step {plain(missing[0])}</p>"
-        for name, missing in counts
+        f'<p class="warn small">{_gap(escape(name), len(missing), plain(missing[0]))}</p>' for name, missing in counts
     )
 
 
-def loss_curves(metrics: Sequence[JsonObject]) -> list[Curve]:
-    """Train loss (raw and smoothed) and eval loss, as far as they were recorded."""
+def _gap(name: str, missing: int, first: str) -> str:
+    if missing == 1:
+        return phrase("{0}: {1} value missing or not finite, first at step {2}", name, missing, first)
+    return phrase("{0}: {1} values missing or not finite, first at step {2}", name, plain(missing), first)
+
+
+def loss_curves(metrics: Sequence[JsonObject], phrase: Callable[..., str] = phrase) -> list[Curve]:
+    """Train loss (raw and smoothed) and eval loss, as far as they were recorded. phrase: `str.format` for English."""
     raw = points_of(metrics, "loss", "train")
     mean, width = smooth(raw)
     apart = round(median([b - a for (a, _), (b, _) in pairwise(raw)])) if width > 1 else 1
-    logged = "every step" if apart == 1 else f"every {plain(apart)} steps"
-    averaged = f"mean of {plain(width)} {'steps' if apart == 1 else 'logged steps'}"
-    curves = [Curve(f"train, {logged}", raw, "raw"), Curve(f"train, {averaged}", mean)] if width > 1 else []
-    if raw and width == 1:
-        curves.append(Curve("train", mean))
-    held_out = points_of(metrics, "eval_loss", "eval")
-    return [*curves, Curve("eval", held_out, "eval", dots=True)] if held_out else curves
-
-
-def write_loss_plot(run_dir: Path, unit: str = "per supervised token") -> Path:
-    """Write `run_dir`/loss.png, 1600 x 900: the same curves as on the page, or a picture that says there are none."""
-    import io
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    curves = loss_curves(read_records(run_dir / "metrics.jsonl")[0])
-    figure = Figure(figsize=(8, 4.5), dpi=200, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)  # this canvas only: pyplot and its global backend are never touched
-    axes = figure.add_subplot()
-    looks = {"raw": ("#0b6e69", 0.8, 0.28), "train": ("#0b6e69", 2.0, 1.0), "eval": ("#b4530a", 2.0, 1.0)}
-    for curve in curves:
-        colour, width, alpha = looks[curve.style]
-        points = thin(curve.points)
-        marker = "o" if len(points) == 1 or (curve.dots and len(points) <= 60) else ""
-        heights = [math.nan if value is None else value for _, value in points]
-        axes.plot(
-            [x for x, _ in points], heights, color=colour, lw=width, alpha=alpha, label=curve.name, marker=marker, ms=5
-        )
-    values = [value for curve in curves for _, value in curve.points if value is not None]
-    axes.set_yscale("log" if (wide := is_wide(values)) else "linear")
-    if curves:
-        axes.legend(frameon=False)
+    if width > 1 and apart == 1:
+        names = phrase("train, every step"), phrase("train, mean of {0} steps", plain(width))
     else:
-        axes.text(0.5, 0.5, "no loss recorded yet", ha="center", va="center", transform=axes.transAxes, color="#5a636d")
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel(f"loss {unit}" + (", logarithmic" if wide else ""))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#e3e1da", lw=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    write_bytes(run_dir / "loss.png", buffer.getvalue())
-    return run_dir / "loss.png"
+        every = phrase("train, every {0} steps", plain(apart))
+        names = every, phrase("train, mean of {0} logged steps", plain(width))
+    curves = [Curve(names[0], raw, "raw"), Curve(names[1], mean)] if width > 1 else []
+    if raw and width == 1:
+        curves.append(Curve(phrase("train"), mean))
+    held_out = points_of(metrics, "eval_loss", "eval")
+    return [*curves, Curve(phrase("eval"), held_out, "eval", dots=True)] if held_out else curves

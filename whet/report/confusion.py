@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from whet.base.language import phrase
 from whet.report.charts import JsonObject, as_number, plain
 from whet.report.markup import objects, safe, score_text, table, visible
 
@@ -40,7 +41,7 @@ STYLE = """
 """  # belongs behind page.css
 
 
-def confusion(labels: JsonObject, title: str = "Confusions") -> str:
+def confusion(labels: JsonObject) -> str:
     """An HTML figure from {"names", "confusion", "most_confused"}; empty if nothing in them can be drawn.
 
     With over 20 classes, or without a matrix, the table of the most frequent confusions.
@@ -49,8 +50,8 @@ def confusion(labels: JsonObject, title: str = "Confusions") -> str:
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     counts = _square(labels.get("confusion"), len(names))
     if counts and len(counts) <= LARGEST_DRAWN:
-        return _figure(title, "rows: reference; columns: answer of the tuned model", _matrix(names, counts, title))
-    return _table(title, labels, counts)
+        return _figure(phrase("rows: reference; columns: answer of the tuned model"), _matrix(names, counts))
+    return _table(labels, counts)
 
 
 def _square(value: object, size: int) -> list[list[int]]:
@@ -64,31 +65,32 @@ def _square(value: object, size: int) -> list[list[int]]:
     return counts if whole and any(map(any, counts)) else []
 
 
-def _figure(title: str, note: str, body: str) -> str:
+def _figure(note: str, body: str) -> str:
     return (
-        f'<figure class="chart confusion"><figcaption><h3>{safe(title)}</h3><span class="unit">{safe(note)}</span>'
-        f"</figcaption>{body}</figure>"
+        f'<figure class="chart confusion"><figcaption><h3>{phrase("Confusions")}</h3>'
+        f'<span class="unit">{safe(note)}</span></figcaption>{body}</figure>'
     )
 
 
-def _matrix(names: Sequence[str], counts: Sequence[Sequence[int]], title: str) -> str:
+def _matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
     """The grid: a number and name per row, a cell per answer, and at the end the share of the row that is right."""
     numbers = "".join(
         f'<span role="columnheader" class="head" title="{_attribute(name)}">{column}</span>'
         for column, name in enumerate(names, 1)
     )
-    lines = f'<span role="columnheader" class="name head">Reference</span>{numbers}'
-    lines = f'<div role="row">{lines}<span role="columnheader" class="head">Right</span></div>'
+    lines = f'<span role="columnheader" class="name head">{phrase("Reference")}</span>{numbers}'
+    lines = f'<div role="row">{lines}<span role="columnheader" class="head">{phrase("Right")}</span></div>'
     for index, (name, line) in enumerate(zip(names, counts, strict=True)):
         cells = "".join(_cell(count, sum(line), column == index) for column, count in enumerate(line))
         label = f'<span role="rowheader" class="name" title="{_attribute(name)}">{index + 1} · {safe(name, 60)}</span>'
         recall = score_text(line[index] / sum(line), True) if sum(line) else "–"
         lines += f'<div role="row">{label}{cells}<span role="cell" class="head">{recall}</span></div>'
     total, right = sum(map(sum, counts)), sum(line[index] for index, line in enumerate(counts))
-    summary = f"{title}: {plain(right)} of {plain(total)} right"
+    summary = phrase("Confusions: {0} of {1} right", plain(right), plain(total))
     columns = f"grid-template-columns: auto repeat({len(names)}, minmax(1.9rem, 1fr)) auto"
     grid = f'<div class="cells" role="table" aria-label="{_attribute(summary)}" style="{columns}">{lines}</div>'
-    hint = f'<p class="swipe">→ scrolls sideways: {len(names)} columns</p>' if len(names) > MOST_ON_A_PHONE else ""
+    swipe = phrase("→ scrolls sideways: {0} columns", len(names))
+    hint = f'<p class="swipe">{swipe}</p>' if len(names) > MOST_ON_A_PHONE else ""
     return f'{hint}<div class="scroll" tabindex="0">{grid}</div>'
 
 
@@ -104,7 +106,7 @@ def _cell(count: int, rows: int, is_right: bool) -> str:
     return f'<span role="cell" class="{"right" if is_right else "wrong"}" style="{share}">{plain(count)}</span>'
 
 
-def _table(title: str, labels: JsonObject, counts: Sequence[Sequence[int]]) -> str:
+def _table(labels: JsonObject, counts: Sequence[Sequence[int]]) -> str:
     """The most frequent confusions first, each with its share of the reference's rows, if the matrix gives it."""
     names = labels.get("names")
     rows_of = {name: sum(line) for name, line in zip(names if isinstance(names, list) else [], counts, strict=False)}
@@ -119,5 +121,6 @@ def _table(title: str, labels: JsonObject, counts: Sequence[Sequence[int]]) -> s
         )
     if not rows:
         return ""
-    columns = {"Reference": "key", "Taken for": "", "Rows": "num", "Of the reference's rows": "num"}
-    return _figure(title, f"the {len(rows)} most frequent", table(columns, rows))
+    columns = {phrase("Reference"): "key", phrase("Taken for"): "", phrase("Rows"): "num"}
+    columns |= {phrase("Of the reference's rows"): "num"}
+    return _figure(phrase("the {0} most frequent", len(rows)), table(columns, rows))

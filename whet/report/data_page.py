@@ -15,11 +15,12 @@ from pathlib import Path
 from string import Template
 
 from whet.base.files import write_bytes
-from whet.report.charts import JsonObject, as_number, label_of, part, plain, size_text, text_of
+from whet.base.language import korean, phrase, written
+from whet.report.charts import JsonObject, as_number, own_label, part, plain, size_text, text_of
 from whet.report.findings import counts_table, findings, found_faults
 from whet.report.histogram import bins_of, histogram
 from whet.report.markup import Html, fold, objects, pairs, paragraph, ratio, safe, score_text, table
-from whet.report.masks import masks, place_text, roles
+from whet.report.masks import masks, place_text, roles, row_text
 
 SHOWN_REASONS, SHOWN_PLACES, SHOWN_LABELS, SHOWN_FILES, SHOWN_WARNINGS = 20, 6, 40, 100, 50
 FAULTS = {  # counts in the ledger that are 0 in good data
@@ -30,7 +31,7 @@ FAULTS = {  # counts in the ledger that are 0 in good data
 LONG_REASON = 500  # characters
 _NUMBER = re.compile(r"\d[\d,]*")
 PAGE = Template("""<!doctype html>
-<html lang="en">
+<html lang="$language">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -44,14 +45,14 @@ $style
 </head>
 <body>
 <header>
-<p class="eyebrow">whet · data check</p>
+<p class="eyebrow">whet · $eyebrow</p>
 <h1>$title</h1>
 $head
 </header>
 <main>
 $sections
 </main>
-<footer>Made by <code>whet data check</code>. Nothing on this page is loaded from anywhere else.</footer>
+<footer>$source $alone</footer>
 </body>
 </html>
 """)
@@ -61,22 +62,24 @@ def data_page(report: JsonObject, rows: Sequence[JsonObject]) -> str:
     """The whole page. report: the object of `whet data check --json`; rows: {file, row, tokens, learned, pieces} as
     `data.loss_mask.masked_rows` gives them. Any key may be absent."""
     sections = {
-        "warnings": ("What to look at", _warnings(report)),
-        "lengths": ("Lengths", histogram(bins_of(report), _limit(report))),
-        "learned": ("What is learned", _learned(report)),
-        "masks": ("Rows as the model reads them", masks(rows)),
-        "dropped": ("Dropped rows", _dropped(report)),
-        "quality": ("Quality", findings(part(report, "quality"))),
-        "files": ("Files", _files(report)),
-        "counts": ("All counts", _counts(report)),
+        "warnings": (phrase("What to look at"), _warnings(report)),
+        "lengths": (phrase("Lengths"), histogram(bins_of(report), _limit(report))),
+        "learned": (phrase("What is learned"), _learned(report)),
+        "masks": (phrase("Rows as the model reads them"), masks(rows)),
+        "dropped": (phrase("Dropped rows"), _dropped(report)),
+        "quality": (phrase("Quality"), findings(part(report, "quality"))),
+        "files": (phrase("Files"), _files(report)),
+        "counts": (phrase("All counts"), _counts(report)),
     }
     shown = {name: both for name, both in sections.items() if both[1]}
     here = Path(__file__).parent
     style = "".join((here / name).read_text(encoding="utf-8") for name in ("page.css", "data_page.css"))
     jump = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, (title, _) in shown.items())
+    jump = f'<nav aria-label="{phrase("Parts")}"><ul class="jump">{jump}</ul></nav>' if jump else ""
     return PAGE.substitute(
-        title=_title(report), style=style,
-        head=f'{_head(report)}<nav aria-label="Parts"><ul class="jump">{jump}</ul></nav>' if jump else _head(report),
+        language="ko" if korean() else "en", title=_title(report), style=style, eyebrow=phrase("data check"),
+        head=f"{_head(report)}{jump}", source=phrase("Made by <code>whet data check</code>."),
+        alone=phrase("Nothing on this page is loaded from anywhere else."),
         sections="\n".join(
             f'<section id="{name}"><h2>{title}</h2>{body}</section>' for name, (title, body) in shown.items()
         ),
@@ -91,41 +94,46 @@ def write_data_page(path: Path, report: JsonObject, rows: Sequence[JsonObject]) 
 
 def _title(report: JsonObject) -> Html:
     names = [place_text({"file": item.get("path")}) for item in objects(report, "files") if item.get("path")]
-    more = f" and {plain(len(names) - 1)} more" if len(names) > 1 else ""
-    return Html(f"{names[0]}{more}") if names else Html("Your data")
+    if len(names) > 1:
+        return Html(phrase("{0} and {1} more", names[0], plain(len(names) - 1)))
+    return names[0] if names else Html(phrase("Your data"))
 
 
 def verdict(report: JsonObject) -> tuple[str, str]:
     """A tone (good, bad or none) and one sentence: if one can train on this, and the first thing to look at."""
     rows, learned, tokens = (as_number(report.get(key)) for key in ("rows_train", "supervised_tokens", "tokens"))
     if rows == 0:
-        return "bad", "<b>No row</b> is left to learn from."
+        return "bad", phrase("<b>No row</b> is left to learn from.")
     if learned == 0:
-        return "bad", "<b>Nothing would be learned</b>: no token is a target, so the model would stay as it is."
-    text = "The data can be read"
-    if rows is not None:
-        text = f"There {'is' if rows == 1 else 'are'} <b>{plain(rows)}</b> row{'' if rows == 1 else 's'} to learn from"
+        return "bad", phrase("<b>Nothing would be learned</b>: no token is a target, so the model would stay as it is.")
+    text = phrase("The data can be read")
+    if rows == 1:
+        text = phrase("There is <b>1</b> row to learn from")
+    elif rows is not None:
+        text = phrase("There are <b>{0}</b> rows to learn from", plain(rows))
     share = ratio(learned, tokens)
     if share is not None and not part(report, "labels"):
-        text += f", and <b>{score_text(share, True)}</b> of the tokens are learned"
+        text = phrase("{0}, and <b>{1}</b> of the tokens are learned", text, score_text(share, True))
     warnings, faults = len(_texts(report)), _faults(report)
+    if warnings == 1:
+        return "", phrase("{0}. 1 thing deserves a look first.", text)
     if warnings:
-        return "", f"{text}. {plain(warnings)} {'thing deserves' if warnings == 1 else 'things deserve'} a look first."
+        return "", phrase("{0}. {1} things deserve a look first.", text, plain(warnings))
     if faults:
-        return "", f"{text}. These checks found something: {safe(', '.join(faults).lower(), 600)}."
-    return "good", f"{text}. The checks that ran found nothing against it."
+        return "", phrase("{0}. These checks found something: {1}.", text, safe(", ".join(faults).lower(), 600))
+    return "good", phrase("{0}. The checks that ran found nothing against it.", text)
 
 
 def _texts(report: JsonObject) -> list[str]:
     warnings = report.get("warnings")
-    return [text_of(item) for item in warnings] if isinstance(warnings, list) else []
+    return [written(text_of(item)) for item in warnings] if isinstance(warnings, list) else []
 
 
 def _faults(report: JsonObject) -> list[str]:
     """Names of all faults, with and without a warning."""
-    faults = [name for key, name in FAULTS.items() if (as_number(report.get(key)) or 0) > 0]
+    faults = [phrase(name) for key, name in FAULTS.items() if (as_number(report.get(key)) or 0) > 0]
     dropped = report.get("dropped")
-    return faults + (["dropped rows"] if dropped else []) + found_faults(part(report, "quality"))
+    return faults + ([phrase("dropped rows")] if dropped else []) + found_faults(part(report, "quality"))
 
 
 def _head(report: JsonObject) -> str:
@@ -135,13 +143,16 @@ def _head(report: JsonObject) -> str:
     limit = _limit(report)
     share = ratio(report.get("supervised_tokens"), report.get("tokens"))
     held_out = as_number(report.get("rows_eval"))
+    most = phrase("of at most {0} tokens", plain(limit)) if limit else phrase("tokens")
+    learned = phrase("{0} tokens", text_of(report.get("supervised_tokens")))
+    beside = phrase("{0} held out", plain(held_out)) if held_out else ""
     facts = {
-        "Rows": (text_of(report.get("rows_train")), f"{plain(held_out)} held out" if held_out else ""),
-        "Tokens": (text_of(report.get("tokens")), ""),
-        "Learned": ("–" if labelled else score_text(share, True), f"{text_of(report.get('supervised_tokens'))} tokens"),
-        "Longest row": (text_of(report.get("longest_row")), f"of at most {plain(limit)} tokens" if limit else "tokens"),
-        "Dropped": (plain(len(dropped)) if isinstance(dropped, list) else "–", "rows"),
-        "Warnings": (plain(len(_texts(report))) if isinstance(report.get("warnings"), list) else "–", ""),
+        phrase("Rows"): (text_of(report.get("rows_train")), beside),
+        phrase("Tokens"): (text_of(report.get("tokens")), ""),
+        phrase("Learned"): ("–" if labelled else score_text(share, True), learned),
+        phrase("Longest row"): (text_of(report.get("longest_row")), most),
+        phrase("Dropped"): (plain(len(dropped)) if isinstance(dropped, list) else "–", phrase("rows")),
+        phrase("Warnings"): (plain(len(_texts(report))) if isinstance(report.get("warnings"), list) else "–", ""),
     }
     tiles = "".join(
         f"<div><dt>{name}</dt><dd>{safe(value)} <small>{safe(note)}</small></dd></div>"
@@ -155,7 +166,8 @@ def _head(report: JsonObject) -> str:
 def _warnings(report: JsonObject) -> str:
     texts = _texts(report)
     items = "".join(f"<li>{safe(text, 600)}</li>" for text in texts[:SHOWN_WARNINGS])
-    more = paragraph("none", f"and {plain(len(texts) - SHOWN_WARNINGS)} more") if len(texts) > SHOWN_WARNINGS else ""
+    more = phrase("and {0} more", plain(len(texts) - SHOWN_WARNINGS))
+    more = paragraph("none", more) if len(texts) > SHOWN_WARNINGS else ""
     return f'<ul class="worries">{items}</ul>{more}' if items else ""
 
 
@@ -171,10 +183,10 @@ def _learned(report: JsonObject) -> str:
     if labels:
         body += f'<div class="card">{_labels(report, labels)}</div>'
     elif by_role:
-        body += f'<div class="card">{counts_table("Role", by_role, "Learned tokens")}</div>'
-    policy = {key: value for key, value in part(report, "policy").items() if value is not None}
+        body += f'<div class="card">{counts_table(phrase("Role"), by_role, phrase("Learned tokens"))}</div>'
+    policy = {own_label(f"data.{key}"): v for key, v in part(report, "policy").items() if v is not None}
     if policy and body:
-        body += fold("Settings behind it", pairs({f"data.{key}": value for key, value in policy.items()}))
+        body += fold(phrase("Settings behind it"), pairs(policy))
     return body
 
 
@@ -182,16 +194,16 @@ def _labels(report: JsonObject, labels: JsonObject) -> str:
     """Rows of each label with an example, or mean, spread and range of the values."""
     counts = {name: number for name, value in labels.items() if (number := as_number(value)) is not None}
     if report.get("task") == "regression" or not counts:
-        return pairs(labels)
+        return pairs({own_label(name): value for name, value in labels.items()})
     held_out, examples = part(report, "labels_held_out"), part(report, "label_examples")
     order = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-    columns = {"Label": "key", "Rows": "num", "Held out": "num", "For example": ""}
+    columns = {phrase("Label"): "key", phrase("Rows"): "num", phrase("Held out"): "num", phrase("For example"): ""}
     rows = [
         [name, plain(count), text_of(held_out.get(name)), safe(examples.get(name) or "", 160)]
         for name, count in order[:SHOWN_LABELS]
     ]
     rest = len(order) - SHOWN_LABELS
-    return table(columns, rows) + (paragraph("none", f"and {plain(rest)} more labels") if rest > 0 else "")
+    return table(columns, rows) + (paragraph("none", phrase("and {0} more labels", plain(rest))) if rest > 0 else "")
 
 
 def reasons(dropped: Sequence[object]) -> list[tuple[str, list[JsonObject]]]:
@@ -225,17 +237,17 @@ def _places(items: Sequence[JsonObject]) -> Html:
     by_file: dict[str, list[str]] = {}
     for item in items[:SHOWN_PLACES]:
         by_file.setdefault(place_text({"file": item.get("file")}), []).append(safe(str(item.get("row")), 20))
-    shown = "; ".join(f"{name} row {', '.join(rows)}" for name, rows in by_file.items())
+    shown = "; ".join(f"{name} {row_text(', '.join(rows))}" for name, rows in by_file.items())
     return Html(shown + (", …" if len(items) > SHOWN_PLACES else ""))
 
 
 def _dropped(report: JsonObject) -> str:
     dropped = report.get("dropped")
     groups = reasons(dropped) if isinstance(dropped, list) else []
-    rows = [[safe(reason, 200), plain(len(items)), _places(items)] for reason, items in groups[:SHOWN_REASONS]]
+    rows = [[safe(written(reason), 200), plain(len(items)), _places(items)] for reason, items in groups[:SHOWN_REASONS]]
     rest = sum(len(items) for _, items in groups[SHOWN_REASONS:])
-    body = table({"Reason": "key", "Rows": "num", "Where": "code"}, rows)
-    body += paragraph("none", f"and {plain(rest)} more rows, for other reasons") if rest else ""
+    body = table({phrase("Reason"): "key", phrase("Rows"): "num", phrase("Where"): "code"}, rows)
+    body += paragraph("none", phrase("and {0} more rows, for other reasons", plain(rest))) if rest else ""
     return f'<div class="card">{body}</div>' if rows else ""
 
 
@@ -243,9 +255,9 @@ def _files(report: JsonObject) -> str:
     """The files that were read, with their hashes."""
     items = objects(report, "files", SHOWN_FILES)
     given = {
-        "Path": ("key", lambda item: item.get("path")),
-        "Rows": ("num", lambda item: text_of(item.get("rows"))),
-        "Size": ("num", lambda item: size_text(item.get("bytes"))),
+        phrase("Path"): ("key", lambda item: item.get("path")),
+        phrase("Rows"): ("num", lambda item: text_of(item.get("rows"))),
+        phrase("Size"): ("num", lambda item: size_text(item.get("bytes"))),
         "SHA-256": ("code", lambda item: item.get("sha256")),
     }
     columns = {name: of for name, of in given.items() if any(text_of(of[1](item)) != "–" for item in items)}
@@ -253,11 +265,12 @@ def _files(report: JsonObject) -> str:
     body = table({name: css for name, (css, _) in columns.items()}, rows)
     listed = report.get("files")
     rest = len(listed) - len(items) if isinstance(listed, list) else 0
-    body += paragraph("none", f"and {plain(rest)} more files") if rest > 0 else ""
+    body += paragraph("none", phrase("and {0} more files", plain(rest))) if rest > 0 else ""
     return f'<div class="card">{body}</div>' if rows else ""
 
 
 def _counts(report: JsonObject) -> str:
     """Every number of the ledger, also those that are not above."""
     items = {key: value for key, value in report.items() if isinstance(value, str | int | float) and value != ""}
-    return fold("Show", pairs({label_of(key): value for key, value in items.items()})) if items else ""
+    told = {own_label(key): written(value) if key == "format_reason" else value for key, value in items.items()}
+    return fold(phrase("Show"), pairs(told)) if items else ""

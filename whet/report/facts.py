@@ -6,9 +6,9 @@ What is empty has no heading, a name from the data stays as it is, and what cann
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 
-from whet.report.charts import JsonObject, as_number, label_of, part, plain, points_of, size_text, text_of
+from whet.base.language import phrase, written
+from whet.report.charts import JsonObject, as_number, own_label, part, plain, points_of, size_text, text_of
 from whet.report.findings import counts_table
 from whet.report.markup import Html, fold, objects, pairs, paragraph, ratio, safe, score_text, table
 from whet.report.run_files import RunFiles
@@ -32,20 +32,26 @@ _SHOWN_SCALARS = (str, int, float)
 def data(run: RunFiles) -> str:
     ledger = run.files["data"]
     if not ledger:
-        return paragraph("todo", run.todo("The data has not been checked yet:", "data check"))
+        return paragraph("todo", run.todo(phrase("The data has not been checked yet:"), "data check"))
     share = None if part(ledger, "labels") else ratio(ledger.get("supervised_tokens"), ledger.get("tokens"))
-    note = f"The model learns from {score_text(share, True)} of the tokens; the rest is context." if share else ""
+    note = phrase("The model learns from {0} of the tokens; the rest is context.", score_text(share, True))
     items: dict[str, object] = {}
     for key, title in _COUNTS.items():
         if _is_told(ledger.get(key)):
-            items[title] = score_text(ledger[key], True) if key == "packing_fill" else ledger[key]
+            items[phrase(title)] = _count(key, ledger[key])
     dropped = ledger.get("dropped")
-    faults = {title: ledger.get(key) for key, title in _FAULTS.items() if key in ledger}
-    faults["Rows left out"] = len(dropped) if isinstance(dropped, list) else None
+    faults = {phrase(title): ledger.get(key) for key, title in _FAULTS.items() if key in ledger}
+    faults |= {phrase("Rows left out"): len(dropped) if isinstance(dropped, list) else None}
     for title, count in faults.items():
         if count is not None:
             items[title] = Html(f'<span class="{"bad-text" if count else "good-text"}">{safe(count)}</span>')
-    return paragraph("lead", note) + pairs(items) + _groups(ledger) + _files(ledger)
+    return paragraph("lead", note if share else "") + pairs(items) + _groups(ledger) + _files(ledger)
+
+
+def _count(key: str, value: object) -> object:
+    if key == "packing_fill":
+        return score_text(value, True)
+    return _told(value) if key == "format_reason" else value
 
 
 def _is_told(value: object) -> bool:
@@ -58,17 +64,17 @@ def _groups(ledger: JsonObject) -> str:
     body = ""
     labels, held_out = part(ledger, "labels"), part(ledger, "labels_held_out")
     if labels and ledger.get("task") == "regression":
-        body += f"<h3>Values</h3>{pairs(labels)}"
+        body += f"<h3>{phrase('Values')}</h3>{pairs({own_label(name): value for name, value in labels.items()})}"
     elif labels:
         counts = {str(name): int(as_number(count) or 0) for name, count in labels.items()}
-        body += counts_table("Label", counts, "Rows")
+        body += counts_table(phrase("Label"), counts)
         if held_out and ledger.get("rows_eval"):
             counts = {str(name): int(as_number(count) or 0) for name, count in held_out.items()}
-            body += fold("Held-out rows of each label", counts_table("Label", counts, "Rows"))
+            body += fold(phrase("Held-out rows of each label"), counts_table(phrase("Label"), counts))
     for key, group in ledger.items():
         if isinstance(group, dict) and key not in ("labels", "labels_held_out"):
-            told = {name: value for name, value in group.items() if _is_told(value)}
-            body += f"<h3>{safe(label_of(key))}</h3>{pairs(told)}" if told else ""
+            told = {own_label(name): value for name, value in group.items() if _is_told(value)}
+            body += f"<h3>{safe(own_label(key))}</h3>{pairs(told)}" if told else ""
     return body
 
 
@@ -77,9 +83,11 @@ def _files(ledger: JsonObject) -> str:
     if not files:
         return ""
     counted = any("rows" in one for one in files)
-    size, name = (lambda one: one.get("rows"), "Rows") if counted else (lambda one: size_text(one.get("bytes")), "Size")
+    name = phrase("Rows") if counted else phrase("Size")
+    size = (lambda one: one.get("rows")) if counted else (lambda one: size_text(one.get("bytes")))
     rows = [[one.get("path"), size(one), text_of(one.get("sha256"))[:16]] for one in files]
-    return f"<h3>Files</h3>{table({'Path': 'key', name: 'num', 'SHA-256, first 16': 'code num'}, rows)}"
+    columns = {phrase("Path"): "key", name: "num", phrase("SHA-256, first 16"): "code num"}
+    return f"<h3>{phrase('Files')}</h3>{table(columns, rows)}"
 
 
 def memory(run: RunFiles) -> str:
@@ -87,19 +95,21 @@ def memory(run: RunFiles) -> str:
     seen = [value for _, value in points_of(run.lines["timing"], "memory_bytes") if value is not None]
     measured = as_number(run.files["finished"].get("peak_memory_bytes")) or max(seen, default=None)
     if not plan:
-        return paragraph("todo", run.todo("No plan has been made yet:", "plan"))
+        return paragraph("todo", run.todo(phrase("No plan has been made yet:"), "plan"))
     predicted = as_number(plan.get("peak_bytes"))
-    classes = {label_of(name): as_number(value) or 0.0 for name, value in part(plan, "memory").items()}
+    classes = {own_label(name): as_number(value) or 0.0 for name, value in part(plan, "memory").items()}
     whole_process = is_whole_process(run)
     largest = max(*classes.values(), predicted or 0, 0 if whole_process else measured or 0, 1)
     rows: list[list[object]] = []
-    shown = {**classes, "Predicted peak": predicted, **({} if whole_process else {"Measured peak": measured})}
+    shown = {**classes, phrase("Predicted peak"): predicted}
+    shown |= {} if whole_process else {phrase("Measured peak"): measured}
     for name, value in shown.items():
-        css = "bar measured" if name.startswith("Measured") else "bar"
+        css = "bar measured" if name == phrase("Measured peak") else "bar"
         bar = f'<span class="{css}" aria-hidden="true"><i style="width:{100 * (value or 0) / largest:.1f}%"></i></span>'
         rows.append([name, Html(bar), size_text(value)])
     note = _compared(predicted, measured, whole_process)
-    return f'{paragraph("lead", note)}<div class="card">{table({"Part": "key", "": "wide", "Size": "num"}, rows)}</div>'
+    columns = {phrase("Part"): "key", "": "wide", phrase("Size"): "num"}
+    return f'{paragraph("lead", note)}<div class="card">{table(columns, rows)}</div>'
 
 
 def is_whole_process(run: RunFiles) -> bool:
@@ -109,59 +119,76 @@ def is_whole_process(run: RunFiles) -> bool:
 
 def _compared(predicted: float | None, measured: float | None, whole_process: bool) -> str:
     if not measured or not predicted:
-        return "The peak has not been measured yet: no step is recorded."
+        return phrase("The peak has not been measured yet: no step is recorded.")
+    both = size_text(predicted), size_text(measured)
     if whole_process:
-        return (f"Predicted {size_text(predicted)} for the model and its training. On a CPU only the whole process can "
-                f"be measured, which held {size_text(measured)} with Python and its libraries, so the two are not "
-                "compared.")  # fmt: skip
+        return phrase(
+            "Predicted {0} for the model and its training. On a CPU only the whole process can be measured, which held "
+            "{1} with Python and its libraries, so the two are not compared.", *both,
+        )  # fmt: skip
     off = 100 * (predicted - measured) / measured
-    note = f"Predicted {size_text(predicted)}, measured {size_text(measured)}: the plan was "
-    return note + (f"{plain(abs(off), 2)} % too {'high' if off > 0 else 'low'}." if off else "exact.")
+    if not off:
+        return phrase("Predicted {0}, measured {1}: the plan was exact.", *both)
+    if off > 0:
+        return phrase("Predicted {0}, measured {1}: the plan was {2} % too high.", *both, plain(off, 2))
+    return phrase("Predicted {0}, measured {1}: the plan was {2} % too low.", *both, plain(-off, 2))
 
 
-_CERTIFIED: Mapping[str, tuple[str, bool]] = {  # of a candidate -> its column and whether it is a share
-    "mean_kl": ("Mean KL, nats", False), "max_kl": ("Max KL, nats", False),
-    "top1_agreement": ("Same top token", True), "greedy_agreement": ("Same greedy answer", True),
-    "max_logit_difference": ("Largest logit difference", False),
-    "mean_probability_change": ("Mean probability change", False), "mean_value_change": ("Mean value change", False),
-    "equal_labels": ("Same labels", True),
+_CERTIFIED = {  # of a candidate -> its column
+    "mean_kl": "Mean KL, nats", "max_kl": "Max KL, nats", "top1_agreement": "Same top token",
+    "greedy_agreement": "Same greedy answer", "max_logit_difference": "Largest logit difference",
+    "mean_probability_change": "Mean probability change", "mean_value_change": "Mean value change",
+    "equal_labels": "Same labels",
 }  # fmt: skip
+_SHARES = {"top1_agreement", "greedy_agreement", "equal_labels"}
 
 
 def merge(run: RunFiles) -> str:
     certificate = run.files["merge"]
     if not certificate:
-        return paragraph("todo", run.todo("The adapter has not been merged yet:", "merge", recipe=False, rest=" out/"))
+        text = phrase("The adapter has not been merged yet:")
+        return paragraph("todo", run.todo(text, "merge", recipe=False, rest=" out/"))
     candidates = objects(certificate, "candidates")
-    said = {key: form for key, form in _CERTIFIED.items() if any(item.get(key) is not None for item in candidates)}
+    said = [key for key in _CERTIFIED if any(item.get(key) is not None for item in candidates)]
     rows = [
-        [item.get("name"), item.get("dtype"), *(score_text(item.get(key), share) for key, (_, share) in said.items())]
+        [_told(item.get("name")), item.get("dtype"), *(score_text(item.get(key), key in _SHARES) for key in said)]
         for item in candidates
     ]
-    keys = ("chosen", "prompts", "positions", "path")
-    name, prompts, positions, path = (safe(certificate.get(key)) for key in keys)
+    prompts, positions, path = (safe(certificate.get(key)) for key in ("prompts", "positions", "path"))
     names = [(item.get("name"), f"{item.get('name')} base, {item.get('dtype')}") for item in candidates]
     chosen = next((i for i, both in enumerate(names) if certificate.get("chosen") in both), -1)
-    columns = {"Candidate": "key", "Type": "", **{title: "num" for title, _ in said.values()}}
-    compared = f"{prompts} prompts, {positions} positions" if "positions" in certificate else f"{prompts} rows"
-    note = f"Compared on {compared}. Kept: <b>{name}</b>, in <code>{path}</code>."
+    columns = {phrase("Candidate"): "key", phrase("Type"): "", **{phrase(_CERTIFIED[key]): "num" for key in said}}
+    name = safe(_told(certificate.get("chosen")))
+    note = phrase("Compared on {0} rows. Kept: <b>{1}</b>, in <code>{2}</code>.", prompts, name, path)
+    if "positions" in certificate:
+        note = phrase(
+            "Compared on {0} prompts, {1} positions. Kept: <b>{2}</b>, in <code>{3}</code>.",
+            prompts, positions, name, path,
+        )  # fmt: skip
     return paragraph("lead", note) + (f'<div class="card">{table(columns, rows, chosen)}</div>' if rows else "")
 
 
+def _told(text: object) -> object:
+    """A text that whet wrote into a file, as people read it; anything else as it is."""
+    return written(text) if isinstance(text, str) else text
+
+
 def settings(run: RunFiles) -> str:
-    chosen, defaults, columns = [], [], {"Setting": "key", "Value": "code", "Origin": "", "Reason": ""}
+    chosen, defaults = [], []
+    columns = {phrase("Setting"): "key", phrase("Value"): "code", phrase("Origin"): "", phrase("Reason"): ""}
     for name in run.files["origins"]:
         item = part(run.files["origins"], name)
         origin, value = item.get("origin"), item.get("value")
         shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        tag = Html(f'<span class="tag{"" if origin == "default" else " accent"}">{safe(origin)}</span>')
-        (defaults if origin == "default" else chosen).append([name, shown, tag, item.get("reason") or ""])
+        tag = Html(f'<span class="tag{"" if origin == "default" else " accent"}">{safe(_told(origin))}</span>')
+        (defaults if origin == "default" else chosen).append([name, shown, tag, _told(item.get("reason") or "")])
     body = table(columns, chosen) if chosen else ""
-    body += fold(f"Defaults ({plain(len(defaults))})", table(columns, defaults)) if defaults else ""
+    body += fold(phrase("Defaults ({0})", plain(len(defaults))), table(columns, defaults)) if defaults else ""
     if recipe := run.text("recipe.yaml"):
-        body += fold("Resolved recipe", f"<pre>{safe(recipe, 50_000)}</pre>")
-    return body or paragraph("todo", "No recipe is stored in this run directory.")
+        body += fold(phrase("Resolved recipe"), f"<pre>{safe(recipe, 50_000)}</pre>")
+    return body or paragraph("todo", phrase("No recipe is stored in this run directory."))
 
 
 def environment(run: RunFiles) -> str:
-    return pairs(run.files["environment"]) if run.files["environment"] else paragraph("todo", "Not recorded.")
+    facts = {own_label(name): value for name, value in run.files["environment"].items()}
+    return pairs(facts) if facts else paragraph("todo", phrase("Not recorded."))

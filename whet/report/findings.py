@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
-from whet.report.charts import JsonObject, as_number, label_of, part, plain, text_of
+from whet.base.language import named, phrase, written
+from whet.report.charts import JsonObject, as_number, label_of, own_label, part, plain, text_of
 from whet.report.markup import Html, objects, pairs, paragraph, safe, score_text, table
 from whet.report.masks import place_text
 
@@ -28,6 +29,7 @@ NOTES = {
     "contradictions": "The same question with different answers: the model can be right on one of them only.",
     "personal": "A model can repeat what it has read.",
 }
+SIDES = {"train", "held out", "test"}  # of the rows; others are benchmarks, which have names of the user's
 FACTS = {"languages"}  # says what the data are, and finds no fault
 NOT_FAULTS = {"similarity", "threshold", "checked", "rows_checked", "seconds"}  # numbers that count no bad row
 
@@ -46,15 +48,15 @@ def findings(quality: JsonObject) -> str:
         if key not in FACTS and _total(value) == 0:
             clean.append(_name(key))
             continue
-        note = paragraph("lead", NOTES[key]) if key in NOTES else ""
+        note = paragraph("lead", phrase(NOTES[key])) if key in NOTES else ""
         body += f'<h3 id="{_anchor(key)}">{safe(_name(key))}</h3>{note}{_cards(key, value)}'
     if clean:
-        body += paragraph("none", f"Looked for and not found: {safe(', '.join(clean).lower(), 600)}.")
+        body += paragraph("none", phrase("Looked for and not found: {0}.", safe(", ".join(clean).lower(), 600)))
     return body
 
 
 def _name(key: str) -> str:
-    return NAMES.get(key) or label_of(str(key))
+    return phrase(NAMES[key]) if key in NAMES else label_of(str(key))
 
 
 def _anchor(key: object) -> str:
@@ -84,25 +86,26 @@ def _card(key: str, finding: JsonObject) -> str:
     """One finding: its sides, its numbers, its counts by kind, its examples."""
     between = finding.get("between")
     body = ""
-    if isinstance(between, list) and between:
-        body += f"<h3>Between {safe(' and '.join(map(str, between)), 200)}</h3>"
+    if isinstance(between, list) and len(between) == 2:
+        sides = (safe(named(one) if one in SIDES else one, 100) for one in map(str, between))
+        body += f"<h3>{phrase('Between {0} and {1}', *sides)}</h3>"
     counts = {name: number for name, value in finding.items() if (number := as_number(value)) is not None}
     if key in FACTS:
-        return body + shares_table("Language", counts)
-    body += pairs({name: plain(number) for name, number in counts.items()}) if counts else ""
+        return body + shares_table(phrase("Language"), counts)
+    body += pairs({own_label(name): plain(number) for name, number in counts.items()}) if counts else ""
     for name, value in finding.items():
         inner = part(finding, name)
         numbers = {kind: number for kind, item in inner.items() if (number := as_number(item)) is not None}
         if numbers:
-            body += counts_table(singular(name), numbers)
+            body += counts_table(singular(name), {named(str(kind)): number for kind, number in numbers.items()})
         elif isinstance(value, str):
-            body += paragraph("lead", f"{safe(label_of(name))}: {safe(value)}")
+            body += paragraph("lead", f"{safe(own_label(name))}: {safe(value)}")
     return body + _examples(objects(finding, "examples", SHOWN_EXAMPLES))
 
 
 def singular(name: str) -> str:
     """kinds -> Kind: the head of a column from the name of a collection."""
-    return label_of(str(name).removesuffix("s"))
+    return own_label(str(name).removesuffix("s"))
 
 
 def heading(text: str) -> Html:
@@ -110,16 +113,20 @@ def heading(text: str) -> Html:
     return safe(text[:HEADING_CHARACTERS])
 
 
-def counts_table(title: str, counts: Mapping[str, float], unit: str = "Rows") -> str:
-    """A table of name, bar, count and share of each, the largest first; those that do not fit are counted."""
+def counts_table(title: str, counts: Mapping[str, float], unit: str = "") -> str:
+    """A table of name, bar, count and share of each, the largest first; those that do not fit are counted.
+
+    unit: the heading of the counts; "" for rows.
+    """
     whole, most = sum(counts.values()), max([*counts.values(), 1e-300])
     order = sorted(counts.items(), key=lambda pair: (-pair[1], str(pair[0])))
     rows = [
         [str(name), bar(value / most), plain(value), score_text(value / whole if whole else 0, True)]
         for name, value in order[:SHOWN_COUNTS]
     ]
-    rest = f'<p class="none">and {plain(len(order) - SHOWN_COUNTS)} more</p>' if len(order) > SHOWN_COUNTS else ""
-    columns = {heading(title): "key", "": "", heading(unit): "num", "Share": "num"}
+    more = phrase("and {0} more", plain(len(order) - SHOWN_COUNTS))
+    rest = f'<p class="none">{more}</p>' if len(order) > SHOWN_COUNTS else ""
+    columns = {heading(title): "key", "": "", heading(unit or phrase("Rows")): "num", phrase("Share"): "num"}
     return f'<div class="counts">{table(columns, rows)}{rest}</div>'
 
 
@@ -127,7 +134,7 @@ def shares_table(title: str, shares: Mapping[str, float]) -> str:
     """A table of name, bar and share of each, the largest first."""
     order = sorted(shares.items(), key=lambda pair: (-pair[1], str(pair[0])))[:SHOWN_COUNTS]
     rows = [[str(name), bar(value), score_text(value, True)] for name, value in order]
-    return f'<div class="counts">{table({heading(title): "key", "": "", "Share": "num"}, rows)}</div>'
+    return f'<div class="counts">{table({heading(title): "key", "": "", phrase("Share"): "num"}, rows)}</div>'
 
 
 def bar(share: float) -> Html:
@@ -147,19 +154,20 @@ def _twins(item: JsonObject) -> str:
     first, second = part(item, "a"), part(item, "b")
     texts = [text_of(side.get("text"))[:LONGEST_COMPARED] for side in (first, second)]
     same = texts[0] == texts[1]
-    shown = (_clip(texts[0]), '<span class="cut">the same text</span>') if same else differing(*texts)
+    shown = (_clip(texts[0]), f'<span class="cut">{phrase("the same text")}</span>') if same else differing(*texts)
     body = "".join(
         f'<div><h4 class="place">{place_text(side)}{_rest(side)}</h4><p dir="auto">{text}</p></div>'
         for side, text in zip((first, second), shown, strict=True)
     )
     likeness = None if same else as_number(item.get("similarity"))
-    note = f'<p class="same">{score_text(likeness, True)} alike</p>' if likeness is not None else ""
+    alike = phrase("{0} alike", score_text(likeness, True))
+    note = f'<p class="same">{alike}</p>' if likeness is not None else ""
     return f'<div class="twins">{body}{note}</div>'
 
 
 def _rest(side: JsonObject) -> str:
     """All other fields of a side, such as a label or an answer."""
-    more = [f"{name} {value}" for name, value in side.items() if name not in ("file", "row", "text")]
+    more = [f"{named(name)} {value}" for name, value in side.items() if name not in ("file", "row", "text")]
     return f" · {safe(', '.join(more), 120)}" if more else ""
 
 
@@ -191,12 +199,18 @@ def _plain_examples(items: Sequence[JsonObject]) -> str:
     """Examples as a table: file and row, and the fields of each."""
     names = list(dict.fromkeys(name for item in items for name in item if name not in ("file", "row")))
     placed = any("file" in item or "row" in item for item in items)
-    columns = ({"Row": "code"} if placed else {}) | {heading(label_of(str(n))): "" for n in names[:SHOWN_COLUMNS]}
+    columns = {phrase("Row"): "code"} if placed else {}
+    columns |= {heading(own_label(str(name))): "" for name in names[:SHOWN_COLUMNS]}
     rows = []
     for item in items:
         cells: list[object] = [place_text(item)] if placed else []
-        rows.append(cells + [_clip_cell(item.get(name)) for name in names[:SHOWN_COLUMNS]])
+        rows.append(cells + [_clip_cell(_told(str(name), item.get(name))) for name in names[:SHOWN_COLUMNS]])
     return table(columns, [row[: len(columns)] for row in rows])
+
+
+def _told(name: str, value: object) -> object:
+    """A kind or a reason is whet's own; every other field stands as it is."""
+    return written(value) if name in ("kind", "reason") and isinstance(value, str) else value
 
 
 def _clip_cell(value: object) -> Html:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+from whet.base.language import phrase
 from whet.report.charts import JsonObject, as_number, plain, ticks
 from whet.report.markup import fold, objects, paragraph, table
 
@@ -56,11 +57,11 @@ def histogram(bins: Sequence[Bin], limit: float | None) -> str:
     axis = Counts(max(counts), min(counts))
     first, longest = min(low for low, _, _ in bins), max(high for _, high, _ in bins)
     if longest - first <= 1:
-        return paragraph("lead", f"All {plain(sum(counts))} rows have {plain(first)} tokens.")
+        return paragraph("lead", phrase("All {0} rows have {1} tokens.", plain(sum(counts)), plain(first)))
     edge = None if limit is None else limit + 1  # a row of exactly the limit is still on its left
     near = edge is not None and first < edge <= NEAR * longest
     last = max(longest, edge + 0.02 * (edge - first)) if near and edge else longest
-    summary = f"{plain(sum(counts))} rows of {plain(first)} to {plain(longest - 1)} tokens"
+    summary = phrase("{0} rows of {1} to {2} tokens", plain(sum(counts)), plain(first), plain(longest - 1))
     left, grid = _rows_axis(axis)
     drawn = "".join(_bar(one, axis, first, last) for one in bins)
     flag = ""
@@ -69,17 +70,17 @@ def histogram(bins: Sequence[Bin], limit: float | None) -> str:
         drawn += f'<path class="limit" d="M{1000 * x:.2f} 0V1000"/>'
         side = " before" if x > 0.5 else ""
         flag = f'<span class="flag{side}" style="left:{100 * x:.2f}%">max_length {plain(limit)}</span>'
-    unit = "rows, logarithmic" if axis.log else "rows"
-    unit += f"; data.max_length is {plain(limit)}" if limit and not near else ""
+    unit = phrase("{0}, logarithmic", phrase("rows")) if axis.log else phrase("rows")
+    unit += phrase("; data.max_length is {0}", plain(limit)) if limit and not near else ""
     figure = (
-        f'<figure class="chart histogram"><figcaption><h3>Rows by length</h3><span class="unit">{unit}</span>'
-        f'</figcaption><div class="plot"><div class="ys" aria-hidden="true">{left}</div><div class="canvas">'
+        f'<figure class="chart histogram"><figcaption><h3>{phrase("Rows by length")}</h3>'
+        f'<span class="unit">{unit}</span></figcaption><div class="plot"><div class="ys" aria-hidden="true">{left}</div><div class="canvas">'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{summary}">{grid}{drawn}</svg>'
         f'{flag}</div><div class="xs" aria-hidden="true">{_tokens_axis(first, last)}</div>'
-        f'<div class="xname" aria-hidden="true">tokens</div></div></figure>'
+        f'<div class="xname" aria-hidden="true">{phrase("tokens")}</div></div></figure>'
     )
     rows = [[f"{plain(low)}–{plain(high - 1)}" if high - 1 > low else plain(low), plain(n)] for low, high, n in bins]
-    return figure + fold("The numbers", table({"Tokens": "key", "Rows": "num"}, rows))
+    return figure + fold(phrase("The numbers"), table({phrase("Tokens"): "key", phrase("Rows"): "num"}, rows))
 
 
 def _bar(one: Bin, axis: Counts, first: float, last: float) -> str:

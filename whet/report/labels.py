@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from whet.base.language import phrase
 from whet.report.charts import JsonObject, as_number, part, plain
 from whet.report.confusion import STYLE as CONFUSION_STYLE
 from whet.report.confusion import confusion
@@ -37,10 +38,12 @@ def classes(evaluation: JsonObject) -> str:
         return ""
     rows.sort(key=lambda row: row[0])
     lowest = [row for _, row in rows[:LARGEST_TABLE]]
-    columns = {"Class": "key", "Rows": "num", "Precision": "num", "Recall": "num", "F1": "num"}
+    columns = {phrase("Class"): "key", phrase("Rows"): "num", phrase("Precision"): "num", phrase("Recall"): "num"}
+    columns |= {"F1": "num"}
     body = f'<div class="card">{table(columns, lowest)}</div>'
-    shown = f"the {LARGEST_TABLE} with the lowest F1" if len(rows) > LARGEST_TABLE else "the lowest F1 first"
-    title = f"Classes ({plain(len(rows))}), {shown}"
+    title = phrase("Classes ({0}), the lowest F1 first", plain(len(rows)))
+    if len(rows) > LARGEST_TABLE:
+        title = phrase("Classes ({0}), the {1} with the lowest F1", plain(len(rows)), LARGEST_TABLE)
     body = f"<h3>{title}</h3>{body}" if len(rows) <= UNFOLDED else fold(title, body)
     return confusion(labels) + body
 
@@ -49,15 +52,19 @@ def label_samples(rows: Sequence[JsonObject]) -> str:
     """A note, and a table of rows: text, label, prediction and its probability; for values, the error."""
     if any("error" in row for row in rows):
         shown = spread(sorted(rows, key=lambda row: -(as_number(row.get("error")) or 0)), SHOWN_ROWS)
-        note = f"{len(shown)} of {plain(len(rows))} rows, from the largest error to the smallest."
-        columns, last = {"Text": "", "Value": "num", "Predicted": "num", "Error": "num"}, "error"
+        note = phrase("{0} of {1} rows, from the largest error to the smallest.", len(shown), plain(len(rows)))
+        columns = {phrase("Text"): "", phrase("Value"): "num", phrase("Predicted"): "num", phrase("Error"): "num"}
+        last = "error"
     else:
         wrong, right = ([row for row in rows if (row.get("exact") is True) is exact] for exact in (False, True))
         bad = spread(wrong, max(SHOWN_ROWS // 2, SHOWN_ROWS - len(right)))
         shown = [*bad, *spread(right, SHOWN_ROWS - len(bad))]
-        note = f"{plain(len(right))} of {plain(len(rows))} rows are right. Shown: {len(bad)} that are not and "
-        note += f"{len(shown) - len(bad)} that are, taken at even distances through the file."
-        columns, last = {"Text": "", "Label": "", "Predicted": "", "Probability": "num"}, "probability"
+        note = phrase(
+            "{0} of {1} rows are right. Shown: {2} that are not and {3} that are, taken at even distances through the "
+            "file.", plain(len(right)), plain(len(rows)), len(bad), len(shown) - len(bad),
+        )  # fmt: skip
+        columns = {phrase("Text"): "", phrase("Label"): "", phrase("Predicted"): "", phrase("Probability"): "num"}
+        last = "probability"
     lines = [[_text(row), row.get("label"), _predicted(row), _last(row, last)] for row in shown]
     return f'{paragraph("lead", note)}<div class="card">{table(columns, lines)}</div>'
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from whet.base.language import korean, phrase
 from whet.base.visible import visible
-from whet.report.charts import JsonObject, as_number, label_of, plain, text_of
+from whet.report.charts import JsonObject, as_number, plain, text_of
 
 LIST_LIMIT = 100
 
@@ -22,22 +23,36 @@ class Html(str):
 
 
 def safe(value: object, limit: int = 300) -> Html:
-    """`value` as safe text: cut to `limit` characters, control characters made visible, HTML-escaped."""
+    """`value` as safe text, never translated: cut to `limit` characters, control characters visible, HTML-escaped."""
     if isinstance(value, Html):
         return value
     text = text_of(value)
-    note = f' <span class="cut">… {plain(len(text) - limit)} more characters</span>' if len(text) > limit else ""
-    return Html(escape(visible(text[:limit])) + note)
+    if len(text) <= limit:
+        return Html(escape(visible(text)))
+    note = phrase("… {0} more characters", plain(len(text) - limit))
+    return Html(f'{escape(visible(text[:limit]))} <span class="cut">{note}</span>')
 
 
 def score_text(value: object, rate: bool, signed: bool = False) -> str:
     """0.912 -> 91.2 % for a rate, 0.912 otherwise; `signed` for differences, of rates in points."""
+    number = number_text(value, rate, signed)
+    if not rate or number == "–":
+        return number
+    return phrase("{0} points", number) if signed else f"{number} %"
+
+
+def number_text(value: object, rate: bool, signed: bool = False) -> str:
+    """The same without its unit."""
     number = as_number(value)
     if number is None:
         return "–"
     shown = round(number * 100, 1) if rate else number
-    sign = "+" if signed and shown > 0 else ""
-    return f"{sign}{plain(shown)}{'' if not rate else ' points' if signed else ' %'}"
+    return f"{'+' if signed and shown > 0 else ''}{plain(shown)}"
+
+
+def capital(text: str) -> str:
+    """The text as an English sentence begins; a Korean one may begin with a name from the data."""
+    return text if korean() else text[:1].upper() + text[1:]
 
 
 def objects(record: JsonObject, key: str, limit: int = LIST_LIMIT) -> list[JsonObject]:
@@ -64,7 +79,8 @@ def table(columns: Mapping[str, str], rows: Sequence[Sequence[object]], chosen: 
 
 
 def pairs(items: Mapping[str, object]) -> str:
-    rows = "".join(f"<div><dt>{safe(label_of(key))}</dt><dd>{safe(value)}</dd></div>" for key, value in items.items())
+    """Names and values, as they are given."""
+    rows = "".join(f"<div><dt>{safe(key)}</dt><dd>{safe(value)}</dd></div>" for key, value in items.items())
     return f'<dl class="pairs">{rows}</dl>'
 
 
@@ -79,7 +95,9 @@ def fold(title: str, body: str) -> str:
 def excerpt(value: object) -> Html:
     """Text with its line breaks, cut after 700 characters or 16 lines."""
     text = text_of(value)
-    return safe(text, len("\n".join(text[:700].split("\n")[:16]))) if text else Html('<span class="cut">empty</span>')
+    if not text:
+        return Html(f'<span class="cut">{phrase("empty")}</span>')
+    return safe(text, len("\n".join(text[:700].split("\n")[:16])))
 
 
 def spread(rows: Sequence[JsonObject], count: int) -> list[JsonObject]:

@@ -7,9 +7,10 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from whet.base.language import korean, phrase, written
 from whet.report import charts
 from whet.report.charts import JsonObject, as_number, part, plain, text_of
-from whet.report.markup import Html, safe
+from whet.report.markup import Html, capital, safe
 
 FILES = ("origins", "environment", "data", "plan", "finished", "results/evaluation", "results/merge")
 MOST_EVALUATIONS = 20
@@ -17,7 +18,8 @@ MOST_EVALUATIONS = 20
 
 @dataclass
 class Evaluation:
-    """Scores of one choice of rows and the answers to them. key: for links; of: "held-out rows", "rows of new.csv"."""
+    """Scores of one choice of rows and the answers to them. key: for links; of: "held-out rows", "rows of new.csv", as
+    people read it."""
 
     key: str
     of: str
@@ -30,7 +32,7 @@ class Evaluation:
 
     @property
     def title(self) -> str:
-        return self.of[:1].upper() + self.of[1:]
+        return capital(self.of)
 
     @property
     def counted(self) -> str:
@@ -38,8 +40,8 @@ class Evaluation:
         rows = as_number(self.scores.get("rows"))
         if rows is None:
             return ""
-        words = safe(self.of)
-        return f" on {plain(rows)} {words.replace('rows', 'row', 1) if rows == 1 else words}"
+        of = self.of.replace("rows", "row", 1) if rows == 1 and not korean() else self.of
+        return phrase(" on {0} {1}", plain(rows), safe(of))
 
 
 class RunFiles:
@@ -54,7 +56,7 @@ class RunFiles:
         for name in ("metrics", "timing"):
             self.lines[name] = self._records(name)
         answers = self._records("results/predictions")
-        self.held_out = Evaluation("results", "held-out rows", self.files["evaluation"], answers)
+        self.held_out = Evaluation("results", phrase("held-out rows"), self.files["evaluation"], answers)
         self.others = [*self._others()]
 
     @property
@@ -70,9 +72,10 @@ class RunFiles:
             scores = self._object(f"results/{file.stem}")
             if not part(scores, "tuned", "metrics"):
                 continue
-            of = scores.get("of") if isinstance(scores.get("of"), str) else f"{file.stem} rows"
+            of = scores.get("of")
+            of = written(of) if isinstance(of, str) else phrase("{0} rows", file.stem)
             answers = self._records(f"results/{file.stem}.predictions")
-            found.append(Evaluation(f"rows-{len(found) + 1}", str(of), scores, answers))
+            found.append(Evaluation(f"rows-{len(found) + 1}", of, scores, answers))
         return sorted(found, key=lambda one: one.scores.get("split") != "test")
 
     def _object(self, name: str) -> JsonObject:
@@ -81,13 +84,13 @@ class RunFiles:
         except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
-            self.problems.append(f"{name}.json is not a JSON object and was left out")
+            self.problems.append(phrase("{0} is not a JSON object and was left out", f"{name}.json"))
         return content if isinstance(content, dict) else {}
 
     def _records(self, name: str) -> list[JsonObject]:
         records, unreadable = charts.read_records(self.path / f"{name}.jsonl")
         if unreadable:
-            self.problems.append(f"{name}.jsonl: {plain(unreadable)} unreadable line(s) left out")
+            self.problems.append(phrase("{0}: {1} unreadable line(s) left out", f"{name}.jsonl", plain(unreadable)))
         return records
 
     def text(self, name: str) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from whet.report.charts import JsonObject, label_of, plain, text_of
+from whet.base.language import phrase
+from whet.report.charts import JsonObject, own_label, plain, text_of
 from whet.report.labels import is_labelled, label_samples
 from whet.report.markup import Html, excerpt, paragraph, safe, spread
+from whet.report.masks import role_name
 
 SAMPLE_COUNT = 8
 SHOWN_MESSAGES = 12
@@ -21,10 +23,10 @@ def sample_section(rows: Sequence[JsonObject], count: int = SAMPLE_COUNT) -> str
     right, wrong = ([row for row in rows if _is_exact(row) == exact] for exact in (True, False))
     bad = spread(wrong, max(count // 2, count - len(right)))
     good = spread(right, count - len(bad))
-    note = (
-        f"{plain(len(right))} of {plain(len(rows))} tuned answers match the reference exactly. Shown: {len(bad)} that "
-    )
-    note += f"do not and {len(good)} that do, taken at even distances through the file."
+    note = phrase(
+        "{0} of {1} tuned answers match the reference exactly. Shown: {2} that do not and {3} that do, taken at even "
+        "distances through the file.", plain(len(right)), plain(len(rows)), len(bad), len(good),
+    )  # fmt: skip
     return paragraph("lead", note) + "".join(_sample(row) for pair in zip_longest(bad, good) for row in pair if row)
 
 
@@ -33,14 +35,14 @@ def _is_exact(row: JsonObject) -> bool:
 
 
 def _sample(row: JsonObject) -> str:
-    css, badge = ("good", "✓ exact") if _is_exact(row) else ("bad", "✗ differs")
+    css, badge = ("good", phrase("✓ exact")) if _is_exact(row) else ("bad", phrase("✗ differs"))
     reference = text_of(row.get("reference"))
 
     def shown(key: str) -> str:
         return _marked(row.get(key), reference) if key == "tuned" else excerpt(row.get(key))
 
     answers = "".join(
-        f'<div class="{key} {css}"><h4>{label_of(key)}</h4><p dir="auto">{shown(key)}</p></div>'
+        f'<div class="{key} {css}"><h4>{own_label(key)}</h4><p dir="auto">{shown(key)}</p></div>'
         for key in ("base", "tuned", "reference")
     )
     title = f'<header><b>{safe(row.get("id"), 80)}</b><span class="tag {css}">{badge}</span></header>'
@@ -54,9 +56,9 @@ def _prompt(prompt: object) -> str:
     if not messages:
         return f'<p class="prompt" dir="auto">{excerpt(prompt)}</p>'
     left = len(messages) - SHOWN_MESSAGES
-    cut = f'<p class="cut">{plain(left)} earlier messages</p>' if left > 0 else ""
+    cut = f'<p class="cut">{phrase("{0} earlier messages", plain(left))}</p>' if left > 0 else ""
     lines = "".join(
-        f'<div class="message"><span class="tag">{safe(one.get("role"), 20)}</span>'
+        f'<div class="message"><span class="tag">{safe(role_name(one.get("role")), 20)}</span>'
         f'<p class="prompt" dir="auto">{excerpt(one.get("content"))}</p></div>'
         for one in messages[-SHOWN_MESSAGES:]
     )

@@ -5,9 +5,10 @@ Every share stands in per cent, whatever the metric is called; a name is the one
 
 from __future__ import annotations
 
+from whet.base.language import phrase, written
 from whet.report.charts import JsonObject, as_number, label_of, part, plain
 from whet.report.labels import classes
-from whet.report.markup import LIST_LIMIT, Html, fold, paragraph, safe, score_text, table
+from whet.report.markup import LIST_LIMIT, Html, fold, number_text, paragraph, safe, score_text, table
 from whet.report.run_files import Evaluation
 
 _RATES = {
@@ -18,14 +19,20 @@ _LOWER_IS_BETTER = {"loss", "perplexity", "error", "errors", "kl", "wer", "cer",
 _NAMES = {
     "rouge_l": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF", "mcc": "MCC", "mse": "MSE", "mae": "MAE", "r2": "R²",
     "token_f1": "Token F1", "macro_f1": "Macro F1", "micro_f1": "Micro F1", "pearson": "Pearson correlation",
-    "spearman": "Spearman correlation", "loss": "Loss per token",
+    "spearman": "Spearman correlation", "loss": "Loss per token", "perplexity": "Perplexity",
+    "exact_match": "Exact match", "accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy",
+    "subset_accuracy": "Subset accuracy", "hamming_accuracy": "Hamming accuracy",
 }  # fmt: skip
 FIRST = ("loss", "perplexity")
+_OF_FIELD = "_accuracy"  # in the name of a metric that counts one field of the answers
 
 
 def metric_name(name: str) -> str:
-    """A metric as people call it."""
-    return _NAMES.get(name) or label_of(name)
+    """A metric as people call it; one that the user computes keeps its name, as a field of the answers does."""
+    if name in _NAMES:
+        return phrase(_NAMES[name])
+    field = name.removesuffix(_OF_FIELD)
+    return phrase("{0} accuracy", label_of(field)) if field not in ("", name) else label_of(name)
 
 
 class Score:
@@ -42,8 +49,8 @@ class Score:
         self.better = ((self.change or 0) > 0) != bool(words & _LOWER_IS_BETTER)
         self.sure, self.span = False, ""
         if low is not None and high is not None:
-            start = score_text(low, self.rate, True).removesuffix(" points")
-            self.sure, self.span = not low <= 0 <= high, f"{start} to {score_text(high, self.rate, True)}"
+            ends = number_text(low, self.rate, True), score_text(high, self.rate, True)
+            self.sure, self.span = not low <= 0 <= high, phrase("{0} to {1}", *ends)
 
 
 def scores(evaluation: JsonObject) -> list[Score]:
@@ -66,21 +73,26 @@ def sentence(evaluation: Evaluation) -> tuple[str, str] | None:
     score, where = head_score(evaluation.scores), evaluation.counted
     if score is None:
         return None
-    title, after = safe(metric_name(score.name)), f"<b>{score_text(score.tuned, score.rate)}</b>"
+    title, after = safe(metric_name(score.name)), score_text(score.tuned, score.rate)
+    now = phrase("{0} is <b>{1}</b>{2}", title, after, where)
     if "baseline" in evaluation.scores:
-        return _against_baseline(score, f"{title} is {after}{where}")
+        return _against_baseline(score, now)
     if score.base is None or score.tuned is None:
-        return "", f"{title} is {after}{where}. The base model was not measured, so the change is unknown."
+        return "", phrase("{0}. The base model was not measured, so the change is unknown.", now)
     if score.base == score.tuned:
-        return "", f"{title} is {after}{where}, before training and after."
-    moved = "rose" if score.tuned > score.base else "fell"
-    before, beside = score_text(score.base, score.rate), _perplexity(evaluation, score)
-    text = f"{title} {moved} from <b>{before}</b> to {after}{beside}{where}"
+        return "", phrase("{0}, before training and after.", now)
+    said = title, score_text(score.base, score.rate), after, _perplexity(evaluation, score), where
+    text = phrase("{0} fell from <b>{1}</b> to <b>{2}</b>{3}{4}", *said)
+    if score.tuned > score.base:
+        text = phrase("{0} rose from <b>{1}</b> to <b>{2}</b>{3}{4}", *said)
     if not score.span:
-        return "", f"{text}. No confidence interval was computed, so this may be chance."
+        return "", phrase("{0}. No confidence interval was computed, so this may be chance.", text)
     if not score.sure:
-        return "", f"{text}, but the confidence interval of the change, {score.span}, includes no change: not proven."
-    return "good" if score.better else "bad", f"{text}. The confidence interval of the change is {score.span}."
+        return "", phrase(
+            "{0}, but the confidence interval of the change, {1}, includes no change: not proven.", text, score.span
+        )
+    tone = "good" if score.better else "bad"
+    return tone, phrase("{0}. The confidence interval of the change is {1}.", text, score.span)
 
 
 def _perplexity(evaluation: Evaluation, score: Score) -> str:
@@ -88,17 +100,21 @@ def _perplexity(evaluation: Evaluation, score: Score) -> str:
     other = Score(evaluation.scores, "perplexity")
     if score.name != "loss" or other.base is None or other.tuned is None:
         return ""
-    return f" (perplexity {plain(other.base, 3)} to {plain(other.tuned, 3)})"
+    return phrase(" (perplexity {0} to {1})", plain(other.base, 3), plain(other.tuned, 3))
 
 
 def _against_baseline(score: Score, text: str) -> tuple[str, str]:
     """The verdict on a run whose base cannot answer: compared with one constant answer for all rows."""
-    text += f"; one answer for all rows would have <b>{score_text(score.base, score.rate)}</b>"
+    before = score_text(score.base, score.rate)
+    text = phrase("{0}; one answer for all rows would have <b>{1}</b>", text, before)
     if not score.span:
-        return "", f"{text}. No confidence interval was computed, so the difference may be chance."
+        return "", phrase("{0}. No confidence interval was computed, so the difference may be chance.", text)
     if not score.sure:
-        return "", f"{text}, and the confidence interval of the difference, {score.span}, includes none: not proven."
-    return "good" if score.better else "bad", f"{text}. The confidence interval of the difference is {score.span}."
+        return "", phrase(
+            "{0}, and the confidence interval of the difference, {1}, includes none: not proven.", text, score.span
+        )
+    tone = "good" if score.better else "bad"
+    return tone, phrase("{0}. The confidence interval of the difference is {1}.", text, score.span)
 
 
 def score_section(evaluation: Evaluation) -> str:
@@ -110,22 +126,33 @@ def score_section(evaluation: Evaluation) -> str:
         values = [score_text(value, score.rate) for value in (score.base, score.tuned)]
         p = "–" if score.p is None else "< 0.001" if score.p < 0.001 else plain(score.p, 2)
         rows.append([metric_name(score.name), _track(score), *values, change, score.span or "–", p])
-    before, change = ("Baseline", "Difference") if "baseline" in found else ("Base", "Change")
-    columns = {"Metric": "key", "": ""}
-    columns |= dict.fromkeys((before, "Tuned", change, "Confidence interval", "p"), "num")
-    notes = [f"{safe(found['rows'])} {safe(evaluation.of)}"] if "rows" in found else []
-    conversations = as_number(found.get("conversations"))
-    notes += (
-        [f"answers of {plain(conversations)} conversations"] if conversations not in (None, found.get("rows")) else []
-    )
-    notes += [safe(found["decoding"])] if "decoding" in found else []
-    notes += [f"baseline: {safe(found['baseline'])}"] if "baseline" in found else []
-    body = f'{paragraph("lead", "; ".join(notes))}<div class="card">{table(columns, rows)}</div>{classes(found)}'
+    before, change = phrase("Base"), phrase("Change")
+    if "baseline" in found:
+        before, change = phrase("Baseline"), phrase("Difference")
+    columns = {phrase("Metric"): "key", "": ""}
+    columns |= dict.fromkeys((before, phrase("Tuned"), change, phrase("Confidence interval"), "p"), "num")
+    notes = "; ".join(_notes(evaluation))
+    body = f'{paragraph("lead", notes)}<div class="card">{table(columns, rows)}</div>{classes(found)}'
     skipped = found.get("skipped")
     if isinstance(skipped, list) and skipped:
         items = "".join(f"<li>{safe(item)}</li>" for item in skipped[:LIST_LIMIT])
-        body += fold(f"Skipped ({plain(len(skipped))})", f"<ul>{items}</ul>")
+        body += fold(phrase("Skipped ({0})", plain(len(skipped))), f"<ul>{items}</ul>")
     return body
+
+
+def _notes(evaluation: Evaluation) -> list[str]:
+    """The rows that were scored, how they were answered, and what they are compared with."""
+    found = evaluation.scores
+    notes = [phrase("{0} {1}", safe(found["rows"]), safe(evaluation.of))] if "rows" in found else []
+    conversations = as_number(found.get("conversations"))
+    if conversations is not None and conversations != found.get("rows"):
+        notes.append(phrase("answers of {0} conversations", plain(conversations)))
+    decoding, baseline = (
+        written(text) if isinstance(text, str) else text for text in (found.get("decoding"), found.get("baseline"))
+    )
+    notes += [safe(decoding)] if "decoding" in found else []
+    notes += [phrase("baseline: {0}", safe(baseline))] if "baseline" in found else []
+    return notes
 
 
 def _track(score: Score) -> Html:
