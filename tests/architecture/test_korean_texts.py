@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "korean"))
 
-from missing import entries, faults, missing, stale  # noqa: E402
-from texts import Text, collect  # noqa: E402
+from missing import entries, faults, homeless, missing, stale  # noqa: E402
+from texts import Text, collect, unnamed  # noqa: E402
 
 REMEDY = "python tests/korean/missing.py prints what to fill in"
 
@@ -23,10 +23,39 @@ def wanted() -> dict[str, Text]:
 
 def test_every_text_has_its_korean_and_nothing_is_stale(wanted: dict[str, Text]) -> None:
     rooms = entries(ROOT / "whet")
-    assert len(wanted) > 1500, "the texts are no longer found"
+    assert len(wanted) > 2300, "the texts are no longer found"
+    assert sum(text.room == "report" for text in wanted.values()) > 250
+    assert sum(text.room == "recipes" for text in wanted.values()) > 35
     assert missing(wanted, rooms) == {}, REMEDY
     assert stale(wanted, rooms) == [], REMEDY
     assert faults(wanted, rooms) == [], REMEDY
+    assert homeless(rooms, ROOT / "whet") == [], "the room of a text has another name now"
+
+
+def test_every_text_of_a_page_is_named(tmp_path: Path) -> None:
+    assert unnamed(ROOT / "whet") == [], "phrase(text) shows it in Korean too"
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "page.py").write_text(PAGE)
+    assert [one.partition(": ")[2] for one in unnamed(tmp_path)] == [
+        "<p>Alone</p>", '<b class="some class">{0}</b> rows', "no markup here", "Rows of {0}",
+    ]  # fmt: skip
+    assert {text.english for text in collect(tmp_path).values() if text.place.startswith("report")} >= {
+        "Named", "{0} named", "One", "Rows of {0}",
+    }  # fmt: skip
+
+
+PAGE = '''
+_NAMES = {"one": "One"}
+
+
+def page(count: int, name: str) -> str:
+    """Neither is this one."""
+    named = phrase("Named") + phrase("{0} named", count) + phrase(_NAMES[name])
+    body = "<p>Alone</p>"
+    body += f'<b class="some class">{count}</b> rows'
+    body += "no markup here"
+    return f'<div class="card wide"><h2 title="{name}">{named}</h2>{body}</div>' + title(f"Rows of {name}")
+'''
 
 
 SOURCE = '''

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from texts import OTHERS, Text, collect
+from texts import OTHERS, RECIPES, Text, collect, unnamed
 
 HERE = Path(__file__).resolve()
 Rooms = dict[str, dict[str, str]]
@@ -45,6 +45,12 @@ def stale(wanted: Mapping[str, Text], rooms: Rooms) -> list[str]:
         for english in texts
         if english not in wanted or wanted[english].room != room
     ]
+
+
+def homeless(rooms: Rooms, root: Path) -> list[str]:
+    """Files of the catalogue that are named after no room of whet, and hold no texts of all rooms."""
+    names = {path.stem for path in root.glob("*") if path.is_dir() or path.suffix == ".py"}
+    return sorted(rooms.keys() - names - {OTHERS, RECIPES, "found", "parts", "tables"})
 
 
 def faults(wanted: Mapping[str, Text], rooms: Rooms) -> list[str]:
@@ -105,6 +111,8 @@ def main() -> None:
     for line in [
         *(f"stale: {one}" for one in stale(wanted, rooms)),
         *(f"wrong: {one}" for one in faults(wanted, rooms)),
+        *(f"no room: {one}.json" for one in homeless(rooms, root)),
+        *(f"not through phrase: {one}" for one in unnamed(root)),
     ]:
         print(line)
     print(f"{len(wanted) - sum(map(len, lacking.values()))} of {len(wanted)} texts")

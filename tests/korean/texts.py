@@ -91,6 +91,13 @@ def comments(folder: Path) -> Iterator[Text]:
             block = []
 
 
+def unnamed(root: Path = ROOT) -> list[str]:
+    """Texts of pages that do not go through `phrase`, each with its place."""
+    names = (path.relative_to(root).as_posix() for path in sorted((root / PAGES).rglob("*.py")))
+    texts = (text for name in names for text in texts_of(root, name))
+    return [f"{one.place}: {one.english}" for one in texts if not one.named and one.english not in SCOPE["texts"]]
+
+
 def room_of(name: str) -> str:
     """The catalogue file for a source file: its room, or the file's own name at the top."""
     return name.split("/")[0].removesuffix(".py")
@@ -147,11 +154,8 @@ class _Reader:
         if self._private_constant(node) or node.value is None:
             return
         targets = node.targets if isinstance(node, ast.Assign) else []
-        if (
-            self.on_page
-            and isinstance(node.value, ast.Dict)
-            and all(getattr(one, "id", "").isupper() for one in targets)
-        ):
+        constant = isinstance(node.value, ast.Dict) and all(getattr(one, "id", "").isupper() for one in targets)
+        if self.on_page and constant:
             yield from _as_named(self._of(node.value, True))
             return
         if {getattr(one, "id", "") for one in targets} & {"found", "shown"} and not self.on_page:
@@ -233,7 +237,7 @@ class _Reader:
 
 
 STYLES = {"style", "justify", "overflow", "file", "field", "dest", "action", "metavar", "default", "choices", "mode"}
-STYLES |= {"prog", "encoding", "errors", "formatter_class", "type", "nargs", "epilog", "name", "path", "dtype"}
+STYLES |= {"prog", "encoding", "errors", "formatter_class", "type", "nargs", "epilog", "name", "path", "dtype", "verb"}
 _FIELD = re.compile(r"\{(?!\d+\})(?:[a-z_]\w*(?:\.\w+|\[\d+\])*(?::[^{}]*)?)?\}|%s")
 _PATTERN = re.compile(r"\(\?[:i<=!P]|\\[dsw]|\[\^|\[A-Z")  # signs of a regular expression
 _WORD = re.compile(r"[A-Za-z]{2,}")

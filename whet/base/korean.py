@@ -1,20 +1,22 @@
-"""The Korean forms of what whet shows: an error, the console, and help. Imported only when Korean is read."""
+"""The Korean forms of what whet shows: an error, the console, help, recipes. Imported only when Korean is read."""
 
 from __future__ import annotations
 
 import argparse
 import re
+from itertools import groupby
 from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from whet.base.catalogue import FOUND, TABLES, catalogue, catalogue_of
+from whet.base.catalogue import FOUND, RECIPES, TABLES, catalogue, catalogue_of
 from whet.base.errors import UserError, shorten
 
 LABELS = {"found": "현재 값:", "expected": "올바른 값:", "fix": "해결:"}
 _LABEL_CELLS = 11
+_COMMENT_CELLS = 118
 _CHOICES = re.compile(r"(?:[^ ]+, )*[^ ]+ or [^ ]+")
 
 
@@ -111,10 +113,31 @@ class KoreanHelp(argparse.RawDescriptionHelpFormatter):
         return catalogue().translated(action.help) if action.help else action.help
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        lines, line = [], ""
-        for word in text.split():
-            if line and cell_len(line) + 1 + cell_len(word) > width:
-                lines.append(line)
-                line = ""
-            line = f"{line} {word}" if line else word
-        return [*lines, line]
+        return _broken(text, width)
+
+
+def _broken(text: str, width: int) -> list[str]:
+    """Lines of at most `width` cells, where no word is longer."""
+    lines, line = [], ""
+    for word in text.split():
+        if line and cell_len(line) + 1 + cell_len(word) > width:
+            lines.append(line)
+            line = ""
+        line = f"{line} {word}" if line else word
+    return [*lines, line]
+
+
+def recipe_in_korean(text: str) -> str:
+    """A recipe with Korean comments; a comment that is not known stays, and so does all that is none."""
+    known = catalogue_of(RECIPES).exact
+    made: list[str] = []
+    for alone, group in groupby(text.splitlines(), key=lambda line: line.startswith("#")):
+        lines = list(group)
+        block = " ".join(line.removeprefix("#").strip() for line in lines)
+        if alone and block in known:
+            lines = [f"# {line}" for line in _broken(known[block], _COMMENT_CELLS)]
+        elif not alone:
+            parts = (line.partition(" # ") for line in lines)
+            lines = [f"{setting}{mark}{known.get(comment, comment)}" for setting, mark, comment in parts]
+        made += lines
+    return "".join(f"{line}\n" for line in made)

@@ -118,6 +118,15 @@ def error_text(error: UserError) -> str:
     return error_in_korean(error)
 
 
+def recipe_text(text: str) -> str:
+    """A commented recipe as people read it."""
+    if not korean():
+        return text
+    from whet.base.korean import recipe_in_korean
+
+    return recipe_in_korean(text)
+
+
 def console_class() -> type[Console]:
     """rich's console, or one that translates the plain strings that it prints."""
     if korean():

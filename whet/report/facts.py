@@ -32,7 +32,7 @@ _SHOWN_SCALARS = (str, int, float)
 def data(run: RunFiles) -> str:
     ledger = run.files["data"]
     if not ledger:
-        return paragraph("todo", run.todo(phrase("The data has not been checked yet:"), "data check"))
+        return paragraph("todo", run.todo(phrase("The data has not been checked yet:"), verb="data check"))
     share = None if part(ledger, "labels") else ratio(ledger.get("supervised_tokens"), ledger.get("tokens"))
     note = phrase("The model learns from {0} of the tokens; the rest is context.", score_text(share, True))
     items: dict[str, object] = {}

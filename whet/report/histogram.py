@@ -74,7 +74,8 @@ def histogram(bins: Sequence[Bin], limit: float | None) -> str:
     unit += phrase("; data.max_length is {0}", plain(limit)) if limit and not near else ""
     figure = (
         f'<figure class="chart histogram"><figcaption><h3>{phrase("Rows by length")}</h3>'
-        f'<span class="unit">{unit}</span></figcaption><div class="plot"><div class="ys" aria-hidden="true">{left}</div><div class="canvas">'
+        f'<span class="unit">{unit}</span></figcaption><div class="plot">'
+        f'<div class="ys" aria-hidden="true">{left}</div><div class="canvas">'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{summary}">{grid}{drawn}</svg>'
         f'{flag}</div><div class="xs" aria-hidden="true">{_tokens_axis(first, last)}</div>'
         f'<div class="xname" aria-hidden="true">{phrase("tokens")}</div></div></figure>'

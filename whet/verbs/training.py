@@ -21,10 +21,11 @@ def quickstart(words: argparse.Namespace) -> dict[str, Any]:
 
 def init(words: argparse.Namespace) -> dict[str, Any] | None:
     from whet import api
+    from whet.base.language import recipe_text
 
     text = api.init(words.name)
     if not words.json:
-        write_answer(text)
+        write_answer(recipe_text(text))
     return {"name": words.name, "recipe": text}
 
 
