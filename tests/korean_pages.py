@@ -150,6 +150,6 @@ def report() -> dict[str, Any]:
     }  # fmt: skip
 
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     a_row(piece("Q1", "user"), piece("Q2", "assistant", True), *[piece("Q3" * 999, "template")] * 99) | {"file": "Q1"}
 ]

@@ -149,9 +149,17 @@ def pages_with(text: str, path: Path) -> list[str]:
         "labels": {text: 3}, "label_examples": {text: text},
         "quality": {"duplicates": {"rows": 1, "examples": [{"file": text, "row": 1, "text": text, "shown": text}]}},
     }  # fmt: skip
-    rows = [a_row(piece(text, "user"), piece(text, "judge")) | {"file": text}]
+    rows: list[dict[str, Any]] = [a_row(piece(text, "user"), piece(text, "judge")) | {"file": text}]
     made = (lambda: page_of(path), lambda: data_page(checked, rows))
     return [" ".join(shown(in_language("ko", make))) for make in made]
+
+
+def test_damaged_roles_do_not_stop_a_page(finished: Path) -> None:
+    odd = [[], {}, None, 3, "judge"]
+    put(finished, "results/predictions.jsonl", {"prompt": [{"role": role, "content": "Q1"} for role in odd]})
+    rows: list[dict[str, Any]] = [a_row(*({"text": "Q1", "role": role} for role in odd))]
+    for name in ("en", "ko"):
+        assert "judge" in in_language(name, lambda: page_of(finished) + data_page({}, rows))
 
 
 def test_every_key_that_a_page_shows_has_its_korean(korean: None) -> None:

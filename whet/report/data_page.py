@@ -19,7 +19,7 @@ from whet.base.language import korean, phrase, written
 from whet.report.charts import JsonObject, as_number, own_label, part, plain, size_text, text_of
 from whet.report.findings import counts_table, findings, found_faults
 from whet.report.histogram import bins_of, histogram
-from whet.report.markup import Html, fold, objects, pairs, paragraph, ratio, safe, score_text, table
+from whet.report.markup import Html, fold, objects, pairs, paragraph, ratio, safe, score_text, table, told
 from whet.report.masks import masks, place_text, roles, row_text
 
 SHOWN_REASONS, SHOWN_PLACES, SHOWN_LABELS, SHOWN_FILES, SHOWN_WARNINGS = 20, 6, 40, 100, 50
@@ -272,5 +272,5 @@ def _files(report: JsonObject) -> str:
 def _counts(report: JsonObject) -> str:
     """Every number of the ledger, also those that are not above."""
     items = {key: value for key, value in report.items() if isinstance(value, str | int | float) and value != ""}
-    told = {own_label(key): written(value) if key == "format_reason" else value for key, value in items.items()}
-    return fold(phrase("Show"), pairs(told)) if items else ""
+    items = {own_label(key): told(value) if key == "format_reason" else value for key, value in items.items()}
+    return fold(phrase("Show"), pairs(items)) if items else ""

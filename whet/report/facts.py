@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 
-from whet.base.language import phrase, written
+from whet.base.language import phrase
 from whet.report.charts import JsonObject, as_number, own_label, part, plain, points_of, size_text, text_of
 from whet.report.findings import counts_table
-from whet.report.markup import Html, fold, objects, pairs, paragraph, ratio, safe, score_text, table
+from whet.report.markup import Html, fold, objects, pairs, paragraph, ratio, safe, score_text, table, told
 from whet.report.run_files import RunFiles
 
 _COUNTS = {  # of the ledger -> what it counts; those that deserve a look are red when they are not 0
@@ -51,7 +51,7 @@ def data(run: RunFiles) -> str:
 def _count(key: str, value: object) -> object:
     if key == "packing_fill":
         return score_text(value, True)
-    return _told(value) if key == "format_reason" else value
+    return told(value) if key == "format_reason" else value
 
 
 def _is_told(value: object) -> bool:
@@ -73,8 +73,8 @@ def _groups(ledger: JsonObject) -> str:
             body += fold(phrase("Held-out rows of each label"), counts_table(phrase("Label"), counts))
     for key, group in ledger.items():
         if isinstance(group, dict) and key not in ("labels", "labels_held_out"):
-            told = {own_label(name): value for name, value in group.items() if _is_told(value)}
-            body += f"<h3>{safe(own_label(key))}</h3>{pairs(told)}" if told else ""
+            items = {own_label(name): value for name, value in group.items() if _is_told(value)}
+            body += f"<h3>{safe(own_label(key))}</h3>{pairs(items)}" if items else ""
     return body
 
 
@@ -151,14 +151,14 @@ def merge(run: RunFiles) -> str:
     candidates = objects(certificate, "candidates")
     said = [key for key in _CERTIFIED if any(item.get(key) is not None for item in candidates)]
     rows = [
-        [_told(item.get("name")), item.get("dtype"), *(score_text(item.get(key), key in _SHARES) for key in said)]
+        [told(item.get("name")), item.get("dtype"), *(score_text(item.get(key), key in _SHARES) for key in said)]
         for item in candidates
     ]
     prompts, positions, path = (safe(certificate.get(key)) for key in ("prompts", "positions", "path"))
     names = [(item.get("name"), f"{item.get('name')} base, {item.get('dtype')}") for item in candidates]
     chosen = next((i for i, both in enumerate(names) if certificate.get("chosen") in both), -1)
     columns = {phrase("Candidate"): "key", phrase("Type"): "", **{phrase(_CERTIFIED[key]): "num" for key in said}}
-    name = safe(_told(certificate.get("chosen")))
+    name = safe(told(certificate.get("chosen")))
     note = phrase("Compared on {0} rows. Kept: <b>{1}</b>, in <code>{2}</code>.", prompts, name, path)
     if "positions" in certificate:
         note = phrase(
@@ -168,11 +168,6 @@ def merge(run: RunFiles) -> str:
     return paragraph("lead", note) + (f'<div class="card">{table(columns, rows, chosen)}</div>' if rows else "")
 
 
-def _told(text: object) -> object:
-    """A text that whet wrote into a file, as people read it; anything else as it is."""
-    return written(text) if isinstance(text, str) else text
-
-
 def settings(run: RunFiles) -> str:
     chosen, defaults = [], []
     columns = {phrase("Setting"): "key", phrase("Value"): "code", phrase("Origin"): "", phrase("Reason"): ""}
@@ -180,8 +175,8 @@ def settings(run: RunFiles) -> str:
         item = part(run.files["origins"], name)
         origin, value = item.get("origin"), item.get("value")
         shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        tag = Html(f'<span class="tag{"" if origin == "default" else " accent"}">{safe(_told(origin))}</span>')
-        (defaults if origin == "default" else chosen).append([name, shown, tag, _told(item.get("reason") or "")])
+        tag = Html(f'<span class="tag{"" if origin == "default" else " accent"}">{safe(told(origin))}</span>')
+        (defaults if origin == "default" else chosen).append([name, shown, tag, told(item.get("reason") or "")])
     body = table(columns, chosen) if chosen else ""
     body += fold(phrase("Defaults ({0})", plain(len(defaults))), table(columns, defaults)) if defaults else ""
     if recipe := run.text("recipe.yaml"):

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
-from whet.base.language import named, phrase, written
+from whet.base.language import named, phrase
 from whet.report.charts import JsonObject, as_number, label_of, own_label, part, plain, text_of
-from whet.report.markup import Html, objects, pairs, paragraph, safe, score_text, table
+from whet.report.markup import Html, objects, pairs, paragraph, safe, score_text, table, told
 from whet.report.masks import place_text
 
 SHOWN_EXAMPLES, SHOWN_COUNTS, SHOWN_COLUMNS = 8, 30, 5
@@ -30,6 +30,7 @@ NOTES = {
     "personal": "A model can repeat what it has read.",
 }
 SIDES = {"train", "held out", "test"}  # of the rows; others are benchmarks, which have names of the user's
+OWN_FIELDS = {"kind", "reason"}  # of an example: texts of whet; every other field stands as it is
 FACTS = {"languages"}  # says what the data are, and finds no fault
 NOT_FAULTS = {"similarity", "threshold", "checked", "rows_checked", "seconds"}  # numbers that count no bad row
 
@@ -204,13 +205,14 @@ def _plain_examples(items: Sequence[JsonObject]) -> str:
     rows = []
     for item in items:
         cells: list[object] = [place_text(item)] if placed else []
-        rows.append(cells + [_clip_cell(_told(str(name), item.get(name))) for name in names[:SHOWN_COLUMNS]])
+        rows.append(
+            cells
+            + [
+                _clip_cell(told(item.get(name)) if name in OWN_FIELDS else item.get(name))
+                for name in names[:SHOWN_COLUMNS]
+            ]
+        )
     return table(columns, [row[: len(columns)] for row in rows])
-
-
-def _told(name: str, value: object) -> object:
-    """A kind or a reason is whet's own; every other field stands as it is."""
-    return written(value) if name in ("kind", "reason") and isinstance(value, str) else value
 
 
 def _clip_cell(value: object) -> Html:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from whet.base.language import korean, phrase
+from whet.base.language import korean, phrase, written
 from whet.base.visible import visible
 from whet.report.charts import JsonObject, as_number, plain, text_of
 
@@ -48,6 +48,11 @@ def number_text(value: object, rate: bool, signed: bool = False) -> str:
         return "–"
     shown = round(number * 100, 1) if rate else number
     return f"{'+' if signed and shown > 0 else ''}{plain(shown)}"
+
+
+def told(value: object) -> object:
+    """A text that whet itself wrote into a file, as people read it; anything but a text as it is."""
+    return written(value) if isinstance(value, str) else value
 
 
 def capital(text: str) -> str:

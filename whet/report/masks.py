@@ -18,7 +18,7 @@ SHOWN_ROWS = 16
 FIRST_PIECES, LAST_PIECES = 80, 12
 WIDE, NARROW = (700, 160), (40, 20)  # characters at the head and the tail of a piece that is cut
 ROW_CHARACTERS = 4000  # after which pieces are cut narrowly
-ROLES = {"system", "user", "assistant", "tool", "template", "text", "label", "answer"}  # any other is the user's own
+ROLES = ("system", "user", "assistant", "tool", "template", "text", "label", "answer")  # any other is the user's own
 
 
 def masks(rows: Sequence[JsonObject]) -> str:

@@ -5,10 +5,10 @@ Every share stands in per cent, whatever the metric is called; a name is the one
 
 from __future__ import annotations
 
-from whet.base.language import phrase, written
+from whet.base.language import phrase
 from whet.report.charts import JsonObject, as_number, label_of, part, plain
 from whet.report.labels import classes
-from whet.report.markup import LIST_LIMIT, Html, fold, number_text, paragraph, safe, score_text, table
+from whet.report.markup import LIST_LIMIT, Html, fold, number_text, paragraph, safe, score_text, table, told
 from whet.report.run_files import Evaluation
 
 _RATES = {
@@ -147,11 +147,8 @@ def _notes(evaluation: Evaluation) -> list[str]:
     conversations = as_number(found.get("conversations"))
     if conversations is not None and conversations != found.get("rows"):
         notes.append(phrase("answers of {0} conversations", plain(conversations)))
-    decoding, baseline = (
-        written(text) if isinstance(text, str) else text for text in (found.get("decoding"), found.get("baseline"))
-    )
-    notes += [safe(decoding)] if "decoding" in found else []
-    notes += [phrase("baseline: {0}", safe(baseline))] if "baseline" in found else []
+    notes += [safe(told(found["decoding"]))] if "decoding" in found else []
+    notes += [phrase("baseline: {0}", safe(told(found["baseline"])))] if "baseline" in found else []
     return notes
 
 
