@@ -114,7 +114,7 @@ def run_case(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """A case of the table in a process of its own."""
     config, rows, length, settings = CASES[name]
     shape = ["--config", str(Path(given.configs) / f"{config}.json"), "--rows", str(rows), "--length", str(length)]
-    command = [sys.executable, __file__, "-", *shape, *settings, *given.settings]
+    command = [sys.executable, __file__, "-", *settings, *given.settings, *shape]
     done = subprocess.run(command, capture_output=True, text=True)
     last = done.stdout.strip().splitlines()[-1:] or ["{}"]
     found = json.loads(last[0]) if done.returncode == 0 else {"error": done.stderr[-1500:]}
