@@ -1,23 +1,27 @@
 """Writes docs/recipe.md from the JSON schema and the alias table, and the capability matrix into docs/methods.md.
 
-`python docs/generate.py`; a test compares both files with what this would write.
+The Korean twins of both too: their texts are those that the terminal shows, and what only a page says stands in
+docs/generated_in_korean.json. `python docs/generate.py`; a test compares the four files with what this would write.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from whet.base.catalogue import catalogue
 from whet.methods.all import METHODS, capability_rows
 from whet.planning.rules import RULES
 from whet.recipe import SECTIONS, json_schema
 from whet.spelling import aliases
 
-PAGE = Path(__file__).with_name("recipe.md")
-METHODS_PAGE = Path(__file__).with_name("methods.md")
+Say = Callable[[str], str]  # a text of whet or of this file in the language of a page
+
+DOCS = Path(__file__).parent
+KOREAN: dict[str, str] = json.loads((DOCS / "generated_in_korean.json").read_text(encoding="utf-8"))
 MATRIX = re.compile(r"(?s)(<!-- capability-matrix -->\n).*?(<!-- /capability-matrix -->)")
 # Names whose value is translated too; each is shown by what the alias table makes of this value.
 TRANSLATED: tuple[tuple[str, Any], ...] = (
@@ -29,6 +33,8 @@ TRANSLATED: tuple[tuple[str, Any], ...] = (
 )  # fmt: skip
 HEAD = """\
 # Recipe reference
+
+Korean: [recipe.ko.md](recipe.ko.md).
 
 Written by `python docs/generate.py` from the JSON schema (`whet schema`): change the code, not this page. A recipe is
 YAML 1.2, one mapping of sections; `section.key=value` on the command line is laid over it. `auto`, an empty value or a
@@ -50,53 +56,76 @@ These names are accepted, alone or inside a section, rewritten and reported at t
 said twice with two values is an error. `trust_remote_code` and secrets (`hf_token`, `api_key`, ...) are refused.
 
 """
+ALONE_HEAD = "\n## Outside the sections\n\n"
+TRANSLATED_HEAD = "\nTranslated together with their value:\n\n"
+FIELD_COLUMNS = ("field", "type", "default", "meaning")
+RULES_COLUMNS = ("field", "refused, because", "one fix")
+ALIASES_COLUMNS = ("setting", "also accepted")
+TRANSLATED_COLUMNS = ("written", "read as")
+SAID = {"what", "tasks", "mergeable", "peft_format", "vllm_unmerged", "composable", "compiles"}  # columns with words
 WORDS = {"string": "text", "boolean": "`true` or `false`", "number": "number", "integer": "whole number"}
 LIMITS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
 
 
-def page() -> str:
-    """The whole text of docs/recipe.md."""
+def in_english(text: str) -> str:
+    return text
+
+
+def in_korean(text: str) -> str:
+    """The Korean of a text. Raises LookupError where a sentence has none."""
+    korean = KOREAN.get(text) or catalogue().translated(text)
+    if korean == text and re.search(r"[a-z] [a-z]", text):
+        raise LookupError(f"no Korean for {text!r}: write it into docs/generated_in_korean.json or whet/builtin/korean")
+    return korean
+
+
+SAY: dict[str, Say] = {"": in_english, ".ko": in_korean}  # by what the name of a page has before its suffix
+
+
+def page(say: Say = in_english) -> str:
+    """The whole text of docs/recipe.md, or of its twin."""
     schema = json_schema()
-    parts = [HEAD]
+    parts = [say(HEAD)]
     for section in SECTIONS:
-        parts.append(f"\n## {section}\n\n{schema['properties'][section]['description']}\n")
+        parts.append(f"\n## {section}\n\n{say(schema['properties'][section]['description'])}\n")
         if section != "method":
-            parts.append("\n" + field_table(schema["$defs"][section.capitalize()]["properties"]))
+            parts.append("\n" + field_table(schema["$defs"][section.capitalize()]["properties"], say))
             continue
         for cls in dict.fromkeys(METHODS.values()):
             names = " | ".join(name for name, owner in METHODS.items() if owner is cls)
-            parts.append(f"\n### method.name: {names}\n\n{(cls.__doc__ or '').strip()}\n\n")
-            parts.append(field_table(schema["$defs"][cls.__name__]["properties"]))
+            parts.append(f"\n### method.name: {names}\n\n{say((cls.__doc__ or '').strip())}\n\n")
+            parts.append(field_table(schema["$defs"][cls.__name__]["properties"], say))
     alone = {name: part for name, part in schema["properties"].items() if name not in SECTIONS}
-    parts += ["\n## Outside the sections\n\n", field_table(alone), METHODS_HEAD, ALIASES_HEAD]
-    parts[-1:-1] = [RULES_HEAD, table(("field", "refused, because", "one fix"), list(dict.fromkeys(exclusions())))]
-    parts += [table(("setting", "also accepted"), sorted(other_names())), "\nTranslated together with their value:\n\n"]
-    return "".join([*parts, table(("written", "read as"), list(translated()))])
+    parts += [say(ALONE_HEAD), field_table(alone, say), say(METHODS_HEAD)]
+    parts += [say(RULES_HEAD), table(RULES_COLUMNS, list(dict.fromkeys(exclusions(say))), say)]
+    parts += [say(ALIASES_HEAD), table(ALIASES_COLUMNS, sorted(other_names()), say)]
+    return "".join([*parts, say(TRANSLATED_HEAD), table(TRANSLATED_COLUMNS, list(translated()), say)])
 
 
-def methods_page(written: str) -> str:
-    """docs/methods.md as `written`, with the capability matrix as it is now."""
+def methods_page(written: str, say: Say = in_english) -> str:
+    """docs/methods.md or its twin as `written`, with the capability matrix as it is now."""
     rows = capability_rows()
     head = [name.replace("_", " ") for name in rows[0]]
-    matrix = table(head, [[cell(value) for value in row.values()] for row in rows])
+    cells = [[say(cell(value)) if name in SAID else cell(value) for name, value in row.items()] for row in rows]
+    matrix = table(head, cells, say)
     return MATRIX.sub(lambda found: found[1] + matrix + found[2], written)
 
 
-def field_table(fields: Mapping[str, Any]) -> str:
-    rows = [(f"`{name}`", type_of(part), default(part), part["description"]) for name, part in fields.items()]
-    return table(("field", "type", "default", "meaning"), rows)
+def field_table(fields: Mapping[str, Any], say: Say) -> str:
+    rows = [(f"`{name}`", type_of(part, say), default(part), say(part["description"])) for name, part in fields.items()]
+    return table(FIELD_COLUMNS, rows, say)
 
 
-def type_of(part: Mapping[str, Any]) -> str:
+def type_of(part: Mapping[str, Any], say: Say) -> str:
     """A schema in words: choices as they are written, limits beside the type."""
     if "anyOf" in part:
-        return " or ".join(type_of(choice) for choice in part["anyOf"] if choice != {"type": "null"})
+        return say(" or ").join(type_of(choice, say) for choice in part["anyOf"] if choice != {"type": "null"})
     if "const" in part or "enum" in part:
-        return " or ".join(f"`{value}`" for value in part.get("enum", [part.get("const")]))
+        return say(" or ").join(f"`{value}`" for value in part.get("enum", [part.get("const")]))
     if part["type"] == "array":
-        return f"list of {type_of(part['items'])}"
+        return say("list of {0}").replace("{0}", type_of(part["items"], say))
     limits = ", ".join(f"{sign} {part[name]:g}" for name, sign in LIMITS if name in part)
-    return f"{WORDS.get(part['type'], 'mapping')} {limits}".strip()
+    return f"{say(WORDS.get(part['type'], 'mapping'))} {limits}".strip()
 
 
 def default(part: Mapping[str, Any]) -> str:
@@ -121,12 +150,12 @@ def other_names() -> Iterator[tuple[str, str]]:
             yield f"`{name}`", ", ".join(others)
 
 
-def exclusions() -> Iterator[tuple[str, str, str]]:
+def exclusions(say: Say) -> Iterator[tuple[str, str, str]]:
     """Each rule about settings that exclude each other; what a text names is shown by its path."""
     for rule in RULES:
         problem, fix = (re.sub(r"{([a-z_.]+)[^}]*}", r"`\1`", text) if isinstance(text, str) else "as it says"
                         for text in (rule.problem, rule.fix))  # fmt: skip
-        yield f"`{rule.field}`", problem, fix
+        yield f"`{rule.field}`", say(problem), say(fix)
 
 
 def translated() -> Iterator[tuple[str, str]]:
@@ -136,11 +165,19 @@ def translated() -> Iterator[tuple[str, str]]:
         yield f"`{name}: {written}`", ", ".join(f"`{path}: {'auto' if v is None else cell(v)}`" for path, v, _ in found)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = (head, ["---"] * len(head), *rows)
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], say: Say) -> str:
+    lines = ([say(name) for name in head], ["---"] * len(head), *rows)
     return "".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |\n" for line in lines)
 
 
+def pages() -> Iterator[tuple[Path, str]]:
+    """Each file that is written, and its text."""
+    for mark, say in SAY.items():
+        yield DOCS / f"recipe{mark}.md", page(say)
+        methods = DOCS / f"methods{mark}.md"
+        yield methods, methods_page(methods.read_text(encoding="utf-8"), say)
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    METHODS_PAGE.write_text(methods_page(METHODS_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, text in pages():
+        path.write_text(text, encoding="utf-8")

@@ -10,8 +10,12 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+from families.judge import Verdict
+from families.korean import WORDS, twin
+from families.table import SHORT, TASKS, document
 
 import whet
 from whet import arguments, cli
@@ -149,12 +153,11 @@ def test_no_place_on_a_machine_is_named(page: str) -> None:
     assert re.findall(r"(?<![\w.])/(?:tmp|work|home|root|mnt)\b", text(page)) == []
 
 
-def test_the_twins_show_the_same() -> None:
+def test_the_readmes_show_the_same() -> None:
+    """What test_twins.py does not compare: the lines of the commands, and what the quickstart printed."""
     english, korean = READMES
     assert shell_lines(english) == shell_lines(korean)
     assert blocks(english, "python") == blocks(korean, "python")
-    other = {"README.md": "README.ko.md", "README.ko.md": "README.md"}
-    assert LINK.findall(text(english)) == [other.get(link, link) for link in LINK.findall(text(korean))]
     for part in (r"(?m)^#+ ", r"(?m)^- ", r"(?m)^\| ", "<!-- /?[a-z-]+ -->"):
         assert len(re.findall(part, text(english))) == len(re.findall(part, text(korean))), part
     printed = re.compile(r"(?s)<!-- quickstart-output -->.*<!-- /quickstart-output -->")
@@ -175,15 +178,45 @@ def test_make_targets_and_extras_exist(page: str) -> None:
     assert [name for name in extras if not re.search(rf"(?m)^{name} = \[", text("pyproject.toml"))] == []
 
 
-def test_the_generated_pages_are_fresh() -> None:
+def generator() -> Any:
+    """docs/generate.py, which is no module of a package."""
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec is not None
     assert spec.loader is not None
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    assert generate.page() == text("docs/recipe.md"), "python docs/generate.py writes it again"
-    methods = text("docs/methods.md")
-    assert generate.methods_page(methods) == methods, "python docs/generate.py writes it again"
-    assert {f"\n| {name} | " in methods for name in METHODS} == {True}
-    stale = methods.replace("\n| lora | ", "\n| lore | ")
-    assert generate.methods_page(stale) == methods, "a stale matrix would not be seen"
+    return generate
+
+
+def test_the_generated_pages_are_fresh() -> None:
+    generate = generator()
+    written = {path.name: shown for path, shown in generate.pages()}
+    assert set(written) == {"recipe.md", "recipe.ko.md", "methods.md", "methods.ko.md"}
+    for name, shown in written.items():
+        assert shown == text(f"docs/{name}"), "python docs/generate.py writes it again"
+    for mark, say in generate.SAY.items():
+        methods = text(f"docs/methods{mark}.md")
+        assert {f"\n| {name} | " in methods for name in METHODS} == {True}
+        stale = methods.replace("\n| lora | ", "\n| lore | ")
+        assert generate.methods_page(stale, say) == methods, "a stale matrix would not be seen"
+
+
+def test_a_setting_of_the_korean_page_reads_korean() -> None:
+    """Its meaning holds Hangul; and what has no Korean is an error of the generator, not English on the page."""
+    rows = re.findall(r"(?m)^\| `[a-z]\w+` \| .* \| (.*) \|$", text("docs/recipe.ko.md"))
+    assert len(rows) > 100
+    assert [meaning for meaning in rows if not re.search("[가-힣]", meaning)] == []
+    with pytest.raises(LookupError, match="no Korean for"):
+        generator().in_korean("A setting that was added today.")
+
+
+def test_the_page_of_families_and_its_twin_are_of_one_run() -> None:
+    page = text("docs/families.md")
+    assert twin(page) == text("docs/families.ko.md"), "python tests/families/korean.py writes it again"
+    assert twin(page.replace(", zaya", ", zazu")) != text("docs/families.ko.md")
+    outcomes = ("right", "not merged", "refused", "refused late", "not built", "wrong", "crash")
+    verdicts = [Verdict(f"a{n}:{task}", outcome) for n, task in enumerate(TASKS) for outcome in outcomes]
+    assert not re.search(r"(?m)^(?!\|).*\b(Right|Refused|Wrong|Fails)\b", twin(document(verdicts)))
+    assert set(SHORT.values()) <= set(WORDS)
+    with pytest.raises(LookupError, match="no Korean for"):
+        twin(page + "\nA paragraph that was added today.\n")

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers import AttentionInterface
 
 from whet.base.errors import UserError
 from whet.engine.answer.session import DecoderSession
@@ -80,6 +81,61 @@ def test_the_attention_is_the_models_own(case: str) -> None:
     ours = logits(model)
     model.set_attn_implementation("eager")
     torch.testing.assert_close(ours, logits(model), atol=1e-4, rtol=1e-4)
+
+
+def deep(family: str = "llama", sizes: dict[str, Any] | None = None) -> Any:
+    """A bf16 model whose layers stir so much that two right ways end in other logits."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_hidden_layers": 24, "initializer_range": 0.3} | (sizes or {})
+    return AutoModelForCausalLM.from_config(
+        config(family, sizes), attn_implementation=ATTENTION, dtype=torch.bfloat16
+    ).eval()
+
+
+def test_rounding_in_a_deep_model_is_no_other_attention() -> None:
+    model = deep()
+    ours = logits(model).float()
+    assert prove_attention(model) == ""
+    assert model.config._attn_implementation == ATTENTION
+    model.set_attn_implementation("eager")
+    own = logits(model).float()
+    assert float((ours - own).abs().flatten(1).amax(1).median()) > 0.05 * float(own.abs().max())
+
+
+@pytest.mark.parametrize("fault", ["scale", "half the heads", "keys", "who sees whom"])
+def test_another_attention_is_seen_in_a_deep_bf16_model(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted faults: whet's attention computes something else in one layer of 24."""
+    right, calls = proven_attention.ATTENTION, []
+
+    def wrong(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **more: Any) -> Any:
+        calls.append(module.layer_idx)
+        from whet.engine.compute.attention import attend
+
+        if module.layer_idx != 13:
+            return attend(module, query, key, value, mask, scaling, **more)
+        if fault == "scale":
+            scaling = 0.5 * scaling
+        if fault == "keys":
+            key = key.roll(1, dims=2)
+        if fault == "who sees whom":
+            key, value = key.roll(-1, dims=2), value.roll(-1, dims=2)
+        output, weights = attend(module, query, key, value, mask, scaling, **more)
+        if fault == "half the heads":
+            output = output.clone()
+            output[:, :, ::2] = 0
+        return output, weights
+
+    AttentionInterface.register("wrong", wrong)
+    monkeypatch.setattr(proven_attention, "ATTENTION", "wrong")
+    monkeypatch.setattr(proven_attention, "_unlike", lambda model: iter(()))
+    model = deep()
+    model.set_attn_implementation("wrong")
+    assert "layer's output" in prove_attention(model)
+    assert 13 in calls
+    assert model.config._attn_implementation == "sdpa"
+    assert right == ATTENTION
 
 
 @pytest.mark.parametrize("case", ["a window in the mask alone", "chunks"])

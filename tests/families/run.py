@@ -3,7 +3,7 @@
     python tests/families/run.py [--only NAME ...] [--jobs N]
 
 NAME is a family (llama) or a family for a task (llama:classification). Without --only the result is also written to
-docs/families.md. The exit code is 1 where a family is neither right nor refused.
+docs/families.md and its Korean twin. The exit code is 1 where a family is neither right nor refused.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ os.environ |= {"WHET_CACHE": "off", "HF_HUB_OFFLINE": "1"}
 
 from families.configs import entries
 from families.judge import Verdict, judged
+from families.korean import PAGE, TWIN, twin
 from families.table import document
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
 LIMIT_SECONDS = 180
 TOLD = ("attention as", "padded instead", "without a cache", "left as they are", "beside the text part", "generate:")
 
@@ -94,8 +94,10 @@ def main(words: Sequence[str] | None = None) -> int:
         f"families: {held}/{len(found)} hold ({', '.join(f'{count} {name}' for name, count in counts.most_common())})"
     )
     if not asked.only:
-        DOCUMENT.write_text(document(found), encoding="utf-8")
-        print(f"written: {DOCUMENT}")
+        page = document(found)
+        PAGE.write_text(page, encoding="utf-8")
+        TWIN.write_text(twin(page), encoding="utf-8")
+        print(f"written: {PAGE} and {TWIN}")
     return int(held < len(found))
 
 

@@ -9,6 +9,8 @@ from families.judge import Verdict
 
 HEAD = """# Model families
 
+Korean: [families.ko.md](families.ko.md).
+
 Every family that transformers {version} offers as a language model, a classifier of sequences or an encoder-decoder,
 built small with random weights, and taken through whet: trained, evaluated, asked one by one and in batches, and, with
 its adapter, merged. The judge is plain transformers, with the attention that the family is written in, one row at a

@@ -44,10 +44,11 @@ class Capability:
     def rate_for(self, config: Any, *, labelled: bool = False) -> tuple[float, str]:
         """The usual peak rate for a model, and why. config: of transformers, None: unknown; labelled: for a new head.
 
-        Narrow models want a higher one: (4096 / width) ** 0.8 times that of a model of 7 B parameters, which is near
-        what "LoRA Without Regret" (Thinking Machines, 2025) reports for Llama models, and was tried here on widths of
-        320 and 384 (docs/log.md). A new head has to move far in the few steps that a set with labels gives, so there
-        it is half as much again.
+        Narrow models want a higher one: (4096 / width) ** 0.8 times that of a model of 7 B parameters. The exponent is
+        near the 0.78 that the authors of "LoRA Without Regret" (Thinking Machines, 2025) give for Llama models in their
+        cookbook's `hyperparam_utils` (for Qwen models they found next to none), and was tried here on widths of 320 and
+        384 (docs/log.md). A new head has to move far in the few steps that a set with labels gives, so there it is half
+        as much again.
         """
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         width = getattr(text, "hidden_size", None)

@@ -7,25 +7,30 @@ lost without a word, and a shorter loss would even look good. Therefore, wheneve
 - what each layer may see by the rule of its mask (`engine.compute.watched`) must be what the attention lets it see, at
   positions on both sides of every number in the config: exact, and as cheap for a window of 8,192 tokens as for one
   of 16;
-- the logits of a short row, and of one longer than every short window, must be those of the eager attention.
+- the logits of a short row, and of one longer than every short window, must be those of the eager attention. In bf16
+  it is each layer's output for what it read under the eager attention (`engine.compute.layerwise`).
 
-Where one of them fails the next attention is tried, and the last is the model's own. Gives up: in bf16 the logits are
+Where one of them fails the next attention is tried, and the last is the model's own. Gives up: in bf16 outputs are
 compared in the median over tokens, since rounding may send a token to another expert.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from whet.base.errors import UserError
 from whet.base.private import attention_name, has_sdpa, takes_attention
 from whet.engine.compute.attention import ATTENTION, check_keywords
 from whet.engine.compute.cached_attention import CACHED_ATTENTION
+from whet.engine.compute.layerwise import LayerCalls, largest_distance, layer_calls
 from whet.engine.compute.probe import EXACT, FAILURES, first_line, probe_inputs, row_length, tolerance
 from whet.engine.compute.readable import cannot_read
 from whet.engine.compute.watched import WATCHED, LayerCall, positions, sees, watched_calls
+from whet.engine.layers import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,11 +90,11 @@ def _choose(network: Any, names: Sequence[str]) -> str:
     first = ""
     was_training = network.training
     network.eval()
-    own: torch.Tensor | None = None
+    own: torch.Tensor | LayerCalls | None = None
     for name in names:
         if name == EAGER:
             break
-        own = _own_logits(network) if own is None else own
+        own = _own_answer(network) if own is None else own
         reason = _difference(network, name, own)
         if not reason:
             break
@@ -101,9 +106,13 @@ def _choose(network: Any, names: Sequence[str]) -> str:
     return first
 
 
-def _own_logits(network: Any) -> torch.Tensor:
-    """The logits of the model's own attention. UserError for a model that cannot read rows of tokens."""
+def _own_answer(network: Any) -> torch.Tensor | LayerCalls:
+    """The logits of the model's own attention; in short types what its layers read and give, where they can be found.
+    UserError for a model that cannot read rows of tokens."""
     try:
+        if tolerance(network) != EXACT and not network.config.is_encoder_decoder:
+            with contextlib.suppress(UserError, LookupError):
+                return _layer_calls(network, EAGER)
         return _logits(network, EAGER)
     except torch.OutOfMemoryError:
         raise
@@ -111,11 +120,14 @@ def _own_logits(network: Any) -> torch.Tensor:
         raise cannot_read(network, first_line(error)) from error
 
 
-def _difference(network: Any, name: str, own: torch.Tensor) -> str:
-    """Why attention `name` is not what gave the logits `own`; nothing where it is."""
+def _difference(network: Any, name: str, own: torch.Tensor | LayerCalls) -> str:
+    """Why attention `name` is not what gave the answer `own`; nothing where it is."""
     try:
         if name == ATTENTION and (unlike := next(_unlike(network), "")):
             return unlike
+        if isinstance(own, LayerCalls):
+            share = largest_distance(own, _layer_calls(network, name, own))
+            return "" if share <= tolerance(network) else f"with another one a layer's output is {share:.2g} away"
         logits = _logits(network, name)
     except torch.OutOfMemoryError:
         raise
@@ -152,8 +164,22 @@ def _logits(network: Any, name: str) -> torch.Tensor:
     """[T, V] float32 (or [2, C] of a labelled task) with attention `name`, of a short row and a long one: within a
     window transformers leaves out masks that some families take for given."""
     set_attention(network, name)
-    lengths = (8, row_length(network.config))
-    return torch.cat([torch.atleast_2d(_pass(network, tokens).logits[0].float()) for tokens in lengths])
+    return torch.cat([torch.atleast_2d(_pass(network, tokens).logits[0].float()) for tokens in _lengths(network)])
+
+
+def _layer_calls(network: Any, name: str, forced: LayerCalls | None = None) -> LayerCalls:
+    """The calls of the layers with attention `name`, of the same rows."""
+    set_attention(network, name)
+
+    def run() -> None:
+        for tokens in _lengths(network):
+            _pass(network, tokens)
+
+    return layer_calls(decoder_layers(network), run, forced)
+
+
+def _lengths(network: Any) -> tuple[int, int]:
+    return 8, row_length(network.config)
 
 
 def _pass(network: Any, tokens: int) -> Any:

@@ -171,7 +171,7 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor):
         grad = grad_outputs[0]
-        return grad @ ctx.module.dense(grad.dtype), None
+        return grad @ ctx.module.stored.again().dense(grad.dtype), None
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

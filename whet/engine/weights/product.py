@@ -41,6 +41,7 @@ def backward_product(
     weight: FrozenWeight, grad: torch.Tensor, update: Update | None = None, *, fp8: bool = False
 ) -> torch.Tensor:
     """grad [T, N] times the weight [N, K]: [T, K] in grad's type. update: a [T, r] and b [K, r]; a b^T is added."""
+    weight = weight.again()
     if not fp8:
         return _added(grad @ weight.dense(grad.dtype), update)
     codes, scale = weight.fp8_columns()

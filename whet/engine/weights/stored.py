@@ -8,9 +8,10 @@ knows, and `of` puts it together again in the backward pass. The modules that ow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import library
 
 from whet.engine.weights.fp8 import E4M3, FP8_MAX
 from whet.engine.weights.nf4 import Packed, rebuild_nf4, rebuild_nf4_as_fp8
@@ -29,6 +30,15 @@ class FrozenWeight:
     def of(cls, tensors: Sequence[torch.Tensor | None]) -> FrozenWeight:
         """The weight of which `tensors` gave these."""
         return cls(*tensors)
+
+    def again(self) -> FrozenWeight:
+        """The same weight for the backward pass, which builds what it multiplies with anew.
+
+        A compiler that sees the forward and the backward pass build the same dense weight builds it once and keeps it
+        in between: for all layers that is the whole model in the arithmetic's type. So one small tensor goes through an
+        operation that it cannot see into.
+        """
+        return self
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [N, K] in `dtype`."""
@@ -68,6 +78,9 @@ class Fp8Weight(FrozenWeight):
     scale: torch.Tensor
     turned: torch.Tensor | None = None
 
+    def again(self) -> Fp8Weight:
+        return replace(self, scale=_unseen(self.scale))
+
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return self.codes, self.scale, self.turned
 
@@ -83,10 +96,16 @@ class Fp8Weight(FrozenWeight):
 
 @dataclass(frozen=True)
 class Int8Weight(FrozenWeight):
-    """codes int8 [N, K]; scale float32 [N]: weight = code * scale. As FP8 its codes are rounded a second time."""
+    """codes int8 [N, K]; scale float32 [N]: weight = code * scale. As FP8 its codes are rounded a second time; factor:
+    between the two ranges, as a tensor []."""
 
     codes: torch.Tensor
     scale: torch.Tensor
+    factor: torch.Tensor | None = None
+
+    def again(self) -> Int8Weight:
+        factor = self.scale.new_full((), FP8_MAX / INT8_MAX)
+        return replace(self, scale=_unseen(self.scale), factor=_unseen(factor))
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return self.codes, self.scale
@@ -95,7 +114,8 @@ class Int8Weight(FrozenWeight):
         return (self.codes.float() * self.scale[:, None]).to(dtype)
 
     def fp8_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return (self.codes.float() * (FP8_MAX / INT8_MAX)).to(E4M3), self.scale * (INT8_MAX / FP8_MAX)
+        factor = FP8_MAX / INT8_MAX if self.factor is None else self.factor
+        return (self.codes.float() * factor).to(E4M3), self.scale * (INT8_MAX / FP8_MAX)
 
 
 @dataclass(frozen=True)
@@ -103,6 +123,9 @@ class Nf4Weight(FrozenWeight):
     """nf4 weights of one width K, one below the other; all of them have an `fp8_scale`, or none."""
 
     parts: tuple[Packed, ...]
+
+    def again(self) -> Nf4Weight:
+        return Nf4Weight(tuple(part._replace(code=_unseen(part.code)) for part in self.parts))
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return tuple(tensor for part in self.parts for tensor in part)
@@ -123,3 +146,18 @@ class Nf4Weight(FrozenWeight):
 
     def _scales(self) -> torch.Tensor:
         return torch.cat([part.fp8_scale for part in self.parts if part.fp8_scale is not None])
+
+
+def _unseen(small: torch.Tensor) -> torch.Tensor:
+    """`small`, of which a compiler cannot tell that it is the tensor that it was; uncompiled it stays itself."""
+    return torch.ops.whet.unseen(small) if torch.compiler.is_compiling() else small
+
+
+@library.custom_op("whet::unseen", mutates_args=())
+def _unseen_copy(small: torch.Tensor) -> torch.Tensor:
+    return small.clone()
+
+
+@_unseen_copy.register_fake
+def _(small):
+    return torch.empty_like(small)
