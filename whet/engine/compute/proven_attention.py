@@ -26,6 +26,7 @@ from whet.engine.compute.cached_attention import CACHED_ATTENTION
 from whet.engine.compute.probe import EXACT, FAILURES, first_line, probe_inputs, row_length, tolerance
 from whet.engine.compute.readable import cannot_read
 from whet.engine.compute.watched import WATCHED, LayerCall, positions, sees, watched_calls
+from whet.engine.task import takes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,9 +103,10 @@ def _choose(network: Any, names: Sequence[str]) -> str:
 
 
 def _own_logits(network: Any) -> torch.Tensor:
-    """The logits of the model's own attention. UserError for a model that cannot read rows of tokens."""
+    """The logits of the model's own attention, given a mask as `generate` does: without one Moshi masks nothing.
+    UserError for a model that cannot read rows of tokens."""
     try:
-        return _logits(network, EAGER)
+        return _logits(network, EAGER, masked=True)
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
@@ -148,14 +150,17 @@ def _unseen(call: LayerCall, asked: torch.Tensor) -> Iterator[str]:
         yield "its windows or chunks stand in the mask alone"
 
 
-def _logits(network: Any, name: str) -> torch.Tensor:
+def _logits(network: Any, name: str, *, masked: bool = False) -> torch.Tensor:
     """[T, V] float32 (or [2, C] of a labelled task) with attention `name`, of a short row and a long one: within a
-    window transformers leaves out masks that some families take for given."""
+    window transformers leaves out masks that some families take for given. masked: under a mask of no padding."""
     set_attention(network, name)
     lengths = (8, row_length(network.config))
-    return torch.cat([torch.atleast_2d(_pass(network, tokens).logits[0].float()) for tokens in lengths])
+    return torch.cat([torch.atleast_2d(_pass(network, tokens, masked).logits[0].float()) for tokens in lengths])
 
 
-def _pass(network: Any, tokens: int) -> Any:
+def _pass(network: Any, tokens: int, masked: bool = False) -> Any:
     """The output for one row of `tokens` ids."""
-    return network(**probe_inputs(network, tokens))
+    inputs = probe_inputs(network, tokens)
+    if masked and takes(network, "attention_mask"):
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return network(**inputs)
