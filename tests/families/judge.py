@@ -225,7 +225,7 @@ def tried(entry: Entry, place: Path, whole: bool, *, alone: bool = False) -> dic
     first = next(line["loss"] for line in lines if line["kind"] == "train")
     moved = {"the first loss": check_loss("the first loss", first, loss_of(entry, plain, prepared.train))}
     evaluate(run, max_rows=2)
-    moved["logits in a batch"] = check_answers(entry, run, prepared, plain)
+    moved |= check_answers(entry, run, prepared, plain)
     try:
         merge(run, place / "out")
     except UserError as error:  # after everything else was right
@@ -301,9 +301,9 @@ def check_loss(what: str, ours: float, exact: float) -> float:
     return abs(ours - exact) / abs(exact)
 
 
-def check_answers(entry: Entry, run: Any, prepared: Any, plain: Any) -> float:
-    """Answers in a batch are those alone, and the base's are plain transformers' own; returns how far logits in a batch
-    are from those alone, 0 for texts. Raises Wrong."""
+def check_answers(entry: Entry, run: Any, prepared: Any, plain: Any) -> dict[str, float]:
+    """Answers in a batch are those alone, and the base's are plain transformers' own; returns how far logits of labels
+    in a batch are from those alone. Raises Wrong."""
     from whet.engine.answer.session import session
     from whet.engine.load.open import open_trained
 
@@ -321,7 +321,7 @@ def check_answers(entry: Entry, run: Any, prepared: Any, plain: Any) -> float:
             apart = float(np.abs(together - alone).max() / np.abs(alone).max())
             if not apart <= NEAR_LOGITS:
                 raise Wrong(f"labels in a batch are not those alone: logits {apart:.2g} of the largest apart")
-            return apart
+            return {"logits of labels in a batch": apart}
         more: dict[str, Any] = {"max_new_tokens": NEW_TOKENS}
         if entry.task == "causal":
             more["stop_ids"] = []
@@ -335,7 +335,7 @@ def check_answers(entry: Entry, run: Any, prepared: Any, plain: Any) -> float:
             exact = [greedy(plain, row) for row in ids]
             if ours != exact:
                 raise Wrong(f"the base answers {ours}, in plain transformers {exact}")
-    return 0.0
+    return {}
 
 
 @torch.inference_mode()

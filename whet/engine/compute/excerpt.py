@@ -47,7 +47,7 @@ def shown_by_code(network: PreTrainedModel, task: Task) -> Shown:
     """What the code of `network`, a model without memory, shows before its weights are read; nothing where it is not
     asked."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # of the CPU, where the excerpt lies
         first = excerpt(network)
         if first is None or not _answers(first):
             return Shown()
