@@ -16,11 +16,13 @@ SAMPLE = {
     "llama4_text:causal": ("right", ""),  # so do its chunks, and its router is a subclass of nn.Linear
     "gemma4_text:causal": ("right", ""),  # heads of two sizes
     "gpt_oss:causal": ("right", ""),  # sinks, and no attention of torch's
+    "xlstm:causal": ("right", ""),  # a cap of its logits, by a name of its own
     "falcon_mamba:causal": ("right", ""),  # PEFT refuses its out_proj
     "zamba2:causal": ("right", ""),  # runs one block again in other places
     "moshi:causal": ("right", ""),  # makes no causal mask where it is given none
     "roberta:causal": ("right", ""),  # positions that begin behind the padding token's number
     "fnet:classification": ("right", ""),  # no attention, and so no mask
+    "modernvbert:classification": ("right", ""),  # another part of it has a module of its head's name
     "umt5:classification": ("right", ""),  # torch's attention loses its positions
     "bart:seq2seq": ("right", ""),
     "t5gemma:seq2seq": ("right", ""),  # its head is tied to the decoder's table, not to the first

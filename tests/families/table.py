@@ -21,7 +21,10 @@ built here.
 
 How whet computes attention in a family is not listed anywhere: it is asked of the model when it is loaded. Where the
 model's own attention has to be used, training takes padded rows and is slower; the run says so. What a family's code
-cannot do is asked of its first layer with random numbers, so it is refused before the weights are read.
+cannot do is asked of its first layer with random numbers, so it is refused before the weights are read. Where the
+attention that transformers chooses for a merged model computes something else than the family's own (UMT5, Doge),
+`attn_implementation` in its config.json asks for the own one. Layers that share one weight in several places (Zamba)
+are left as they are.
 """
 TASKS = {"causal": "Language models", "classification": "Classifiers", "seq2seq": "Encoder-decoders"}
 SHORT = {

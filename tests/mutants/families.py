@@ -91,6 +91,23 @@ MUTANTS = [
         "CodeGen's checkpoints fail with an AttributeError", "test_excerpt.py -k padding_token",
     ),
     Mutant(
+        "head: one name of caps", "engine/compute/head.py",
+        'CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")',
+        'CAPS = ("final_logit_softcapping",)',
+        "xLSTM is trained on logits without their cap in bf16", "test_logit_caps.py",
+    ),
+    Mutant(
+        "head: fp32 is compared as loosely as bf16", "engine/compute/head.py",
+        "share, least = (1e-4, 1e-5) if exact else (1e-2, 1e-3)", "share, least = 1e-2, 1e-3",
+        "a cap of a new name is not seen", "test_logit_caps.py",
+    ),
+    Mutant(
+        "adapter: own tensors of a whole module", "methods/layers/key_names.py",
+        "fits = [name in own or _place(name, modules, prefix) is not None for name in names]",
+        "fits = [_place(name, modules, prefix) is not None for name in names]",
+        "an adapter beside a vision head does not open again", "test_families.py -k modernvbert",
+    ),
+    Mutant(
         "types: by the input's name alone", "engine/task.py",
         'return types > 1 and takes(model, "token_type_ids")', 'return takes(model, "token_type_ids")',
         "GPT-2 predicts with the embedding of token 0 added", STRUCTURE,
