@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import date
 
 from families.judge import BESIDE, Verdict
 
@@ -17,7 +18,8 @@ what it computes; of the merged model also when it is opened as anybody would, w
 `make families` does it again, and writes this page; `tests/families` holds the code.
 
 **{held} of {all}**: {right} are right, {refused} are refused with a reason before weights are read, {absent} cannot be
-built here.
+built here. One run of all of them on {date}, on a CPU in fp32, with torch {torch}, transformers {transformers}, peft
+{peft}.
 
 How whet computes attention in a family is not listed anywhere: it is asked of the model when it is loaded. Where the
 model's own attention has to be used, training takes padded rows and is slower; the run says so. What a family's code
@@ -36,13 +38,16 @@ SHORT = {
 
 def document(verdicts: Sequence[Verdict]) -> str:
     """The page, as Markdown."""
+    import peft
+    import torch
     import transformers
 
     count = {name: sum(v.outcome == name for v in verdicts) for name in ("right", "refused", "not built")}
     held = sum(verdict.holds for verdict in verdicts)
     parts = [HEAD.format(
         version=".".join(transformers.__version__.split(".")[:2]), held=held, all=len(verdicts), right=count["right"],
-        refused=count["refused"], absent=count["not built"],
+        refused=count["refused"], absent=count["not built"], date=date.today().isoformat(),
+        torch=torch.__version__.partition("+")[0], transformers=transformers.__version__, peft=peft.__version__,
     )]  # fmt: skip
     parts.append(_distances(verdicts))
     for task, title in TASKS.items():
