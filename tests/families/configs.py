@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,7 +208,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         "mamba_d_state": 16,
         "mamba_ngroups": 1,
         "adapter_rank": 4,
-        "layers_block_type": ["mamba", "hybrid"],
+        "num_hidden_layers": 4,
+        "num_mem_blocks": 1,  # the block of both is one
+        "layers_block_type": ["mamba", "hybrid"] * 2,
     },
     "zaya": {"num_experts_per_tok": 1},
     "perceiver": {"num_latents": 8, "d_latents": 32, "num_self_attends_per_block": 2},
@@ -267,16 +270,17 @@ def tiny_config(config_class: Any) -> Any:
     names = {*inspect.signature(config_class.__init__).parameters, *getattr(config_class, "__dataclass_fields__", ())}
     names |= set(getattr(config_class, "attribute_map", ()))
     values = {name: value for name, value in SIZES.items() if name in names}
+    changes = deepcopy(CHANGES.get(config_class.model_type, {}))  # encoder-decoder takes its dicts apart
     parts = getattr(config_class, "sub_configs", None) or {}
     if parts:
-        usual = config_class(**CHANGES.get(config_class.model_type, {}))
+        usual = config_class(**deepcopy(changes))
         found = {name: getattr(usual, name, None) for name in parts}
         values |= {name: tiny_config(type(part)) for name, part in found.items() if part is not None}
     if not parts:
         values |= {name: value for name, value in SPECIALS.items() if name in names}
     if "kv_lora_rank" in names:  # latent attention has keys for every head
         values["num_key_value_heads"] = values["num_attention_heads"]
-    return config_class(**(values | CHANGES.get(config_class.model_type, {})))
+    return config_class(**(values | changes))
 
 
 def config_of(entry: Entry) -> Any:

@@ -1,6 +1,6 @@
 """Every text family of transformers through whet, judged by plain transformers: `make families`.
 
-    python tests/families/run.py [--only NAME ...] [--jobs N]
+    python tests/families/run.py [--only NAME ...] [--jobs N] [--distances]
 
 NAME is a family (llama) or a family for a task (llama:classification). Without --only the result is also written to
 docs/families.md and its Korean twin. The exit code is 1 where a family is neither right nor refused.
@@ -61,7 +61,7 @@ def one(name: str) -> Verdict:
     finally:
         signal.alarm(0)
     lines = said.getvalue().splitlines()
-    verdict.notes = list(dict.fromkeys(line.strip() for line in lines if any(phrase in line for phrase in TOLD)))
+    verdict.notes += dict.fromkeys(line.strip() for line in lines if any(phrase in line for phrase in TOLD))
     return verdict
 
 
@@ -78,6 +78,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="families, or family:task")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
+    parser.add_argument("--distances", action="store_true", help="also print how far each was from plain transformers")
     asked = parser.parse_args(words)
     names = [entry.name for entry in entries()]
     if asked.only:
@@ -88,6 +89,8 @@ def main(words: Sequence[str] | None = None) -> int:
     for verdict in verdicts(names, asked.jobs):
         found.append(verdict)
         print(f"{len(found)}/{len(names)} {verdict.name}: {verdict.outcome} {verdict.reason}".rstrip(), flush=True)
+        if asked.distances:
+            print("".join(f"    {share:.1e} {what}\n" for what, share in verdict.distances.items()), end="", flush=True)
     counts = Counter(verdict.outcome for verdict in found)
     held = sum(verdict.holds for verdict in found)
     print(

@@ -41,13 +41,70 @@ MUTANTS = [
     ),
     Mutant(
         "targets: what PEFT refuses", "methods/targets.py",
-        "allowed = [name for name in inside if not peft_forbids(network.config, name)]", "allowed = inside",
+        "if name not in shared and not peft_forbids(network.config, name)]", "if name not in shared]",
         "Mamba cannot be trained with the default recipe", STRUCTURE,
     ),
     Mutant(
         "targets: beyond the text", "methods/targets.py",
         "inside = within_text(network, names)", "inside = names",
         "adapters on a vision tower that no row reaches", STRUCTURE,
+    ),
+    Mutant(
+        "targets: layers that share weights", "methods/targets.py",
+        "if name not in shared and not peft_forbids", "if not peft_forbids",
+        "each place of Zamba's block learns its own update, and a merge keeps one", "test_families.py -k zamba2",
+    ),
+    Mutant(
+        "fold: layers that share weights", "methods/method.py",
+        "        if len(adapted) > 1:\n", "        if len(adapted) > 1000:\n",
+        "a merge keeps the update of one of the places", "test_merged_attention.py -k share",
+    ),
+    Mutant(
+        "fold: PEFT's word on a tied head", "methods/method.py",
+        "if tied and _head_is_shared(folded):", "if tied and False and _head_is_shared(folded):",
+        "the merged T5Gemma is read with a random head", "test_families.py -k t5gemma",
+    ),
+    Mutant(
+        "merge: the attention that transformers chooses is trusted", "ship/merge.py",
+        "    if prove_attention(network):\n", "    if prove_attention(network) and False:\n",
+        "UMT5 answers without positions where it is served", "test_families.py -k umt5",
+    ),
+    Mutant(
+        "own attention: asked without a mask", "engine/compute/proven_attention.py",
+        "return _logits(network, EAGER, masked=True)", "return _logits(network, EAGER, masked=False)",
+        "Moshi is refused as one that sees ahead", "test_families.py -k moshi",
+    ),
+    Mutant(
+        "excerpt: never asked", "planning/plan.py",
+        "    check_code(network, task, recipe.train)\n", "",
+        "XLNet is refused when its weights are there", "test_families.py -k 'xlnet or reformer'",
+    ),
+    Mutant(
+        "excerpt: masks that nobody filled are looked at", "engine/compute/excerpt.py",
+        "    return all(_is_filled(buffer) for buffer in first.buffers())\n", "    return True\n",
+        "a decoder whose mask lies ready is refused", "test_excerpt.py -k nobody_fills",
+    ),
+    Mutant(
+        "excerpt: a config without a padding token", "engine/compute/probe.py",
+        'pad = getattr(network.config.get_text_config(), "pad_token_id", None)',
+        "pad = network.config.get_text_config().pad_token_id",
+        "CodeGen's checkpoints fail with an AttributeError", "test_excerpt.py -k padding_token",
+    ),
+    Mutant(
+        "head: one name of caps", "engine/compute/head.py",
+        'CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")',
+        'CAPS = ("final_logit_softcapping",)',
+        "xLSTM is trained on logits without their cap in bf16", "test_logit_caps.py",
+    ),
+    Mutant(
+        "head: fp32 is compared as loosely as bf16", "engine/compute/head.py",
+        "share, least = (1e-4, 1e-5) if exact else (1e-2, 1e-3)", "share, least = 1e-2, 1e-3",
+        "a cap of a new name is not seen", "test_logit_caps.py",
+    ),
+    Mutant(
+        "adapter: own tensors of a whole module", "methods/layers/key_names.py",
+        "own = {name for name, _ in network.named_parameters(remove_duplicate=False)}", "own = set()",
+        "an adapter beside a vision head does not open again", "test_families.py -k modernvbert",
     ),
     Mutant(
         "types: by the input's name alone", "engine/task.py",

@@ -48,8 +48,8 @@ MUTANTS = [
     ),
     Mutant(
         "merge: read back with whet's own attention", "ship/merge.py",
-        "from_pretrained(str(folder), dtype=compute, use_safetensors=True)",
-        "from_pretrained(str(folder), dtype=compute, attn_implementation=\"whet\")",
+        "from_pretrained(str(folder), dtype=placement.compute, use_safetensors=True)",
+        "from_pretrained(str(folder), dtype=placement.compute, attn_implementation=\"whet\")",
         "an attention that is wrong in whet is in both sides of the proof", ATTENTION,
     ),
     Mutant(

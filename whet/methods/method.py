@@ -13,6 +13,7 @@ from whet.base.errors import UserError
 from whet.base.files import read_json, write_json
 from whet.engine.task import CAUSAL, Task
 from whet.methods.capability import Capability
+from whet.methods.targets import shared_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -214,8 +215,31 @@ class PeftMethod(Method):
             yield
 
     def fold(self, network: PreTrainedModel, directory: Path, task: Task = CAUSAL) -> PreTrainedModel:
-        """The plain model with the adapter merged by PEFT."""
-        return self.load(network, directory, task).merge_and_unload()  # type: ignore[operator]
+        """The plain model with the adapter merged by PEFT. UserError where layers that share a weight are adapted.
+
+        PEFT writes into the config that head and embedding are no longer one where the head is tied to another table
+        than the first (T5Gemma's decoder has its own); the head is then not saved, and would be random when read.
+        """
+        tied, shared = getattr(network.config, "tie_word_embeddings", None), shared_names(network)
+        wrapped: Any = self.load(network, directory, task)
+        adapted = {name for name, module in network.named_modules() if name in shared and hasattr(module, "base_layer")}
+        if len(adapted) > 1:
+            raise UserError(
+                "layers that share a weight have an adapter each, and a plain model cannot hold both",
+                field="method.target_modules", found=min(adapted), expected="layers with weights of their own",
+                fix="serve the adapter itself, or train with method.target_modules=all-linear, which leaves them out",
+            )  # fmt: skip
+        folded = wrapped.merge_and_unload()
+        if tied and _head_is_shared(folded):
+            folded.config.tie_word_embeddings = tied
+        return folded
+
+
+def _head_is_shared(network: PreTrainedModel) -> bool:
+    """Whether the weight of the output head has another owner too."""
+    weight = getattr(network.get_output_embeddings(), "weight", None)
+    owners = [one for _, one in network.named_parameters(remove_duplicate=False) if one is weight]
+    return weight is not None and len(owners) > 1
 
 
 def _ordered(value: Any) -> Any:

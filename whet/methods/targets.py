@@ -31,10 +31,12 @@ TEXT_INPUTS = ("input_ids", "inputs_embeds")  # what transformers calls the main
 @dataclass(frozen=True)
 class LeftAlone:
     """The linear layers that `all-linear` and its like leave out. beside: how many lie outside of the part that reads
-    text, which rows of text never reach; forbidden: names of those that PEFT refuses to adapt in this family."""
+    text, which rows of text never reach; forbidden: names of those that PEFT refuses to adapt in this family; shared:
+    of those whose weight is another layer's too."""
 
     beside: int
     forbidden: tuple[str, ...]
+    shared: tuple[str, ...] = ()
 
     @property
     def notices(self) -> list[str]:
@@ -45,6 +47,9 @@ class LeftAlone:
         if self.forbidden:
             names = ", ".join(self.forbidden)
             found.append(f"left as they are, because PEFT does not adapt them in this family: {names}")
+        if self.shared:
+            names = ", ".join(self.shared)
+            found.append(f"left as they are, because layers share their weights, and each would get its own: {names}")
         return found
 
 
@@ -68,8 +73,12 @@ def find_targets(
     names = linear_names(network)
     if wanted in KINDS:
         inside = within_text(network, names)
-        allowed = [name for name in inside if not peft_forbids(network.config, name)]
-        network.left_alone = LeftAlone(len(names) - len(inside), _leaves(set(inside) - set(allowed)))  # type: ignore[assignment]
+        shared = shared_names(network)
+        allowed = [name for name in inside if name not in shared and not peft_forbids(network.config, name)]
+        forbidden = set(inside) - set(allowed) - shared
+        network.left_alone = LeftAlone(  # type: ignore[assignment]
+            len(names) - len(inside), _leaves(forbidden), _leaves(shared & set(inside))
+        )
         found = _kind(network, allowed, str(wanted))
     else:
         found = _matching(names, wanted, "target_modules", KINDS)
@@ -97,6 +106,13 @@ def find_targets(
             expected="layers that are not excluded", fix="use target_modules: all-linear, or exclude less",
         )  # fmt: skip
     return found
+
+
+def shared_names(network: Any) -> set[str]:
+    """Names of the modules whose weight is another one's too: the output head, and blocks that a family runs again
+    (Zamba). An adapter on each would be two weights, where a plain model has one."""
+    tied = getattr(network, "all_tied_weights_keys", None) or {}
+    return {name.removesuffix(".weight") for name in (*tied, *tied.values())}
 
 
 def shortest_endings(network: nn.Module, names: Collection[str]) -> list[str]:
@@ -163,7 +179,8 @@ def within_text(network: PreTrainedModel, names: Sequence[str]) -> list[str]:
 
 
 def _leaves(names: Collection[str]) -> tuple[str, ...]:
-    return tuple(sorted({name.rpartition(".")[2] for name in names}))
+    """The last words of `names`; places in a list are none."""
+    return tuple(sorted({next(one for one in reversed(name.split(".")) if not one.isdigit()) for name in names}))
 
 
 def _kind(network: PreTrainedModel, names: list[str], kind: str) -> list[str]:

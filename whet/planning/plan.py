@@ -30,6 +30,7 @@ from whet.planning.facts import Facts, Work, count_model
 from whet.planning.layout import Layout
 from whet.planning.rule import Rule
 from whet.planning.rules import OF_ANY_MACHINE, RULES, check, decided
+from whet.planning.unfit import check_code
 from whet.recipe import Recipe
 
 USUAL_LENGTH = 2048
@@ -98,6 +99,7 @@ def plan_run(
     check(asked, rules)
     network = empty_model(recipe.model, "fp32", task)
     check_readable(network)
+    check_code(network, task, recipe.train)
     packed = frozen_names(network) if placement.storage in PACKED else []
     experts = expert_parameters(network)
     with torch.device("meta"):

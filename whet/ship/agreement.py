@@ -25,6 +25,7 @@ from whet.data.prepare import Prepared
 from whet.engine.answer.encoder_decoder import answer_log_probabilities, end_ids, start_id
 from whet.engine.answer.rows import StopRule
 from whet.engine.answer.session import text_session
+from whet.engine.compute.probe import FAILURES
 from whet.engine.load.open import Opened
 from whet.opening import tell
 
@@ -130,11 +131,17 @@ class Questions:
         more: dict[str, Any] = {"decoder_start_token_id": start_id(network)} if seq2seq else {}
         if not rule.stop_ids:
             more["min_new_tokens"] = rule.max_new_tokens
-        output = network.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=rule.max_new_tokens, do_sample=False,
-            num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0,
-            eos_token_id=list(rule.stop_ids) or None, pad_token_id=rule.pad, **more,
-        )  # fmt: skip
+        given: dict[str, Any] = {
+            "input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": rule.max_new_tokens,
+            "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0,
+            "eos_token_id": list(rule.stop_ids) or None, "pad_token_id": rule.pad, **more,
+        }  # fmt: skip
+        try:
+            output = network.generate(**given)
+        except torch.OutOfMemoryError:
+            raise
+        except FAILURES:  # in some families (BLT) it cannot make a cache
+            output = network.generate(**given, use_cache=False)
         return output[:, 1 if seq2seq else ids.shape[1] :].tolist()
 
 

@@ -26,12 +26,14 @@ from whet.base.outputs import output_directory
 from whet.data.prepare import Prepared
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import write_contract
+from whet.engine.compute.proven_attention import EAGER, prove_attention
 from whet.engine.config import Model
 from whet.engine.device import PACKED, Placement
 from whet.engine.load.identity import base_identity, seal_digest
 from whet.engine.load.left_out import left_out
 from whet.engine.load.load import load_config, load_model, rebuilding_notice
 from whet.engine.load.open import Opened, check_trained
+from whet.engine.task import Task
 from whet.engine.weights.linear import FrozenLinear
 from whet.inputs import inputs_of_run
 from whet.methods.all import METHODS
@@ -230,17 +232,30 @@ def _read_back(folder: Path, live: Opened, dtype: str) -> Opened:
     """The candidate from the disk as a stranger would read it: plain transformers, the attention that it chooses, in
     the arithmetic of the live model (fp16 as it is, where that is a short one).
 
-    Nothing is told of labels: that the config knows them is part of what is proven.
+    Where the attention that transformers chooses computes something else than the family's own (UMT5 loses its
+    positions with it), the candidate's config asks for its own, which every later reader then gets. Nothing is told of
+    labels: that the config knows them is part of what is proven.
     """
     placement, task = live.placement, live.task
     short = placement.compute != torch.float32
     compute = torch.float16 if short and dtype == "fp16" else placement.compute
     plain = Placement(placement.device, "fp32" if compute == torch.float32 else "bf16", compute, False, {})
-    network = task.auto_class().from_pretrained(str(folder), dtype=compute, use_safetensors=True)
+    network = _plain_network(folder, plain, task)
+    if prove_attention(network):
+        say("the merged config asks for the attention that the family is written in: with the one that transformers "
+            "would choose, its logits are others", style="yellow")  # fmt: skip
+        write_json(folder / "config.json", read_json(folder / "config.json") | {"attn_implementation": EAGER})
+        network = _plain_network(folder, plain, task)
     if task.labelled:
         names = tuple(network.config.id2label[index] for index in range(len(task.labels)))
         assert names == task.labels, f"the merged model names its labels {names}, not {task.labels}"
-    return Opened(network.to(placement.device).eval(), None, plain, task=task)
+    return Opened(network, None, plain, task=task)
+
+
+def _plain_network(folder: Path, placement: Placement, task: Task) -> Any:
+    """The model in `folder` as transformers opens it when nothing is said of attention."""
+    network = task.auto_class().from_pretrained(str(folder), dtype=placement.compute, use_safetensors=True)
+    return network.to(placement.device).eval()
 
 
 def _copy_dequantised(source: PreTrainedModel, plain: PreTrainedModel) -> None:

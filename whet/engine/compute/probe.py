@@ -95,7 +95,7 @@ def sees_padding(network: Any, *, masked: bool = True) -> bool:
     given an attention mask, as those that label or read a source are; a decoder in training is not.
     """
     short, long = (probe_inputs(network, tokens) for tokens in (9, row_length(network.config)))
-    pad = network.config.get_text_config().pad_token_id
+    pad = getattr(network.config.get_text_config(), "pad_token_id", None)
     ids = torch.full_like(long["input_ids"], pad if pad is not None and pad >= 0 else 0)
     ids[:, :9] = short["input_ids"]
     both = {"input_ids": torch.cat([ids, long["input_ids"]])}

@@ -31,6 +31,7 @@ from whet.engine.compute.probe import EXACT, FAILURES, first_line, probe_inputs,
 from whet.engine.compute.readable import cannot_read
 from whet.engine.compute.watched import WATCHED, LayerCall, positions, sees, watched_calls
 from whet.engine.layers import decoder_layers
+from whet.engine.task import takes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,13 +108,14 @@ def _choose(network: Any, names: Sequence[str]) -> str:
 
 
 def _own_answer(network: Any) -> torch.Tensor | LayerCalls:
-    """The logits of the model's own attention; in short types what its layers read and give, where they can be found.
-    UserError for a model that cannot read rows of tokens."""
+    """The logits of the model's own attention, given a mask as `generate` does: without one Moshi masks nothing. In
+    short types it is what its layers read and give, where they can be found. UserError for a model that cannot read
+    rows of tokens."""
     try:
         if tolerance(network) != EXACT and not network.config.is_encoder_decoder:
             with contextlib.suppress(UserError, LookupError):
-                return _layer_calls(network, EAGER)
-        return _logits(network, EAGER)
+                return _layer_calls(network, EAGER, masked=True)
+        return _logits(network, EAGER, masked=True)
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
@@ -160,20 +162,22 @@ def _unseen(call: LayerCall, asked: torch.Tensor) -> Iterator[str]:
         yield "its windows or chunks stand in the mask alone"
 
 
-def _logits(network: Any, name: str) -> torch.Tensor:
+def _logits(network: Any, name: str, *, masked: bool = False) -> torch.Tensor:
     """[T, V] float32 (or [2, C] of a labelled task) with attention `name`, of a short row and a long one: within a
-    window transformers leaves out masks that some families take for given."""
+    window transformers leaves out masks that some families take for given. masked: under a mask of no padding."""
     set_attention(network, name)
-    return torch.cat([torch.atleast_2d(_pass(network, tokens).logits[0].float()) for tokens in _lengths(network)])
+    return torch.cat([torch.atleast_2d(_pass(network, n, masked).logits[0].float()) for n in _lengths(network)])
 
 
-def _layer_calls(network: Any, name: str, forced: LayerCalls | None = None) -> LayerCalls:
+def _layer_calls(
+    network: Any, name: str, forced: LayerCalls | None = None, *, masked: bool = False
+) -> LayerCalls:  # fmt: skip
     """The calls of the layers with attention `name`, of the same rows."""
     set_attention(network, name)
 
     def run() -> None:
         for tokens in _lengths(network):
-            _pass(network, tokens)
+            _pass(network, tokens, masked)
 
     return layer_calls(decoder_layers(network), run, forced)
 
@@ -182,6 +186,9 @@ def _lengths(network: Any) -> tuple[int, int]:
     return 8, row_length(network.config)
 
 
-def _pass(network: Any, tokens: int) -> Any:
+def _pass(network: Any, tokens: int, masked: bool = False) -> Any:
     """The output for one row of `tokens` ids."""
-    return network(**probe_inputs(network, tokens))
+    inputs = probe_inputs(network, tokens)
+    if masked and takes(network, "attention_mask"):
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return network(**inputs)

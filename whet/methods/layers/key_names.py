@@ -43,13 +43,14 @@ def renamed_beginnings(network: nn.Module, keys: Iterable[str], prefix: str) -> 
     known here places every tensor.
     """
     modules = {name for name, _ in network.named_modules()}
+    own = {name for name, _ in network.named_parameters(remove_duplicate=False)}  # of a module that is trained whole
     names = [key.removeprefix(PREFIX) for key in keys if key.startswith(PREFIX)]
-    fits = [_place(name, modules, prefix) is not None for name in names]
+    fits = [name in own or _place(name, modules, prefix) is not None for name in names]
     if all(fits):
         return ()
     for beginnings in _BEGINNINGS:
         turned = [turn(name, beginnings) for name in names]
-        if all(_place(name, modules, prefix) is not None for name in turned):
+        if all(name in own or _place(name, modules, prefix) is not None for name in turned):
             return beginnings
     if prefix not in USUAL:  # tensors that belong to no layer may be this kind's own
         return ()

@@ -28,7 +28,7 @@ def objective_for(
         return text_objective(network, placement, float32_trained=padded)
     arithmetic = Arithmetic.of(placement, float32_trained=padded)
     config, kind = network.config, kind_of(network.config)
-    pad = config.get_text_config().pad_token_id
+    pad = getattr(config.get_text_config(), "pad_token_id", None)  # CodeGen names none
     pad, cached = 0 if pad is None or pad < 0 else pad, kind != "encoder" and takes(network, "use_cache")
     if task.name == "causal":
         return VirtualTextObjective(arithmetic, pad=pad, cached=cached)
