@@ -168,12 +168,21 @@ def opened(run: str | Path | Run) -> Run:
     return open_run(run)
 
 
-def plan(recipe: Given = None, /, **overrides: Any) -> dict[str, Any]:
-    """Parameters and memory of a recipe, from the model's config alone."""
-    from whet.adapters.further import with_starting_adapter
-    from whet.planning.plan import plan_recipe
+def plan(recipe: Given = None, /, *, gpu: str | None = None, **overrides: Any) -> dict[str, Any]:
+    """Parameters and memory of a recipe, from the model's config alone. gpu: a card that need not be here, by its name
+    ("RTX 4090") or its memory ("24GB"). Raises UserError."""
+    return plan_parsed(_parsed(recipe, overrides), gpu)
 
-    return plan_recipe(with_starting_adapter(_parsed(recipe, overrides)).recipe).as_dict()
+
+def plan_parsed(parsed: Parsed, gpu: str | None = None) -> dict[str, Any]:
+    """`plan` of a parsed recipe: what `whet plan --json` prints."""
+    from whet.adapters.further import with_starting_adapter
+    from whet.planning.options import options_of
+    from whet.planning.plan import plan_recipe
+    from whet.planning.rules import decided
+
+    found = plan_recipe(with_starting_adapter(parsed).recipe, gpu)
+    return found.as_dict() | options_of(decided(found.asked), found.facts, found.layout)
 
 
 def check(recipe: Given = None, /, **overrides: Any) -> dict[str, Any]:

@@ -9,13 +9,13 @@ GROUP = "test_engine_group.py"
 MUTANTS = [
     Mutant(
         "decide: the optimiser leaves too early", "planning/decide.py",
-        "wanted = room < memory.activations(facts, _leanest(facts, layout))",
-        "wanted = room < memory.activations(facts, layout)",
+        "wanted = room < memory.passing(facts, _leanest(facts, layout))",
+        "wanted = room < memory.passing(facts, layout)",
         "updates run on the host where recomputed layers would have done", "test_decide.py",
     ),
     Mutant(
         "decide: memory of one form", "planning/decide.py",
-        "2 * memory.activations(facts, layout) > room", "memory.activations(facts, layout) > room",
+        "2 * memory.passing(facts, layout) > room", "memory.passing(facts, layout) > room",
         "a second captured form runs out of memory", "test_decide.py -k one_form",
     ),
     Mutant(
@@ -40,7 +40,7 @@ MUTANTS = [
     ),
     Mutant(
         "decide: what autograd keeps is forgotten", "planning/decide.py",
-        "fastest_mode(int(room / factor), ", "fastest_mode(int(room), ",
+        "memory.passing(facts, replace(layout, mode=mode)))", "memory.passing(facts, replace(layout, mode=mode)) // 2)",
         "too few layers are recomputed and memory runs out", "test_decide.py -k order_of_speed",
     ),
     Mutant(
@@ -50,7 +50,7 @@ MUTANTS = [
     ),
     Mutant(
         "decide: no slack", "planning/decide.py",
-        " - memory.logits(facts) - SLACK_BYTES\n", " - memory.logits(facts)\n",
+        " - taken - SLACK_BYTES\n", " - taken\n",
         "torch's own needs have no room", "test_decide.py",
     ),
     Mutant(

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from whet.base.cache import cache_directory
 from whet.base.files import read_json, write_json
 
 REMEMBERED_BYTES = 64 << 20  # smaller files are hashed anew every time
@@ -92,11 +92,8 @@ def _read(path: Path) -> str:
 
 
 def _memory() -> Path | None:
-    chosen = os.environ.get("WHET_CACHE", "")
-    if chosen.lower() in ("off", "0", "none"):
-        return None
-    base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "whet"
-    return base.expanduser() / "hashes.json"
+    place = cache_directory()
+    return None if place is None else place / "hashes.json"
 
 
 def _remembered() -> dict[str, Any]:

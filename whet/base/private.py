@@ -46,6 +46,8 @@ SEAMS = (
          TORCH),
     Seam("torch._functorch.config", "activation_memory_budget", "how much compiled layers keep for the backward pass",
          TORCH),
+    Seam("torch._subclasses.fake_tensor", "FakeTensorMode", "tensors with shapes and no memory, on which a model runs "
+         "to be counted", TORCH),
     Seam("torch._inductor.custom_graph_pass", "CustomGraphPass", "what the compiler asks of a pass of one's own",
          TORCH),
     Seam("torch._inductor.custom_graph_pass", "get_hash_for_files", "the identity of such a pass in its cache", TORCH),
@@ -186,6 +188,13 @@ def activation_budget(share: float) -> contextlib.AbstractContextManager[None]:
     import torch._functorch.config as settings
 
     return settings.patch(activation_memory_budget=share)
+
+
+def without_memory() -> Any:
+    """A context inside of which tensors have shapes and types and no memory, and operations compute only these."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def graph_pass() -> Any:

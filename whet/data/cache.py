@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from whet.base.cache import cache_directory
 from whet.base.files import read_json, write_json
 
 KEEP_SECONDS = 2.0
@@ -63,11 +64,10 @@ def name_of(parts: dict[str, Any]) -> str:
 
 def _root() -> Path | None:
     """The directory of all entries, or None if nothing is to be cached."""
-    chosen = os.environ.get("WHET_CACHE", "")
-    if chosen.lower() in ("off", "0", "none"):
+    place = cache_directory()
+    if place is None:
         return None
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    root = (Path(chosen) if chosen else Path(base) / "whet").expanduser() / "data"
+    root = place / "data"
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:

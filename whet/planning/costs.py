@@ -1,9 +1,10 @@
 """Activation memory of each memory mode, and the fastest mode that fits: arithmetic on the shape of one layer.
 
-All modes are told apart by what one decoder layer keeps for the backward pass. The kernels of whet keep, per token, the
-output of both norms (2 H), q and the attention's output (2 Hq D), k and v (2 Hkv D), gate and up (2 F): 92 KiB in bf16
-at Llama-3-8B width. Everything else is made again. Sources: Korthikanti et al. (arXiv:2205.05198) for gradient
-checkpointing, ALST (arXiv:2506.13996) for offloaded inputs and tiles.
+All modes are told apart by what the decoder layers keep for the backward pass. That is counted where it can be
+(`planning.counted`); else it is reckoned from the least that a layer must keep, per token: the output of both norms
+(2 H), q and the attention's output (2 Hq D), k and v (2 Hkv D), gate and up (2 F): 92 KiB in bf16 at Llama-3-8B width.
+Everything else is made again. Sources: Korthikanti et al. (arXiv:2205.05198) for gradient checkpointing, ALST
+(arXiv:2506.13996) for offloaded inputs and tiles.
 
 The order of speed is fixed, not computed: keep all, checkpoint the first m layers (the smallest m that fits), offload
 their inputs, tile the MLPs. The first m, because the backward pass begins at the end: when it reaches them, the kept
@@ -15,10 +16,12 @@ Gives up: rank-r products, row statistics and the allocator's gaps are not count
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from whet.base.errors import UserError
+from whet.engine.memory.kept import Kept
 from whet.engine.sizes import sizes_of
 from whet.settings import TILE_TOKENS
 
@@ -97,25 +100,23 @@ class MemoryMode:
     tile_tokens: int = 0
 
 
-def keep_bytes(shape: LayerShape, tokens: int) -> int:
-    """Activations at the peak when every layer keeps everything: (L kept + working) per token."""
-    return tokens * (shape.layers * shape.kept_bytes + shape.working_bytes)
-
-
-def activation_bytes(shape: LayerShape, tokens: int, mode: MemoryMode) -> int:
-    """Activation bytes on the device at the peak of one micro-batch of `tokens` tokens."""
+def activation_bytes(shape: LayerShape, tokens: int, mode: MemoryMode, kept: Kept | None = None) -> int:
+    """Activation bytes on the device at the peak of one micro-batch of `tokens` tokens. kept: what the layers keep,
+    None: the least that each must."""
+    kept = Kept((float(shape.kept_bytes),) * shape.layers, 0.0) if kept is None else kept
     layers = mode.checkpointed_layers
-    # With all layers the last one's activations come back while all inputs are kept: only L - 1 layers' worth is saved.
-    saved = min(layers, shape.layers - 1) * shape.kept_bytes - layers * shape.input_bytes
-    total = keep_bytes(shape, tokens) - tokens * saved
+    # With all layers the last one's activations come back while all inputs are kept.
+    first = min(layers, len(kept.layers) - 1)
+    waiting, fixed = sum(kept.layers[first:]), sum(kept.fixed[first:])
+    total = tokens * (waiting + layers * shape.input_bytes + kept.outside + shape.working_bytes) + fixed
     if mode.offload:
         total -= tokens * shape.input_bytes * max(0, layers - IN_FLIGHT)
     if mode.tile_tokens:
         # The wide values exist for one tile at a time: those of the kept layers, of one when all are checkpointed.
-        tile, kept = min(mode.tile_tokens, tokens), max(shape.layers - layers, 1)
+        tile, whole = min(mode.tile_tokens, tokens), max(shape.layers - layers, 1)
         total += tile * (shape.wide_bytes + shape.working_wide_bytes)
-        total -= tokens * (kept * shape.wide_bytes + shape.working_wide_bytes)
-    return total
+        total -= tokens * (whole * shape.wide_bytes + shape.working_wide_bytes)
+    return int(total)
 
 
 def offloaded_bytes(shape: LayerShape, tokens: int, mode: MemoryMode) -> int:
@@ -123,17 +124,19 @@ def offloaded_bytes(shape: LayerShape, tokens: int, mode: MemoryMode) -> int:
     return tokens * shape.input_bytes * max(0, mode.checkpointed_layers - 1) if mode.offload else 0
 
 
-def fastest_mode(free_bytes: int, shape: LayerShape, tokens: int, *, tile_tokens: int = TILE_TOKENS) -> MemoryMode:
-    """The fastest mode whose activations of `tokens` tokens fit into `free_bytes`, what weights, optimiser and loss
-    leave of the device. Raises UserError when nothing fits."""
-    most = shape.layers - 1
+def fastest_mode(
+    free_bytes: int, layers: int, needs: Callable[[MemoryMode], int], *, tile_tokens: int = TILE_TOKENS
+) -> MemoryMode:
+    """The fastest mode that needs at most `free_bytes`, what weights, optimiser and loss leave of the device. needs:
+    bytes of a mode. Raises UserError when nothing fits."""
+    most = layers - 1
     modes = [MemoryMode(count) for count in range(most + 1)]
     modes += [MemoryMode(most, offload=most > 0), MemoryMode(most, tile_tokens=tile_tokens)]
     modes.append(MemoryMode(most, offload=most > 0, tile_tokens=tile_tokens))
     for mode in modes:
-        if activation_bytes(shape, tokens, mode) <= free_bytes:
+        if needs(mode) <= free_bytes:
             return mode
-    least = min(activation_bytes(shape, tokens, mode) for mode in modes)
+    least = min(map(needs, modes))
     raise UserError(
         "the activations of one micro-batch do not fit in any memory mode", found=f"{free_bytes:,} bytes free",
         expected=f"{least:,} bytes", fix="fewer tokens in a micro-batch: a smaller batch, or a smaller data.max_length",

@@ -31,18 +31,16 @@ def decide(train: Train, facts: Facts) -> Layout:
     """The layout that the settings allow and the memory holds. Raises UserError where nothing fits."""
     layout = Layout(
         flat=facts.flat, padded_task=facts.padded_task, cut=facts.work.batches.cut, tokens=facts.work.largest_tokens,
-        optim=train.optim, group_lora=facts.model.has_peft and train.optim != "adafactor",
+        optim=train.optim, group_lora=groups_lora(train, facts),
     )  # fmt: skip
-    layout = replace(layout, compile_layers=_compiles(train, facts), keep_transposed=_keeps_transposed(facts, layout))
+    layout = replace(layout, compile_layers=compiles(train, facts), keep_transposed=_keeps_transposed(facts, layout))
     layout = _place_optimiser(train, facts, layout)
     room = _room(facts, layout)
     layout = _cut(train, facts, layout, room)
     layout = _fill(facts, layout, room)
     layout = _keep_activations(train, facts, layout, room)
     layout = replace(layout, cuda_graphs=_captures(train, facts, layout))
-    classes = memory.weights_and_optimiser(facts, layout)
-    classes |= {"activations": memory.activations(facts, layout), "logits": memory.logits(facts)}
-    return replace(layout, memory=classes, host_bytes=memory.host_bytes(facts, layout))
+    return replace(layout, memory=memory.classes(facts, layout), host_bytes=memory.host_bytes(facts, layout))
 
 
 def asks_for_memory_mode(train: Train) -> bool:
@@ -50,8 +48,13 @@ def asks_for_memory_mode(train: Train) -> bool:
     return bool(train.gradient_checkpointing or train.activation_offload or train.tile_mlp)
 
 
-def _compiles(train: Train, facts: Facts) -> bool:
-    """As set, else where the whole run is long enough."""
+def groups_lora(train: Train, facts: Facts) -> bool:
+    """Whether LoRA layers that read one input are one product. Adafactor's moments are those of each matrix."""
+    return facts.model.has_peft and train.optim != "adafactor"
+
+
+def compiles(train: Train, facts: Facts) -> bool:
+    """Whether layers are compiled: as set, else where the whole run is long enough."""
     if train.compile is not None or not facts.on_gpu or not facts.flat:
         return bool(train.compile)
     return worth_compiling(facts.model.total, facts.work.tokens)
@@ -73,7 +76,7 @@ def _place_optimiser(train: Train, facts: Facts, layout: Layout) -> Layout:
     wanted = train.offload_optimizer
     room = _room(facts, layout)
     if wanted is None and room is not None and train.optim == "adamw" and not (train.cuda_graphs or facts.padded_task):
-        wanted = room < memory.activations(facts, _leanest(facts, layout))
+        wanted = room < memory.passing(facts, _leanest(facts, layout))
     if not wanted:
         return layout
     short = facts.placement.autocast and facts.model.short_numbers > 0 and not facts.padded_task
@@ -87,11 +90,11 @@ def _leanest(facts: Facts, layout: Layout) -> Layout:
 
 
 def _room(facts: Facts, layout: Layout) -> int | None:
-    """Bytes for activations: free memory less weights, gradients, moments, logits and slack; None without a bound."""
+    """Bytes for activations and logits: free memory less weights, gradients, moments and slack; None: no bound."""
     if facts.hardware.free_bytes is None:
         return None
     taken = sum(memory.weights_and_optimiser(facts, layout).values())
-    return facts.hardware.free_bytes - taken - memory.logits(facts) - SLACK_BYTES
+    return facts.hardware.free_bytes - taken - SLACK_BYTES
 
 
 def _cut(train: Train, facts: Facts, layout: Layout, room: int | None) -> Layout:
@@ -102,7 +105,7 @@ def _cut(train: Train, facts: Facts, layout: Layout, room: int | None) -> Layout
 
     def fits(batches: TextBatches) -> bool:
         candidate = replace(layout, tokens=batches.largest_tokens(work.steps))
-        return memory.activations(facts, candidate) <= room
+        return memory.passing(facts, candidate) <= room
 
     assert isinstance(work.batches, TextBatches), "only text is flat"
     return _with_batches(layout, work.batches.fewest(fits, work.steps, least_tokens=LEAST_TOKENS), work.steps)
@@ -116,7 +119,7 @@ def _fill(facts: Facts, layout: Layout, room: int | None) -> Layout:
     if facts.on_gpu:
         most_forms = MAX_COMPILED_FORMS if layout.compile_layers else MAX_FORMS
         # A captured form holds its memory while another one runs uncaptured.
-        if room is not None and 2 * memory.activations(facts, layout) > room:
+        if room is not None and 2 * memory.passing(facts, layout) > room:
             most_forms = 1
     steps, batches = facts.work.steps, facts.work.batches.with_cut(layout.cut)
     assert isinstance(batches, TextBatches), "only text is flat"
@@ -134,13 +137,14 @@ def _keep_activations(train: Train, facts: Facts, layout: Layout, room: int | No
         count = layers if facts.padded_task else layers - 1  # transformers' own switch knows no layer by itself
         mode = MemoryMode(count, bool(train.activation_offload), train.tile_mlp or 0)
         return replace(layout, mode=mode, lean=layout.compile_layers)
-    if room is None or facts.padded_task or memory.activations(facts, layout) <= room:
+    if room is None or facts.padded_task or memory.passing(facts, layout) <= room:
         return layout
     layout = replace(layout, lean=layout.compile_layers)
     if train.gradient_checkpointing is False:
         return layout
-    factor = memory.keeps(facts, compiled=layout.compile_layers, lean=layout.lean)
-    return replace(layout, mode=fastest_mode(int(room / factor), facts.model.shape, layout.tokens))
+    return replace(
+        layout, mode=fastest_mode(room, layers, lambda mode: memory.passing(facts, replace(layout, mode=mode)))
+    )
 
 
 def _captures(train: Train, facts: Facts, layout: Layout) -> bool:

@@ -6,7 +6,8 @@ function on other facts. The model is counted on the meta device, with its metho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from whet.data.batch.batches import Batches
 from whet.engine.device import PACKED, Hardware, Placement
+from whet.engine.memory.kept import Kept
 from whet.engine.weights.linear import frozen_names
 from whet.engine.weights.nf4 import BLOCK, NESTED_BLOCK
 from whet.planning.costs import LayerShape, layer_shape
@@ -75,7 +77,8 @@ class Work:
 @dataclass(frozen=True)
 class Facts:
     """What `decide` knows. flat: documents share rows without padding; padded_task: labels, answers or virtual tokens,
-    for which the model is called as a whole on padded rows."""
+    for which the model is called as a whole on padded rows; kept: what the layers keep by the way they run
+    (`planning.counted`), as far as it was counted."""
 
     hardware: Hardware
     placement: Placement
@@ -83,6 +86,7 @@ class Facts:
     work: Work
     flat: bool
     padded_task: bool
+    kept: Mapping[str, Kept] = field(default_factory=dict)
 
     @property
     def on_gpu(self) -> bool:

@@ -1,17 +1,19 @@
 """Bytes on the device by class, for a layout: arithmetic on counts, the same for `whet plan` and for training.
 
-Parameters are counted on the real modules. Activations are the least that a layer must keep (`planning.costs`) times a
-factor for what autograd and the compiler keep beyond it, two of them measured on an H100 (docs/log.md).
+Parameters are counted on the real modules, and so is what layers keep (`planning.counted`). Where a model cannot be
+counted, its activations are the least that a layer must keep (`planning.costs`) times a factor for what autograd and
+the compiler keep beyond it, which is that of a Llama (docs/log.md).
 """
 
 from __future__ import annotations
 
 from whet.engine.compute.head import CHUNK_LOGITS
 from whet.planning.costs import RING_BYTES, activation_bytes, offloaded_bytes, pinned_bytes
+from whet.planning.counted import way_of
 from whet.planning.facts import Facts
 from whet.planning.layout import Layout
 
-# What a layer keeps as a multiple of the least: uncompiled (assumed), compiled and lean (measured).
+# What a layer that cannot be counted keeps, as a multiple of the least: uncompiled, compiled, compiled lean.
 EAGER_KEEPS, COMPILED_KEEPS, LEAN_KEEPS = 2.6, 1.6, 1.15
 OPTIMISER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0.1, "sgd": 4}
 COPY_SHARE = 2  # LoRA's copies in the arithmetic's type: B is block-diagonal there, so wider than B itself
@@ -25,6 +27,12 @@ def keeps(facts: Facts, *, compiled: bool, lean: bool) -> float:
     if facts.work.is_dense:
         return dense
     return (1.2 if lean else 1.15) * dense
+
+
+def classes(facts: Facts, layout: Layout) -> dict[str, int]:
+    """Bytes on the device at the peak, by class."""
+    passes = {"activations": activations(facts, layout), "logits": logits(facts, layout)}
+    return weights_and_optimiser(facts, layout) | passes
 
 
 def weights_and_optimiser(facts: Facts, layout: Layout) -> dict[str, int]:
@@ -50,19 +58,31 @@ def weights_and_optimiser(facts: Facts, layout: Layout) -> dict[str, int]:
 
 def activations(facts: Facts, layout: Layout) -> int:
     """Bytes of activations at the peak of the largest forward and backward pass."""
+    shape, tokens = facts.model.shape, layout.tokens
+    kept = facts.kept.get(way_of(compiled=layout.compile_layers, lean=layout.lean))
+    if kept is not None:
+        return activation_bytes(shape, tokens, layout.mode, kept)
     factor = keeps(facts, compiled=layout.compile_layers, lean=layout.lean)
-    return int(factor * activation_bytes(facts.model.shape, layout.tokens, layout.mode))
+    return int(factor * activation_bytes(shape, tokens, layout.mode))
 
 
-def logits(facts: Facts) -> int:
-    """Bytes of the logits that are alive at once, and of an output head that comes for them."""
+def logits(facts: Facts, layout: Layout) -> int:
+    """Bytes of the logits that are alive at once, and of an output head that comes for them, as far as they are not
+    back in time for the backward pass of the layers."""
     if facts.padded_task:
         return 0
-    kind = facts.hardware.device.type
+    kind, shape = facts.hardware.device.type, facts.model.shape
     chunk = CHUNK_LOGITS.get(kind, CHUNK_LOGITS["cpu"])
-    each = 3 if kind == "cuda" else 4 + facts.model.shape.itemsize  # a kernel turns them into their gradient in place
+    each = 3 if kind == "cuda" else 4 + shape.itemsize  # a kernel turns them into their gradient in place
     head = facts.model.head_bytes if facts.placement.offload_head and not facts.model.tied else 0
-    return chunk * each + (facts.model.table_bytes if _tied_head_waits(facts) else head)
+    whole = chunk * each + (facts.model.table_bytes if _tied_head_waits(facts) else head)
+    working = shape.working_bytes if not layout.mode.tile_tokens else shape.working_bytes - shape.working_wide_bytes
+    return max(0, whole - layout.tokens * working)
+
+
+def passing(facts: Facts, layout: Layout) -> int:
+    """Bytes that the largest forward and backward pass takes beside weights, gradients and moments."""
+    return activations(facts, layout) + logits(facts, layout)
 
 
 def host_bytes(facts: Facts, layout: Layout) -> int:

@@ -6,13 +6,14 @@ attached, looks at the hardware, and decides. Where the rows are not known, full
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from whet.base.errors import UserError
 from whet.data.batch.batches import Cut, Order
 from whet.data.batch.rows import Rows
 from whet.data.batch.text_batches import TextBatches
@@ -20,18 +21,23 @@ from whet.engine.compute.readable import check_readable
 from whet.engine.device import PACKED, Hardware, Placement, find_hardware, resolve_placement
 from whet.engine.load.left_out import left_out_notice
 from whet.engine.load.load import checkpoint_storage, empty_model, load_config, longest_input
+from whet.engine.memory.kept import Kept
 from whet.engine.sizes import HIDDEN, largest
 from whet.engine.task import Task, text_task
 from whet.engine.weights.linear import frozen_names
 from whet.methods.experts import expert_notices, expert_parameters, is_trained
 from whet.planning.asked import Asked, Structure
-from whet.planning.decide import decide
+from whet.planning.cards import hardware_of
+from whet.planning.counted import count_layers
+from whet.planning.decide import compiles, decide, groups_lora
 from whet.planning.facts import Facts, Work, count_model
 from whet.planning.layout import Layout
+from whet.planning.options import decide_anyway, fits
 from whet.planning.rule import Rule
 from whet.planning.rules import OF_ANY_MACHINE, RULES, check, decided
 from whet.planning.unfit import check_code
 from whet.recipe import Recipe
+from whet.settings import Train
 
 USUAL_LENGTH = 2048
 ASSUMED_STEPS = 1000
@@ -50,8 +56,8 @@ class Plan:
     notices: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """trainable_params, all_params, memory by class (bytes), peak_bytes, host_bytes, the layout, and what they rest
-        on."""
+        """trainable_params, all_params, memory by class (bytes), peak_bytes, free_bytes and fits (None: no hard end),
+        host_bytes, the layout, and what they rest on."""
         placement, model, layout = self.facts.placement, self.facts.model, self.layout
         assumed: dict[str, Any] = {
             "task": self.task.name,
@@ -61,40 +67,50 @@ class Plan:
             "tokens_per_forward": layout.tokens,
             "optimiser": layout.optim,
             "gradient_checkpointing": layout.mode.checkpointed_layers > 0,
+            "hardware": self.facts.hardware.name,
+            "activations": "counted on the model" if self.facts.kept else "estimated from its sizes",
         }
         if self.task.labels:
             assumed["labels"] = len(self.task.labels)
         return {
             "model": self.recipe.model.path, "method": self.recipe.method.name, "trainable_params": model.trainable,
             "all_params": model.total, "memory": layout.memory, "peak_bytes": layout.peak_bytes,
+            "free_bytes": self.facts.hardware.free_bytes, "fits": fits(self.facts, layout),
             "host_bytes": layout.host_bytes, "layout": layout.as_dict(), "assumed": assumed,
             "notices": list(self.notices),
         }  # fmt: skip
 
 
-def resolve_base(recipe: Recipe, config: Any) -> tuple[Hardware, Placement]:
-    """The device and the placement of a recipe's base model. Raises UserError."""
-    hardware = find_hardware(recipe.base.device)
+def resolve_base(recipe: Recipe, config: Any, hardware: Hardware | None = None) -> tuple[Hardware, Placement]:
+    """The device and the placement of a recipe's base model. hardware: None looks at this machine. Raises UserError."""
+    hardware = hardware or find_hardware(recipe.base.device)
     width = largest(config.get_text_config(), *HIDDEN)
     stored = checkpoint_storage(recipe.model)
     storages = recipe.method.can.storages
     return hardware, resolve_placement(recipe.base, storages, width, stored=stored, hardware=hardware)
 
 
-def plan_recipe(recipe: Recipe) -> Plan:
-    """The plan of a recipe whose rows are not read, perhaps for another machine than this. Raises UserError."""
+def plan_recipe(recipe: Recipe, gpu: str | None = None) -> Plan:
+    """The plan of a recipe whose rows are not read, perhaps for another machine than this. gpu: the name of a card, or
+    its memory, that need not be here. A layout that does not fit is a plan as well. Raises UserError."""
     config = load_config(recipe.model)
     task = assumed_task(recipe, config)
-    hardware, placement = resolve_base(recipe, config)
+    if gpu is not None and recipe.base.device not in (None, "cuda"):
+        raise UserError(
+            "the recipe asks for another device than a GPU", field="base.device", found=str(recipe.base.device),
+            expected="cuda or auto with --gpu", fix="leave out --gpu, or base.device=auto",
+        )  # fmt: skip
+    hardware, placement = resolve_base(recipe, config, None if gpu is None else hardware_of(gpu))
     work = assumed_work(recipe, config, task)
-    return plan_run(recipe, hardware, placement, task=task, work=work, rules=OF_ANY_MACHINE)
+    return plan_run(recipe, hardware, placement, task=task, work=work, rules=OF_ANY_MACHINE, choose=decide_anyway)
 
 
 def plan_run(
-    recipe: Recipe, hardware: Hardware, placement: Placement, *, task: Task, work: Work, rules: Sequence[Rule] = RULES
-) -> Plan:
-    """The plan of a recipe over the batches of `work`. Raises UserError where one of `rules` is broken, by the recipe
-    or the model's structure."""
+    recipe: Recipe, hardware: Hardware, placement: Placement, *, task: Task, work: Work,
+    rules: Sequence[Rule] = RULES, choose: Callable[[Train, Facts], Layout] = decide,
+) -> Plan:  # fmt: skip
+    """The plan of a recipe over the batches of `work`. choose: takes the layout. Raises UserError where one of `rules`
+    is broken, by the recipe or the model's structure, and where `choose` finds none that fits."""
     asked = Asked.of(recipe, task=task.name, config=load_config(recipe.model)).on(hardware, placement)
     check(asked, rules)
     network = empty_model(recipe.model, "fp32", task)
@@ -117,9 +133,20 @@ def plan_run(
         hardware=hardware, placement=placement, model=count_model(model, network, placement), work=work,
         flat=bool(work.batches.flat), padded_task=asked.padded,
     )  # fmt: skip
-    layout = decide(decided(asked), facts)
+    train = decided(asked)
+    facts = replace(facts, kept=_counted(recipe, train, facts))
+    layout = choose(train, facts)
     check(replace(asked, can_capture=layout.cuda_graphs), rules)
     return Plan(recipe, task, asked, facts, layout, left_out)
+
+
+def _counted(recipe: Recipe, train: Train, facts: Facts) -> dict[str, Kept]:
+    """What the layers keep, where memory has a hard end and rows share a batch without padding; else nothing."""
+    if not facts.on_gpu or not facts.flat or facts.padded_task:
+        return {}
+    grouped = groups_lora(train, facts)
+    kept = count_layers(recipe, facts.placement, compiled=compiles(train, facts), grouped=grouped)
+    return {way: one for way, one in kept.items() if len(one.layers) == facts.model.shape.layers}
 
 
 def assumed_task(recipe: Recipe, config: Any) -> Task:
@@ -138,30 +165,3 @@ def assumed_work(recipe: Recipe, config: Any, task: Task) -> Work:
     cut = Cut(train.per_device_train_batch_size, train.gradient_accumulation_steps)
     flat = recipe.data.padding_free is not False and not Asked.of(recipe, task=task.name).padded
     return Work(TextBatches(rows, flat=flat, order=Order(0), cut=cut), train.max_steps or ASSUMED_STEPS)
-
-
-def print_plan(found: dict[str, Any]) -> None:
-    """Print a plan for people."""
-    from rich.table import Table
-
-    from whet.base.console import answer, bytes_text, console, say
-
-    trainable, total = found["trainable_params"], found["all_params"]
-    answer(f"{found['model']}: {trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column(justify="right")
-    for name, count in found["memory"].items():
-        table.add_row(name, bytes_text(count))
-    table.add_row("together", bytes_text(found["peak_bytes"]), style="bold")
-    if found["host_bytes"]:
-        table.add_row("in host memory", bytes_text(found["host_bytes"]))
-    console(stdout=True).print(table)
-    for notice in found["notices"]:
-        say(notice, style="yellow")
-    assumed = found["assumed"]
-    answer(
-        f"an estimate for {assumed['tokens_per_forward']:,} tokens in a forward pass, {assumed['storage']} weights and "
-        f"{assumed['compute']} arithmetic on {assumed['device']}; what torch itself needs comes on top",
-        style="dim",
-    )

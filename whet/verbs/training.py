@@ -30,14 +30,16 @@ def init(words: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def plan(words: argparse.Namespace) -> dict[str, Any]:
-    from whet.adapters.further import with_starting_adapter
-    from whet.planning.plan import plan_recipe, print_plan
     from whet.recipe import parse
 
     prepare_libraries(f"plan: {words.target}")
     source = words.target if is_recipe(words.target) else None
     extra = [] if source else [f"model.path={json.dumps(words.target)}"]
-    answer = plan_recipe(with_starting_adapter(parse(source, [*extra, *words.overrides])).recipe).as_dict()
+    parsed = parse(source, [*extra, *words.overrides])
+    from whet import api
+    from whet.planning.printed import print_plan
+
+    answer = api.plan_parsed(parsed, words.gpu)
     if not words.json:
         print_plan(answer)
     return answer

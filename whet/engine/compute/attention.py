@@ -46,13 +46,15 @@ class Documents:
 
     cu: int32 [D + 1] on the device: 0, end of the 1st, ..., T; ends may repeat (empty documents, to keep D the same).
     longest: an upper bound of their tokens. row: their length if all have the same and fill the row, else 0.
-    bounds: the same as cu on the host, for devices that need it (None on CUDA).
+    bounds: the same as cu on the host, for devices that need it (None on CUDA). counted: the pass is only counted, on
+    tensors without memory, and goes through the kernel of a GPU whatever their device.
     """
 
     cu: torch.Tensor
     longest: int
     row: int = 0
     bounds: tuple[int, ...] | None = None
+    counted: bool = False
 
     def lengths(self) -> list[int]:
         """Tokens of each document, from `bounds`."""
@@ -82,6 +84,8 @@ def attend(
         raise TypeError("a mask of the model's own, which knows no documents that share a row")
     if query.dtype != value.dtype:  # under autocast, rotary positions leave query and key in fp32
         query, key = query.to(value.dtype), key.to(value.dtype)
+    if documents is not None and documents.counted:
+        return _varlen(query, key, value, documents, scaling, sliding_window), None
     fused = query.is_cuda and query.dtype in FUSED_TYPES and attention_mask is None
     if documents is not None and documents.row:
         return _rows(query, key, value, documents.row, scaling, sliding_window, softcap), None

@@ -25,7 +25,7 @@ from whet.base.extras import require
 from whet.base.private import kept_in_fp32
 from whet.engine.task import head_names
 from whet.engine.weights.fp8 import quantise_fp8
-from whet.engine.weights.nf4 import BLOCK, Packed, fp8_scale
+from whet.engine.weights.nf4 import BLOCK, NESTED_BLOCK, Packed, fp8_scale
 from whet.engine.weights.stored import INT8_MAX, DenseWeight, Fp8Weight, FrozenWeight, Int8Weight, Nf4Weight
 
 
@@ -44,6 +44,10 @@ class FrozenLinear(nn.Module):
 
     def fill(self, weight: torch.Tensor) -> None:
         """Quantise `weight` [out_features, in_features] into this layer, on the weight's device."""
+        raise NotImplementedError
+
+    def reserve(self) -> None:
+        """Make room for a weight, without one: what a layer is counted with."""
         raise NotImplementedError
 
     @property
@@ -92,6 +96,16 @@ class Nf4Linear(FrozenLinear):
         )
         self.take(packed, state)
 
+    def reserve(self) -> None:
+        blocks = -(-self.in_features * self.out_features // BLOCK)
+        self.packed = _frozen(torch.empty(self.out_features, self.in_features // 2, dtype=torch.uint8))
+        self.absmax = _frozen(torch.empty(blocks, dtype=torch.uint8 if self.double_quant else torch.float32))
+        self.register_buffer("code", torch.empty(16), persistent=False)
+        nested = torch.empty(-(-blocks // NESTED_BLOCK)), torch.empty(1), torch.empty(256)
+        self.nested_absmax = _frozen(nested[0]) if self.double_quant else None
+        self.nested_offset = _frozen(nested[1]) if self.double_quant else None
+        self.register_buffer("nested_code", nested[2] if self.double_quant else None, persistent=False)
+
     def take(self, packed: torch.Tensor, state: Any) -> None:
         """Keep what bitsandbytes quantised: `packed` bytes and its QuantState, from here or from a checkpoint."""
         self.packed = _frozen(packed.reshape(self.out_features, -1))
@@ -133,6 +147,10 @@ class Fp8Linear(FrozenLinear):
         codes, scale = quantise_fp8(weight.detach())
         self.codes, self.scale = _frozen(codes.view(torch.uint8)), _frozen(scale)
 
+    def reserve(self) -> None:
+        self.codes = _frozen(torch.empty(self.out_features, self.in_features, dtype=torch.uint8))
+        self.scale = _frozen(torch.empty(self.out_features))
+
     @property
     def stored(self) -> Fp8Weight:
         return Fp8Weight(self.codes, self.scale, self.turned)
@@ -154,6 +172,10 @@ class Int8Linear(FrozenLinear):
         scale = wide.abs().amax(1).clamp_min(1e-12) / INT8_MAX
         self.codes = _frozen(torch.round(wide / scale[:, None]).to(torch.int8))
         self.scale = _frozen(scale)
+
+    def reserve(self) -> None:
+        self.codes = _frozen(torch.empty(self.out_features, self.in_features, dtype=torch.int8))
+        self.scale = _frozen(torch.empty(self.out_features))
 
     @property
     def stored(self) -> Int8Weight:
