@@ -24,16 +24,16 @@ def fits(facts: Facts, layout: Layout) -> bool | None:
     return None if free is None else layout.peak_bytes + SLACK_BYTES <= free
 
 
-def modes(facts: Facts) -> dict[str, MemoryMode]:
-    """The memory modes by name, from the fastest to the leanest."""
+def modes(facts: Facts) -> list[tuple[str, MemoryMode]]:
+    """The memory modes with their names, from the fastest to the leanest."""
     most = facts.model.shape.layers - 1
-    return {
-        "keep everything": MemoryMode(),
-        "gradient checkpointing of half the layers": MemoryMode(most // 2),
-        "gradient checkpointing": MemoryMode(most),
-        "and layer inputs in host memory": MemoryMode(most, offload=most > 0),
-        "and MLPs in tiles": MemoryMode(most, offload=most > 0, tile_tokens=TILE_TOKENS),
-    }
+    return [
+        ("keep everything", MemoryMode()),
+        ("gradient checkpointing of half the layers", MemoryMode(most // 2)),
+        ("gradient checkpointing of all layers", MemoryMode(most)),
+        ("and layer inputs in host memory", MemoryMode(most, offload=most > 0)),
+        ("and MLPs in tiles", MemoryMode(most, offload=most > 0, tile_tokens=TILE_TOKENS)),
+    ]
 
 
 def in_mode(facts: Facts, layout: Layout, mode: MemoryMode, *, lean: bool) -> Layout:
@@ -45,7 +45,7 @@ def in_mode(facts: Facts, layout: Layout, mode: MemoryMode, *, lean: bool) -> La
 def mode_table(facts: Facts, layout: Layout) -> list[dict[str, Any]]:
     """Each memory mode with its peak in bytes, host memory in bytes, and whether it fits."""
     found = []
-    for name, mode in modes(facts).items():
+    for name, mode in modes(facts):
         other = in_mode(facts, layout, mode, lean=mode != MemoryMode())
         found.append(
             {"mode": name, "peak_bytes": other.peak_bytes, "host_bytes": other.host_bytes, "fits": fits(facts, other)}
@@ -87,7 +87,7 @@ def least(train: Train, facts: Facts) -> Layout:
     layout = decide(train, unbounded)
     if train.gradient_checkpointing is False or facts.padded_task:
         return layout
-    candidates = [in_mode(facts, layout, mode, lean=True) for mode in modes(facts).values()]
+    candidates = [in_mode(facts, layout, mode, lean=True) for _, mode in modes(facts)]
     return min(candidates, key=lambda other: other.peak_bytes)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from whet.base.console import answer, bytes_text, console, say
+from whet.base.language import translated
 
 
 def print_plan(found: dict[str, Any]) -> None:
@@ -62,5 +63,6 @@ def _print_modes(modes: list[dict[str, Any]]) -> None:
     table.add_column("fits")
     for mode in modes:
         host = bytes_text(mode["host_bytes"]) if mode["host_bytes"] else ""
-        table.add_row(mode["mode"], bytes_text(mode["peak_bytes"]), host, "yes" if mode["fits"] else "no")
+        fit = translated("yes") if mode["fits"] else translated("no")
+        table.add_row(translated(mode["mode"]), bytes_text(mode["peak_bytes"]), host, fit)
     console(stdout=True).print(table)
