@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent
 
-
 Given = str | Path | Mapping[str, Any] | None  # a recipe: a file, its settings, or None for the defaults
 
 
@@ -169,20 +168,16 @@ def opened(run: str | Path | Run) -> Run:
 
 
 def plan(recipe: Given = None, /, *, gpu: str | None = None, **overrides: Any) -> dict[str, Any]:
-    """Parameters and memory of a recipe, from the model's config alone. gpu: a card that need not be here, by its name
-    ("RTX 4090") or its memory ("24GB"). Raises UserError."""
+    """Parameters and memory of a recipe, from its config. gpu: for this card ("RTX 4090", "24GB"), not what is here."""
     return plan_parsed(_parsed(recipe, overrides), gpu)
 
 
 def plan_parsed(parsed: Parsed, gpu: str | None = None) -> dict[str, Any]:
     """`plan` of a parsed recipe: what `whet plan --json` prints."""
     from whet.adapters.further import with_starting_adapter
-    from whet.planning.options import options_of
     from whet.planning.plan import plan_recipe
-    from whet.planning.rules import decided
 
-    found = plan_recipe(with_starting_adapter(parsed).recipe, gpu)
-    return found.as_dict() | options_of(decided(found.asked), found.facts, found.layout)
+    return plan_recipe(with_starting_adapter(parsed).recipe, gpu).with_options()
 
 
 def check(recipe: Given = None, /, **overrides: Any) -> dict[str, Any]:

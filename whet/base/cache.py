@@ -1,4 +1,4 @@
-"""Where whet remembers what it would else compute again: a directory of the user's, or nowhere.
+"""The directory in which whet remembers what it would else compute again.
 
 `WHET_CACHE` names the directory, or `off`. What is remembered is found by its content, so that it can be deleted at any
 time and is never out of date.

@@ -32,7 +32,7 @@ from whet.planning.counted import count_layers
 from whet.planning.decide import compiles, decide, groups_lora
 from whet.planning.facts import Facts, Work, count_model
 from whet.planning.layout import Layout
-from whet.planning.options import decide_anyway, fits
+from whet.planning.options import decide_anyway, fits, options_of
 from whet.planning.rule import Rule
 from whet.planning.rules import OF_ANY_MACHINE, RULES, check, decided
 from whet.planning.unfit import check_code
@@ -79,6 +79,10 @@ class Plan:
             "host_bytes": layout.host_bytes, "layout": layout.as_dict(), "assumed": assumed,
             "notices": list(self.notices),
         }  # fmt: skip
+
+    def with_options(self) -> dict[str, Any]:
+        """`as_dict`, and what other layouts of the recipe would take (`planning.options`)."""
+        return self.as_dict() | options_of(decided(self.asked), self.facts, self.layout)
 
 
 def resolve_base(recipe: Recipe, config: Any, hardware: Hardware | None = None) -> tuple[Hardware, Placement]:

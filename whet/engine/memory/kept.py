@@ -34,20 +34,17 @@ class Kept:
 
 @dataclass
 class _Count:
-    """Storages that are kept, each once. own: those of the model itself, which stay anyhow; current: index of the layer
-    that runs, -1 outside."""
+    """Storages that are kept, each once, with the layer that kept it and its bytes. own: those of the model itself,
+    which stay anyhow; current: index of the layer that runs, -1 outside."""
 
-    own: set[int]
-    seen: dict[int, tuple[int, int]]
-    held: list[torch.Tensor]
+    own: set[torch.UntypedStorage]
+    seen: dict[torch.UntypedStorage, tuple[int, int]]
     current: int = -1
 
     def note(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self.own and key not in self.seen:
-            self.seen[key] = (self.current, storage.nbytes())
-            self.held.append(tensor)  # an address is not used again while it lives
+        if storage not in self.own and storage not in self.seen:
+            self.seen[storage] = (self.current, storage.nbytes())
         return tensor
 
 
@@ -59,7 +56,7 @@ def count_kept(
 
     tokens: a number that divides no width of the model (a large prime), since that tells what grows with the tokens.
     """
-    count = _Count({tensor.untyped_storage()._cdata for tensor in own}, {}, [])
+    count = _Count({tensor.untyped_storage() for tensor in own}, {})
     noting = torch.autograd.graph.saved_tensors_hooks(count.note, lambda tensor: tensor)
     with _marked(layers, count, compiled=compiled), noting:
         run()
