@@ -30,7 +30,7 @@ def print_plan(found: dict[str, Any]) -> None:
     assumed = found["assumed"]
     answer(
         f"for {assumed['tokens_per_forward']:,} tokens in a forward pass, {assumed['storage']} weights and "
-        f"{assumed['compute']} arithmetic on {assumed['device']}; activations are {assumed['activations']}",
+        f"{assumed['compute']} arithmetic on {assumed['device']}; activations are {translated(assumed['activations'])}",
         style="dim",
     )
 
@@ -39,7 +39,7 @@ def _print_fit(found: dict[str, Any]) -> None:
     """Whether it fits, and what would."""
     if found["fits"] is None:
         return
-    name, free = found["assumed"]["hardware"], bytes_text(found["free_bytes"])
+    name, free = translated(found["assumed"]["hardware"]), bytes_text(found["free_bytes"])
     if found["fits"]:
         answer(f"fits on {name}, where {free} are free", style="green")
     else:
@@ -60,9 +60,9 @@ def _print_modes(modes: list[dict[str, Any]]) -> None:
     table.add_column("memory mode")
     table.add_column("peak", justify="right")
     table.add_column("in host memory", justify="right")
-    table.add_column("fits")
+    table.add_column("")
     for mode in modes:
         host = bytes_text(mode["host_bytes"]) if mode["host_bytes"] else ""
-        fit = translated("yes") if mode["fits"] else translated("no")
+        fit = translated("it fits") if mode["fits"] else translated("too large")
         table.add_row(translated(mode["mode"]), bytes_text(mode["peak_bytes"]), host, fit)
     console(stdout=True).print(table)
