@@ -222,17 +222,23 @@ class PeftMethod(Method):
         """
         tied, shared = getattr(network.config, "tie_word_embeddings", None), shared_names(network)
         wrapped: Any = self.load(network, directory, task)
-        adapted = {name for name, module in network.named_modules() if name in shared and hasattr(module, "base_layer")}
+        adapted = {_own_parameters(module): name for name, module in network.named_modules()
+                   if name in shared and hasattr(module, "base_layer")}  # fmt: skip
         if len(adapted) > 1:
             raise UserError(
                 "layers that share a weight have an adapter each, and a plain model cannot hold both",
-                field="method.target_modules", found=min(adapted), expected="layers with weights of their own",
+                field="method.target_modules", found=min(adapted.values()), expected="layers with weights of their own",
                 fix="serve the adapter itself, or train with method.target_modules=all-linear, which leaves them out",
             )  # fmt: skip
         folded = wrapped.merge_and_unload()
         if tied and _head_is_shared(folded):
             folded.config.tie_word_embeddings = tied
         return folded
+
+
+def _own_parameters(module: nn.Module) -> frozenset[int]:
+    """What an adapted layer has beside its base. PEFT's rows of tokens are the same ones in all tables that are tied."""
+    return frozenset(id(one) for name, one in module.named_parameters() if not name.startswith("base_layer."))
 
 
 def _head_is_shared(network: PreTrainedModel) -> bool:
