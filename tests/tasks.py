@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +47,7 @@ def save_model(kind: str, directory: Path) -> Path:
     torch.manual_seed(0)
     network = getattr(transformers, heads[kind]).from_config(config(kind), dtype=torch.float32)
     network.save_pretrained(str(directory))
-    for name in tiny.TOKENIZER_FILES[:3]:
-        shutil.copy(tiny.BUILTIN / name, directory / name)
-    return directory
+    return tiny.copy_tokenizer(directory, files=3)
 
 
 def rows(task: str, count: int = 40) -> list[dict[str, Any]]:

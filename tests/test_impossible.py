@@ -171,8 +171,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     configs["distilbert"] = transformers.DistilBertConfig(dim=64, hidden_dim=128, n_layers=2, n_heads=4, **small)
     for kind, config in configs.items():
         config.save_pretrained(str(place / kind))
-        for name in tiny.TOKENIZER_FILES[:3]:
-            shutil.copy(tiny.BUILTIN / name, place / kind / name)
+        tiny.copy_tokenizer(place / kind, files=3)
     return place
 
 

@@ -186,9 +186,7 @@ def poisoned(model_dir: Path, out: Path, token: int) -> Path:
     with torch.no_grad():
         network.get_input_embeddings().weight[token] = float("nan")  # type: ignore[index]
     network.save_pretrained(str(out))
-    for name in tiny.TOKENIZER_FILES:
-        (out / name).write_bytes((tiny.BUILTIN / name).read_bytes())
-    return out
+    return tiny.copy_tokenizer(out)
 
 
 def own_token(model_dir: Path, word: str) -> int:
