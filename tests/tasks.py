@@ -31,7 +31,7 @@ def config(kind: str) -> Any:
     if kind == "t5":
         return transformers.T5Config(
             d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=tiny.VOCABULARY, pad_token_id=0,
-            eos_token_id=2, decoder_start_token_id=0, dropout_rate=0.0, initializer_factor=1.0,
+            eos_token_id=2, decoder_start_token_id=0, dropout_rate=0.0, initializer_factor=2.0,
         )  # fmt: skip
     return transformers.BertConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, max_position_embeddings=256,

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from sampled import sampled
 from tiny import final_bytes
 
 from whet.base.errors import UserError
@@ -74,7 +75,7 @@ def whole(model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFac
     return final_bytes(train(tiny.recipe(model_dir, data_file, out, **SHORT)).path)
 
 
-@pytest.mark.parametrize("step", range(8))
+@pytest.mark.parametrize("step", sampled(range(8), (0, 3, 4, 7)))
 def test_cut_off_before_any_step_it_ends_with_the_same_bytes(step: int, recipe: Make, whole: dict[str, bytes]) -> None:
     killed_before(recipe(**SHORT), step)
     assert final_bytes(train(recipe(**SHORT)).path) == whole

@@ -80,7 +80,7 @@ def llama(**changes: Any) -> Any:
 
 @cache
 def _first_tokens() -> str:
-    """tokenizer.json of the built-in tokenizer after its first merges alone: tokens that it still has keep their ids."""
+    """tokenizer.json of the built-in tokenizer after its first merges alone: tokens that are left keep their ids."""
     whole = json.loads((BUILTIN / "tokenizer.json").read_text(encoding="utf-8"))
     model = whole["model"]
     left_out = len(model["vocab"]) - VOCABULARY
