@@ -110,7 +110,7 @@ MODELS = [
     Impossible("pissa_wider_than_the_layers", "method.init_lora_weights=pissa method.r=80", "method.r", "80"),
     Impossible("eva_wider_than_the_layers", "method.init_lora_weights=eva method.r=80", "method.r", "80"),
     Impossible("a_token_that_is_not_there", "method.trainable_token_indices=[20000]", "method.trainable_token_indices",
-               "20000", mended="method.trainable_token_indices=[16383]"),
+               "20000", mended="method.trainable_token_indices=[4095]"),
 ]  # fmt: skip
 
 SETTINGS = [
