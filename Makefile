@@ -24,7 +24,7 @@ $(READY): pyproject.toml requirements.lock
 quickstart: $(READY) ## learn, score, merge and show, on the built-in model and data
 	@$(BIN)/whet quickstart
 
-test: $(READY) ## all CPU tests, under 10 minutes on 2 cores, no network
+test: $(READY) ## the CPU tests, about 12 minutes on 2 quiet cores, no network
 	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-oldest: ## the tests with the lowest versions that pyproject.toml admits, in an environment of their own
