@@ -90,8 +90,9 @@ def test_cut_off_before_any_part_it_ends_with_the_same_bytes(part: str, recipe: 
 @pytest.mark.parametrize(
     "changes",
     sampled(
-        [{"base__storage": "nf4"}, {"train__optim": "adafactor"}, {"train__optim": "sgd"}, {"data__padding_free": False},
-         {"data__packing": True}, {"train__gradient_accumulation_steps": 3, "train__logging_steps": 3}],
+        [{"base__storage": "nf4"}, {"train__optim": "adafactor"}, {"train__optim": "sgd"},
+         {"data__padding_free": False}, {"data__packing": True},
+         {"train__gradient_accumulation_steps": 3, "train__logging_steps": 3}],
         lambda changes: {"base__storage", "data__packing", "train__logging_steps"} & changes.keys(),
     ),
     ids=lambda changes: ",".join(map(str, changes.values())),
