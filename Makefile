@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-oldest test-newest hostile families mutants faults check format bench clean
+.PHONY: help install quickstart test test-oldest test-newest hostile families mutants faults proofs check format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -24,7 +24,7 @@ $(READY): pyproject.toml requirements.lock
 quickstart: $(READY) ## learn, score, merge and show, on the built-in model and data
 	@$(BIN)/whet quickstart
 
-test: $(READY) ## all CPU tests, under 10 minutes on 2 cores, no network
+test: $(READY) ## the CPU tests, about 12 minutes on 2 quiet cores, no network
 	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-oldest: ## the tests with the lowest versions that pyproject.toml admits, in an environment of their own
@@ -44,6 +44,9 @@ mutants: $(READY) ## careless edits planted one at a time: every one must turn a
 
 faults: $(READY) ## every file operation of every command that writes fails once, in five ways (half an hour; needs gcc)
 	@$(BIN)/python tests/faults/proof.py
+
+proofs: $(READY) ## the many cases of which make test runs a few: kills at every moment, every storage, step and template
+	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m proof
 
 check: $(READY) ## lint, types, import contract, no patching, budgets: under a minute
 	@$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def config(kind: str) -> Any:
     if kind == "t5":
         return transformers.T5Config(
             d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=tiny.VOCABULARY, pad_token_id=0,
-            eos_token_id=2, decoder_start_token_id=0, dropout_rate=0.0, initializer_factor=1.0,
+            eos_token_id=2, decoder_start_token_id=0, dropout_rate=0.0, initializer_factor=2.0,
         )  # fmt: skip
     return transformers.BertConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, max_position_embeddings=256,
@@ -48,9 +47,7 @@ def save_model(kind: str, directory: Path) -> Path:
     torch.manual_seed(0)
     network = getattr(transformers, heads[kind]).from_config(config(kind), dtype=torch.float32)
     network.save_pretrained(str(directory))
-    for name in tiny.TOKENIZER_FILES[:3]:
-        shutil.copy(tiny.BUILTIN / name, directory / name)
-    return directory
+    return tiny.copy_tokenizer(directory, files=3)
 
 
 def rows(task: str, count: int = 40) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,27 @@ def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_whet_alone_is_measured_and_judged(few_rows: Path, tmp_path: Path) -> None:
+def test_whet_alone_is_measured_and_judged(
+    few_rows: Path, tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Judging is a process of its own, as both workers are; training runs in this one, which has imported all."""
+    call = bench.call
+
+    def called(python: str, worker: str, job: dict[str, Any]) -> Any:
+        if worker == "judge":
+            return call(python, worker, job)
+        place = Path(job["out"]) / "job.json"
+        place.parent.mkdir(parents=True)
+        place.write_text(json.dumps(job), encoding="utf-8")
+        bench.work(worker, place)
+        return json.loads(place.with_suffix(".out").read_text(encoding="utf-8"))
+
+    monkeypatch.setattr(bench, "call", called)
     out = tmp_path / "found.json"
-    command = [sys.executable, str(ROOT / "bench" / "cpu.py"), *OPTIONS, "--data", str(few_rows), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["cpu.py", *OPTIONS, "--data", str(few_rows), "--out", str(out)])
+    bench.main()
     found = json.loads(out.read_text(encoding="utf-8"))
-    assert json.loads(done.stdout) == found
+    assert json.loads(capsys.readouterr().out) == found
     (run,) = found["systems"]["whet"]["seeds"]
     assert run["tokens_per_second"] == found["whet"] > 0
     assert run["step_ms_p10_p50_p90"][0] <= run["step_ms_p10_p50_p90"][2]

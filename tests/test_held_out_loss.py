@@ -5,7 +5,6 @@ The judge is plain transformers with PEFT's adapter, as the run wrote it, on the
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         place = tmp_path_factory.mktemp(kind)
         torch.manual_seed(0)
         getattr(transformers, owners[kind]).from_config(config(kind)).save_pretrained(str(place))
-        for name in tiny.TOKENIZER_FILES[:3]:
-            shutil.copy(tiny.BUILTIN / name, place / name)
-        found[task] = place
+        found[task] = tiny.copy_tokenizer(place, files=3)
     return found
 
 

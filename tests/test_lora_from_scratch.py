@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import re
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,10 @@ def same_output(page: str, printed: str) -> bool:
 
 @pytest.fixture(scope="module")
 def printed() -> str:
-    command = [sys.executable, str(SCRIPT)]
-    return subprocess.run(command, check=True, capture_output=True, encoding="utf-8", timeout=120).stdout
+    """What `python examples/lora_from_scratch.py` prints, run in this process."""
+    with torch.random.fork_rng(), redirect_stdout(io.StringIO()) as stdout:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return stdout.getvalue()
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from sampled import sampled
 from tiny import plan
 from torch import nn
 
@@ -128,7 +129,9 @@ def test_a_fully_trained_model_opens_in_plain_transformers(save_dtype: str, reci
     assert AutoTokenizer.from_pretrained(str(run.model)).chat_template
 
 
-@pytest.mark.parametrize(("method", "storage"), PAIRS)
+@pytest.mark.parametrize(
+    ("method", "storage"), sampled(PAIRS, [("full", "fp32"), ("lora", "bf16"), ("lora", "nf4"), ("lora", "fp8")])
+)
 def test_it_learns_four_rows_by_heart_and_stops_by_itself(
     method: str, storage: str, model_dir: Path, tmp_path: Path
 ) -> None:

@@ -6,7 +6,6 @@ Tiny random models with tokenizers of their own kind; the target names are found
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +78,7 @@ def save_model(family: str, task: str, sizes: dict[str, Any], directory: Path) -
     network = getattr(transformers, OWNERS[task]).from_config(config, dtype=torch.float32)
     network.save_pretrained(str(directory))
     if family == "qwen2":  # transformers gives it byte pairs, whatever its files say
-        for name in tiny.TOKENIZER_FILES[:2]:
-            shutil.copy(tiny.BUILTIN / name, directory / name)
-        return directory
+        return tiny.copy_tokenizer(directory, files=2)
     tokenizer = task_nets.tokenizer(KINDS.get(family, "Llama"))
     if task == "causal":
         tokenizer.pad_token = "[PAD]"

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from sampled import sampled
 from tiny import plan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -181,6 +182,7 @@ def test_full_fine_tuning_trains_them_too(base: Path, data: Path, tmp_path: Path
     assert bool((saved.get_input_embeddings().weight[tiny.VOCABULARY] - start[tiny.VOCABULARY]).abs().max() > 1e-4)
 
 
+@pytest.mark.parametrize("base", sampled(["tied", "untied", "spare"], ["untied"]), indirect=True)
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 def test_they_are_trained_on_packed_storage(storage: str, base: Path, data: Path, tmp_path: Path) -> None:
     run = train(recipe(base, data, tmp_path / "run", base__storage=storage))

@@ -21,9 +21,9 @@ from whet.runs import Run
 FILLED_TO = 32  # a flat row is filled up to a multiple of so many tokens on a CPU
 
 
-def chat_lengths(records: list[dict[str, str]]) -> list[int]:
+def chat_lengths(records: list[dict[str, str]], model: Path) -> list[int]:
     """Tokens of each row as plain transformers renders it."""
-    tokenizer = tasks.tokenizer(tiny.BUILTIN)
+    tokenizer = tasks.tokenizer(model)
     chats = [
         [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
         for row in records
@@ -62,7 +62,7 @@ def test_rows_laid_end_to_end_are_planned_as_the_run_joins_them(
     size: int, model_dir: Path, data_file: Path, tmp_path: Path, given: list[int]
 ) -> None:
     run = trained(model_dir, data_file, tmp_path / "run", **{"train.per_device_train_batch_size": size})
-    lengths = chat_lengths(tiny.rows())
+    lengths = chat_lengths(tiny.rows(), model_dir)
     assert max(lengths) <= planned(run) <= sum(lengths[:size])
     assert max(given) == FILLED_TO * math.ceil(planned(run) / FILLED_TO)
 
@@ -108,5 +108,5 @@ def test_padded_text_is_planned_with_its_padding(
     model_dir: Path, data_file: Path, tmp_path: Path, given: list[int]
 ) -> None:
     run = trained(model_dir, data_file, tmp_path / "run", **{"data.padding_free": False})
-    assert planned(run) == 5 * max(chat_lengths(tiny.rows()))
+    assert planned(run) == 5 * max(chat_lengths(tiny.rows(), model_dir))
     assert planned(run) >= max(given)

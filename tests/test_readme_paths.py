@@ -64,7 +64,7 @@ def test_labels_from_a_table_of_ones_own(whet: Any) -> None:
     Path("intents.yaml").write_text(text.replace("columns: {}", "columns: {text: question, label: intent}"))
     checked = json.loads(whet("data check intents.yaml --json"))
     assert checked["labels"].keys() == INTENTS.keys()
-    whet("train intents.yaml train.num_train_epochs=6")
+    whet("train intents.yaml train.num_train_epochs=3 train.learning_rate=4e-3")
     scores = json.loads(whet("eval runs/intents --json"))
     assert scores["tuned"]["metrics"]["accuracy"] > 0.9
     with Path("new.csv").open("w", newline="", encoding="utf-8") as file:
@@ -90,7 +90,7 @@ def test_a_chat_model_from_ones_own_conversations(whet: Any) -> None:
     )
     recipe(whet, "lora", "talks.yaml", "talks.jsonl")
     assert json.loads(whet("data check talks.yaml --json"))["rows_train"] > 50
-    whet("train talks.yaml train.num_train_epochs=8 train.learning_rate=2e-3")
+    whet("train talks.yaml train.num_train_epochs=4 train.learning_rate=5e-3")
     scores = json.loads(whet("eval runs/talks --json"))
     assert scores["tuned"]["metrics"]["loss"] < scores["base"]["metrics"]["loss"] / 2
     questions = [{"prompt": f"What is code {number}?"} for number in (901, 902)]

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from sampled import sampled
 from tiny import final_bytes
 
 from whet.base.errors import UserError
@@ -74,7 +75,7 @@ def whole(model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFac
     return final_bytes(train(tiny.recipe(model_dir, data_file, out, **SHORT)).path)
 
 
-@pytest.mark.parametrize("step", range(8))
+@pytest.mark.parametrize("step", sampled(range(8), (0, 3, 4, 7)))
 def test_cut_off_before_any_step_it_ends_with_the_same_bytes(step: int, recipe: Make, whole: dict[str, bytes]) -> None:
     killed_before(recipe(**SHORT), step)
     assert final_bytes(train(recipe(**SHORT)).path) == whole
@@ -88,8 +89,12 @@ def test_cut_off_before_any_part_it_ends_with_the_same_bytes(part: str, recipe: 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"base__storage": "nf4"}, {"train__optim": "adafactor"}, {"train__optim": "sgd"}, {"data__padding_free": False},
-     {"data__packing": True}, {"train__gradient_accumulation_steps": 3, "train__logging_steps": 3}],
+    sampled(
+        [{"base__storage": "nf4"}, {"train__optim": "adafactor"}, {"train__optim": "sgd"},
+         {"data__padding_free": False}, {"data__packing": True},
+         {"train__gradient_accumulation_steps": 3, "train__logging_steps": 3}],
+        lambda changes: {"base__storage", "data__packing", "train__logging_steps"} & changes.keys(),
+    ),
     ids=lambda changes: ",".join(map(str, changes.values())),
 )  # fmt: skip
 def test_other_settings_continue_to_the_bit_as_well(changes: dict[str, Any], recipe: Make) -> None:
@@ -307,13 +312,13 @@ def test_ctrl_c_ends_with_130_and_leaves_a_run_that_continues(model_dir: Path, d
     settings = tiny.words(tiny.settings(model_dir, data_file, tmp_path / "run", **long))
     process = _command(settings)
     metrics = tmp_path / "run/metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 900
     while not (metrics.is_file() and metrics.stat().st_size > 300):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=900)
     assert process.returncode == 130, said
     assert "the same command continues" in " ".join(said.split())
     saved = list((tmp_path / "run/checkpoints").glob("step-*"))

@@ -36,8 +36,11 @@ def prepared(tokenizer: Any, folder: Path, rows: list[dict[str, Any]], **setting
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_first_row_that_is_refused_is_named(processes: int, tokenizer: Any, tmp_path: Path) -> None:
+def test_the_first_row_that_is_refused_is_named(
+    processes: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever meets it; a later one that another process meets first does not win."""
+    monkeypatch.setattr(row_builder, "forks_safely", lambda: True)  # a fresh process takes seconds to import all
     rows = [{"prompt": f"q{n}", "completion": "word " * (300 if n in (40, 41, 900) else 2)} for n in range(1200)]
     with pytest.raises(UserError, match="longer") as caught:
         prepared(tokenizer, tmp_path, rows, num_proc=processes, max_length=128, over_length="error", val_size=0)
@@ -97,7 +100,8 @@ def _dies(*_: Any) -> None:
 
 
 def test_a_process_that_dies_is_said(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_builder, "_start_worker" if not row_builder.forks_safely() else "_build_chunk", _dies)
+    monkeypatch.setattr(row_builder, "forks_safely", lambda: True)
+    monkeypatch.setattr(row_builder, "_build_chunk", _dies)
     with pytest.raises(UserError, match="ended before its work") as caught:
         prepared(tokenizer, tmp_path, ROWS, num_proc=2)
     assert caught.value.field == "data.num_proc"

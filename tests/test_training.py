@@ -186,9 +186,7 @@ def poisoned(model_dir: Path, out: Path, token: int) -> Path:
     with torch.no_grad():
         network.get_input_embeddings().weight[token] = float("nan")  # type: ignore[index]
     network.save_pretrained(str(out))
-    for name in tiny.TOKENIZER_FILES:
-        (out / name).write_bytes((tiny.BUILTIN / name).read_bytes())
-    return out
+    return tiny.copy_tokenizer(out)
 
 
 def own_token(model_dir: Path, word: str) -> int:
@@ -266,7 +264,10 @@ def test_early_stopping_waits_as_long_as_it_was_told(recipe: Make) -> None:
 def test_the_best_weights_are_kept_if_wanted(keep: bool, recipe: Make) -> None:
     from safetensors.torch import load_file
 
-    settings = EAGER | {"train__max_steps": 8, "train__load_best_model_at_end": keep, "train__save_total_limit": 1}
+    settings = EAGER | {
+        "train__max_steps": 8, "train__load_best_model_at_end": keep, "train__save_total_limit": 1,
+        "train__learning_rate": 0.6,
+    }  # fmt: skip
     run = train(recipe(**settings))
     losses = evaluations(run)
     best = losses.index(min(losses)) + 1

@@ -87,7 +87,7 @@ def python(code: str, path: list[Path], place: Path, *words: str) -> list[str]:
     environment = os.environ | {"PYTHONPATH": found, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *words], env=environment, cwd=place, capture_output=True,
-        text=True, timeout=600, check=False,
+        text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout.splitlines()

@@ -32,7 +32,6 @@ def seeing() -> Any:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import shutil
 
     import transformers
 
@@ -40,9 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     network = transformers.Qwen3_5ForConditionalGeneration(seeing())
     network.save_pretrained(str(place))
-    for name in tiny.TOKENIZER_FILES:
-        shutil.copy(tiny.BUILTIN / name, place / name)
-    return place
+    return tiny.copy_tokenizer(place)
 
 
 def run_of(model: Path, place: Path) -> Any:

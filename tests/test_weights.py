@@ -43,8 +43,8 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return load_tokenizer(Model(path="builtin:tiny"))
+def tokenizer(model_dir: Path) -> Any:
+    return load_tokenizer(Model(path=str(model_dir)))
 
 
 def made(tokenizer: Any, place: Path, rows: list[dict[str, Any]], **settings: Any) -> Prepared:

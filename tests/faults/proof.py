@@ -84,7 +84,7 @@ class Proof:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait(900)
 
     def _line(self) -> str:
         assert self.process.stdout is not None
