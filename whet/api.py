@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,19 +63,35 @@ def train(recipe: Given = None, /, *, callbacks: Sequence[Callback] = (), **over
 
 
 def train_parsed(parsed: Parsed, callbacks: Sequence[Callback] = ()) -> Run:
-    """Train a parsed recipe and write its report; a finished run is left alone."""
+    """Train a parsed recipe and write its report; a finished run is left alone, but for a report that it lacks."""
     if (done := already_trained(parsed)) is not None:
+        if _lacks_report(done):
+            _write_report(done)
         return done
     _quiet()
-    from whet.report.charts import write_loss_plot
-    from whet.report.page import write_page
     from whet.training.observers import observer_of
     from whet.training.run import train as run_training
 
     run = run_training(parsed, [observer_of(one) for one in callbacks])
+    _write_report(run)
+    return run
+
+
+def _write_report(run: Run) -> None:
+    from whet.report.charts import write_loss_plot
+    from whet.report.page import write_page
+
     write_loss_plot(run.path, "per row" if run.task.labelled else "per supervised token")
     write_page(run.path)
-    return run
+
+
+def _lacks_report(run: Run) -> bool:
+    """True if a finished run was killed, or its disk was full, before its report was written: there is none, or one of
+    before its last steps. What cannot be written is left alone."""
+    ended = (run.path / "finished.json").stat().st_mtime_ns
+    report = [run.path / "loss.png", run.path / "report.html"]
+    whole = all(file.is_file() and file.stat().st_mtime_ns >= ended for file in report)
+    return not whole and os.access(run.path, os.W_OK)
 
 
 def already_trained(parsed: Parsed) -> Run | None:
