@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from whet.adapters.files import describe, find
 from whet.adapters.loaded import Adapters
 from whet.base.errors import UserError
+from whet.base.files import hidden_beside
 from whet.engine.config import Model
 from whet.engine.device import Placement
 from whet.engine.load.load import load_model
@@ -215,8 +217,13 @@ def test_on_disk(model_dir: Path, pair: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="other files"):
         delete_on_disk(moved)
     (moved / "thesis.docx").unlink()
+    (tmp_path / "recipe.yaml").write_text("seed: 0\n", encoding="utf-8")  # of somebody, not of a run
+    moved = rename_on_disk(moved, tmp_path / "again")
+    left = hidden_beside(moved, ".old")  # a call that was killed
+    shutil.copytree(moved, left)
     delete_on_disk(moved)
     assert not moved.exists()
+    assert not left.exists()
     (pair[0] / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="cannot be read"):
         describe(pair[0])

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from whet import api
+from whet.base.files import hidden_beside
 from whet.recipe import Parsed
 from whet.runs import Run, finished_run
 
@@ -65,6 +66,25 @@ def test_what_was_given_then_and_is_left_open_now_is_another_recipe(
     assert finished_run(given) is not None
     left_open = tiny.recipe(model_dir, data_file, tmp_path / "run", train__max_steps=1, train__learning_rate=None)
     assert finished_run(left_open) is None
+
+
+def test_a_finished_run_without_its_report_gets_it(made: Make, run: Run) -> None:
+    """Killed between the mark of the end and the report, or after more steps, with the report of the shorter run."""
+    report = [run.path / "loss.png", run.path / "report.html"]
+    whole = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    for file in report:
+        left = hidden_beside(file)
+        file.rename(left)
+        api.train_parsed(made())
+        assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == whole
+        ended = (run.path / "finished.json").stat().st_mtime_ns
+        file.write_bytes(b"of fewer steps")
+        os.utime(file, ns=(ended - 1, ended - 1))
+        api.train_parsed(made())
+        assert file.read_bytes() == whole[file]
+    times = [file.stat().st_mtime_ns for file in report]
+    api.train_parsed(made())
+    assert [file.stat().st_mtime_ns for file in report] == times, "left alone"
 
 
 def test_an_unfinished_run_is_not_done(made: Make, run: Run, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import tiny
 
 from whet import arguments, cli
+from whet.base.errors import UserError
 from whet.base.outputs import Input, output_directory, output_file
 from whet.recipe import parse
 from whet.training.run import train
@@ -171,6 +172,16 @@ def test_a_directory_that_is_read_or_holds_what_is_read_is_never_written(
 ) -> None:
     out = spelt(world if name == "." else world / name, spelling, tmp_path)
     assert out.rpartition("/")[2] in refused(DIRECTORIES[verb](world, out), world, capsys)
+
+
+def test_a_directory_above_an_input_is_no_output_whatever_else_lies_in_it(tmp_path: Path) -> None:
+    """Merging and training refuse a directory that is not empty as well; those that replace one would not."""
+    (tmp_path / "above" / "model").mkdir(parents=True)
+    (tmp_path / "other").symlink_to(tmp_path / "above")
+    for name in ("above", "above/model", "other", "other/model", "above/model/.."):
+        with pytest.raises(UserError, match="would overwrite the model"):
+            output_directory(tmp_path / name, [Input(tmp_path / "above" / "model", "the model")])
+    assert output_directory(tmp_path / "beside", [Input(tmp_path / "above" / "model", "the model")])
 
 
 def test_a_finished_run_is_not_its_own_input(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,15 @@ import tiny
 from whet import cli
 from whet.base.disk import disk_fault
 from whet.base.errors import UserError
-from whet.base.files import hidden_beside, hidden_directory, sweep, whole_directory, write_bytes, write_text
+from whet.base.files import (
+    hidden_beside,
+    hidden_directory,
+    sweep,
+    whole_directory,
+    whole_file,
+    write_bytes,
+    write_text,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,6 +89,24 @@ def test_what_a_killed_process_left_goes_and_what_another_one_is_writing_stays(t
     with hidden_directory(tmp_path / "out"):
         assert not theirs.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_of_a_file_goes_when_the_file_is_written_again(tmp_path: Path) -> None:
+    left, other = hidden_beside(tmp_path / "rows.jsonl"), hidden_beside(tmp_path / "other.jsonl")
+    for path in (left, other):
+        path.touch()
+    with whole_file(tmp_path / "rows.jsonl") as file:
+        assert not left.exists()
+        file.write("a\n")
+        with whole_file(tmp_path / "rows.jsonl") as second:  # what is being written is no leftover
+            second.write("b\n")
+        assert (tmp_path / "rows.jsonl").read_bytes() == b"b\n"
+    assert (tmp_path / "rows.jsonl").read_bytes() == b"a\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["rows.jsonl", other.name])
+    with pytest.raises(UnicodeEncodeError), whole_file(tmp_path / "rows.jsonl") as file:
+        file.write("c\n\ud800")
+    assert (tmp_path / "rows.jsonl").read_bytes() == b"a\n"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_hidden_names_do_not_meet(tmp_path: Path) -> None:

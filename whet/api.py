@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from whet.recipe import Parsed, parse
+from whet.report.of_run import lacks_report, write_report
 from whet.runs import Run, is_adapter_alone, open_run
 
 if TYPE_CHECKING:
@@ -61,18 +62,17 @@ def train(recipe: Given = None, /, *, callbacks: Sequence[Callback] = (), **over
 
 
 def train_parsed(parsed: Parsed, callbacks: Sequence[Callback] = ()) -> Run:
-    """Train a parsed recipe and write its report; a finished run is left alone."""
+    """Train a parsed recipe and write its report; a finished run is left alone, but for a report that it lacks."""
     if (done := already_trained(parsed)) is not None:
+        if lacks_report(done.path):
+            write_report(done.path, per_row=done.task.labelled)
         return done
     _quiet()
-    from whet.report.loss_plot import write_loss_plot
-    from whet.report.page import write_page
     from whet.training.observers import observer_of
     from whet.training.run import train as run_training
 
     run = run_training(parsed, [observer_of(one) for one in callbacks])
-    write_loss_plot(run.path, per_row=run.task.labelled)
-    write_page(run.path)
+    write_report(run.path, per_row=run.task.labelled)
     return run
 
 

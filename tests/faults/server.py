@@ -1,18 +1,26 @@
 """Run commands of whet in children of one process that has imported everything, with a fault in a file operation.
 
 Started with `shim.c` in front of libc. Reads a JSON object a line: {"words": [...], "place": DIRECTORY, "kind": the
-fault as the shim numbers it, "at": N, "stay": bool, "log": FILE}; the command runs in `place`, and operations below it
-count. Answers {"status": exit status, "operations": count}.
+fault as the shim numbers it, "at": N, "stay": bool, "log": FILE, "online": may it ask an endpoint}; the command runs
+in `place`, and operations below it count. Answers {"status": exit status, "operations": count}.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+USED = ("torch", "peft", "safetensors.torch", "transformers.models.llama.modeling_llama", "ruamel.yaml", "sacrebleu",
+        "rouge_score.rouge_scorer", "matplotlib.backends.backend_agg", "matplotlib.figure", "whet.api",
+        "whet.data.judge.added", "whet.data.judge.scores", "whet.data.row_model", "whet.engine.load.stream",
+        "whet.evaluation.printed", "whet.evaluation.run", "whet.methods.layers.lora_layer", "whet.methods.saved",
+        "whet.report.charts", "whet.report.data_page", "whet.report.page", "whet.ship.compose", "whet.ship.merge",
+        "whet.ship.predict", "whet.training.run")  # fmt: skip
 
 
 def child(order: dict[str, Any], counted: int) -> None:
@@ -21,6 +29,8 @@ def child(order: dict[str, Any], counted: int) -> None:
     from whet import cli
 
     torch.set_num_threads(1)
+    if order["online"]:
+        del os.environ["HF_HUB_OFFLINE"]
     shim = ctypes.CDLL(None)
     os.chdir(order["place"])
     shim.fault_arm(os.fsencode(order["place"]), order["kind"], order["at"], int(order["stay"]))
@@ -57,16 +67,8 @@ def answer(order: dict[str, Any]) -> dict[str, int]:
 
 
 def serve() -> None:
-    import peft  # noqa: F401
-    import safetensors.torch  # noqa: F401
-    import torch  # noqa: F401
-
-    import whet.report.charts
-    import whet.report.data_page
-    import whet.report.page
-    import whet.ship.compose
-    import whet.ship.merge
-    import whet.training.run  # noqa: F401
+    for name in USED:
+        importlib.import_module(name)
     from whet.base.console import quiet_libraries
 
     quiet_libraries()

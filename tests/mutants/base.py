@@ -102,6 +102,53 @@ MUTANTS = [
         "an output takes the place of a folder of the user", FILES,
     ),
     Mutant(
+        "files: what killed writes left of a file stays", "base/files.py",
+        "    sweep(path.parent, path.name)\n    beside = hidden_beside(path)\n    encoding",
+        "    beside = hidden_beside(path)\n    encoding",
+        "hidden files pile up beside an output", FILES,
+    ),
+    Mutant(
+        "files: what is being written is not locked", "base/files.py",
+        "            _lock(file.fileno())\n            yield file\n", "            yield file\n",
+        "the file that another process is writing is removed", FILES,
+    ),
+    Mutant(
+        "predict: answers are written in place", "ship/answer_file.py",
+        "    with whole_file(path) as file:\n", '    with path.open("w", encoding="utf-8", newline="") as file:\n',
+        "half of the answers stand there after a kill", "test_faults.py -k predict",
+    ),
+    Mutant(
+        "judge: scores are written in place", "data/judge/output.py",
+        "stack.enter_context(whole_file(target))", 'stack.enter_context(target.open("w", encoding="utf-8"))',
+        "half of the scores stand there after a kill, and the old ones are gone", "test_faults.py -k judge",
+    ),
+    Mutant(
+        "delete: file by file", "ship/compose.py",
+        "    directory.rename(nameless)\n    remove_tree(nameless)\n", "    remove_tree(directory)\n",
+        "a part of an adapter stays behind, and cannot be deleted as one", "test_faults.py -k delete",
+    ),
+    Mutant(
+        "delete: what a killed call left stays", "ship/compose.py",
+        "    sweep(place.parent, place.name)\n", "",
+        "a hidden adapter fills the disk for ever", "test_adapters.py -k on_disk",
+    ),
+    Mutant(
+        "rename: any recipe beside makes it a run's", "ship/compose.py",
+        'directory.resolve().name == "adapter" and ', "",
+        "an adapter in a folder with a recipe cannot be renamed or deleted", "test_adapters.py -k on_disk",
+    ),
+    Mutant(
+        "train: a finished run has its report", "api.py",
+        "        if lacks_report(done.path):\n            write_report(done.path, per_row=done.task.labelled)\n        return done\n",
+        "        return done\n",
+        "a run that was killed at its very end never gets a report", "test_early.py -k report",
+    ),
+    Mutant(
+        "train: any report is that of a run", "report/of_run.py",
+        "file.is_file() and file.stat().st_mtime_ns >= ended for", "file.is_file() for",
+        "more steps leave the report of fewer", "test_early.py -k report",
+    ),
+    Mutant(
         "finish: a damaged best checkpoint is loaded", "training/finish.py",
         "        if problem is None:\n", "        if problem is None or step:\n",
         "the result has a turned bit", DAMAGED,

@@ -9,6 +9,7 @@ MODES = "test_memory_modes.py"
 EDGES = "test_engine_edges.py"
 HOST = "test_host_adam.py"
 LOAD = "test_load.py"
+KEPT = "test_kept_weights.py"
 
 MUTANTS = [
     Mutant(
@@ -320,6 +321,27 @@ MUTANTS = [
         "columns, rows = int(module.in_features), int(module.out_features)",
         "rows, columns = int(module.in_features), int(module.out_features)",
         "layers that are not square fail or are read turned round", LOAD,
+    ),
+    Mutant(
+        "stored: a compiler sees both builds of fp8", "engine/weights/stored.py",
+        "        return replace(self, scale=_unseen(self.scale))\n", "        return self\n",
+        "a compiled model keeps all its fp8 weights in bf16 too", KEPT,
+    ),
+    Mutant(
+        "stored: a compiler sees both builds of int8", "engine/weights/stored.py",
+        "        return replace(self, scale=_unseen(self.scale), factor=_unseen(factor))\n", "        return self\n",
+        "a compiled model keeps all its int8 weights in bf16 too", KEPT,
+    ),
+    Mutant(
+        "stored: a compiler sees both builds of nf4", "engine/weights/stored.py",
+        "        return Nf4Weight(tuple(part._replace(code=_unseen(part.code)) for part in self.parts))\n",
+        "        return self\n",
+        "a compiled model keeps all its nf4 weights in bf16 too", KEPT,
+    ),
+    Mutant(
+        "stored: the factor of int8 is seen", "engine/weights/stored.py",
+        "factor=_unseen(factor))", "factor=factor)",
+        "a compiled model keeps the codes of its int8 weights in FP8 too", KEPT,
     ),
     Mutant(
         "new tokens: the first piece alone", "engine/load/new_tokens.py",

@@ -31,7 +31,19 @@ MUTANTS = [
         "own attention: documents share rows all the same", "training/load.py",
         "if ready.plan.facts.flat and not knows_documents(network):",
         "if ready.plan.facts.flat and False and not knows_documents(network):",
-        "chunks are counted over the whole row", "test_own_attention.py -k share",
+        "chunks are counted over the whole row", "test_own_attention.py -k share_a_row",
+    ),
+    Mutant(
+        "layer by layer: each reads its own input", "engine/compute/layerwise.py",
+        "        if forced is not None:\n            hidden",
+        "        if forced is not None and not forced:\n            hidden",
+        "rounding that grows from layer to layer makes a deep model choose the eager attention",
+        "test_own_attention.py -k deep",
+    ),
+    Mutant(
+        "layer by layer: the first layer alone", "engine/compute/layerwise.py",
+        "    return max(distances)", "    return max(distances[:2])",
+        "another attention in a later layer is not seen", "test_own_attention.py -k deep",
     ),
     Mutant(
         "linear: every subclass", "engine/weights/linear.py",

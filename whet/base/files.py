@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 try:
     import fcntl
@@ -40,22 +40,39 @@ def hidden_beside(path: Path, suffix: str = ".tmp") -> Path:
     return path.with_name(f".{path.name[:HIDDEN_NAME_CHARACTERS]}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file beside `path`, flush it and rename it: a reader sees the old file or the new one."""
+@contextmanager
+def whole_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
+    """Give a new file to fill (UTF-8 text, or bytes), which becomes `path` only when the block ends well.
+
+    A reader sees the old file or the new one. What killed processes left behind for the same `path` is removed first.
+    Raises OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, path.name)
     beside = hidden_beside(path)
+    encoding, newline = ("utf-8", "") if mode == "w" else (None, None)
     try:
-        with beside.open("wb") as file:
+        with beside.open(mode, encoding=encoding, newline=newline) as file:
             _lock(file.fileno())
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            yield file
+            flush(file)
         beside.replace(path)
         sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def flush(file: IO[Any]) -> None:
+    """Bring what was written to an open file onto the disk. Raises OSError."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, as `whole_file`."""
+    with whole_file(path, "wb") as file:
+        file.write(content)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -227,7 +227,8 @@ class PeftMethod(Method):
         if len(adapted) > 1:
             raise UserError(
                 "layers that share a weight have an adapter each, and a plain model cannot hold both",
-                field="method.target_modules", found=min(adapted.values()), expected="layers with weights of their own",
+                field="method.target_modules", found=min(adapted.values()),
+                expected="layers with weights of their own",
                 fix="serve the adapter itself, or train with method.target_modules=all-linear, which leaves them out",
             )  # fmt: skip
         folded = wrapped.merge_and_unload()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from whet.base.errors import UserError
-from whet.base.files import hidden_beside, sync
+from whet.base.files import whole_file
 from whet.base.outputs import Input, output_file
 from whet.base.visible import visible, visible_json
 from whet.engine.task import Task
@@ -93,13 +92,5 @@ def writer(path: Path | None, task: Task, *, table: bool, top: int | None) -> It
     if path is None:
         yield Writer(sys.stdout, task, table=table, top=top)
         return
-    beside = hidden_beside(path)
-    try:
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            yield Writer(file, task, table=table or path.suffix.lower() == ".csv", top=top)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        sync(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        yield Writer(file, task, table=table or path.suffix.lower() == ".csv", top=top)

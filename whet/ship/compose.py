@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from whet.adapters.loaded import Adapters, How, base_of, check_adapter
 from whet.base.console import say
 from whet.base.content import digest_of, files_in
 from whet.base.errors import UserError
-from whet.base.files import read_json
+from whet.base.files import hidden_beside, read_json, remove_tree, sweep
 from whet.base.outputs import output_directory, output_path
 from whet.data.template.goldens import OTHER_TEMPLATES
 from whet.engine.load.identity import SEAL, base_identity, check_base, check_sealed
@@ -92,7 +91,13 @@ def rename_on_disk(target: str | Path, new: str | Path) -> Path:
 
 
 def delete_on_disk(target: str | Path) -> Path:
-    """Remove the directory of an adapter. Raises UserError when other files lie in it, or it belongs to a run."""
+    """Remove the directory of an adapter: it loses its name first, so no part of an adapter is ever seen.
+
+    What a killed call has left of it is removed as well. Raises UserError when other files lie in it, or it belongs to
+    a run.
+    """
+    place = Path(target).absolute()
+    sweep(place.parent, place.name)
     directory = adapter_directory(target)
     _check_stands_alone(directory)
     known = {CONFIG, WEIGHTS, NOTE, OTHER_TEMPLATES, "README.md", "results"}
@@ -102,13 +107,15 @@ def delete_on_disk(target: str | Path) -> Path:
             "other files lie beside the adapter, so it is left alone", file=str(directory),
             found=", ".join(others[:5]), fix="remove the folder by hand",
         )  # fmt: skip
-    shutil.rmtree(directory)
+    nameless = hidden_beside(directory.absolute(), ".old")
+    directory.rename(nameless)
+    remove_tree(nameless)
     return directory
 
 
 def _check_stands_alone(directory: Path) -> None:
-    run = directory.parent
-    if (run / "recipe.yaml").is_file():
+    run = directory.resolve().parent
+    if directory.resolve().name == "adapter" and (run / "recipe.yaml").is_file():
         raise UserError(
             "this adapter belongs to its run", file=str(directory), fix=f"move or remove the whole run {run}"
         )

@@ -8,14 +8,13 @@ that breaks off loses nothing that was paid for.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from whet.base.errors import UserError
-from whet.base.files import sync
+from whet.base.files import flush, whole_file
 
 Ours = Callable[[dict[str, Any]], bool]
 
@@ -33,27 +32,17 @@ def json_lines(*files: tuple[Path, Ours]) -> Iterator[Sequence[IO[str]]]:
     """
     for target, ours in files:
         _check_ours(target, ours)
-    beside = [target.with_name(f".{target.name}.{os.getpid()}.tmp") for target, _ in files]
     try:
         with ExitStack() as stack:
-            for target, _ in files:
-                target.parent.mkdir(parents=True, exist_ok=True)
-            opened = [stack.enter_context(path.open("w", encoding="utf-8")) for path in beside]
+            opened = [stack.enter_context(whole_file(target)) for target, _ in files]
             yield opened
-            for file in opened:
-                file.flush()
-                os.fsync(file.fileno())
-        for path, (target, _) in zip(beside, files, strict=True):
-            path.replace(target)
-            sync(target.parent)
+            for file in opened:  # before the first of them gets its name
+                flush(file)
     except OSError as error:
         raise UserError(
             f"the file cannot be written: {error.strerror or error}", file=str(files[0][0]),
             fix="name a file that can be written",
         ) from error  # fmt: skip
-    finally:
-        for path in beside:
-            path.unlink(missing_ok=True)
 
 
 def _check_ours(path: Path, ours: Ours) -> None:
