@@ -34,6 +34,8 @@ from typing import Any
 
 import numpy as np
 
+from whet.cli import WAITING
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "cpu" / "tickets.json"
 MODEL, TICKETS = ROOT / "whet" / "builtin" / "tiny", ROOT / "examples" / "support_tickets"
@@ -220,6 +222,7 @@ def call(python: str, worker: str, job: dict[str, Any]) -> dict[str, Any]:
     place.parent.mkdir(parents=True)
     place.write_text(json.dumps(job))
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(job["threads"])}
+    env |= dict([WAITING])  # as whet's command sets it, for the peers as well
     env |= job.get("settings", {}).get("env", {})
     command = [python, __file__, "--worker", worker, "--out", str(place)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

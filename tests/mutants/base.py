@@ -153,4 +153,14 @@ MUTANTS = [
         "        if problem is None:\n", "        if problem is None or step:\n",
         "the result has a turned bit", DAMAGED,
     ),
+    Mutant(
+        "cli: threads that wait spin", "cli.py",
+        "if not any(name in os.environ for name in SAID_BY_USER):", "if False:",
+        "beside a busy process each step takes longer", "test_waiting_threads.py",
+    ),
+    Mutant(
+        "cli: what the user set about waiting is overwritten", "cli.py",
+        "if not any(name in os.environ for name in SAID_BY_USER):", "if True:",
+        "a user cannot choose how threads wait", "test_waiting_threads.py",
+    ),
 ]  # fmt: skip
