@@ -238,7 +238,7 @@ class PeftMethod(Method):
 
 
 def _own_parameters(module: nn.Module) -> frozenset[int]:
-    """What an adapted layer has beside its base. PEFT's rows of tokens are the same ones in all tables that are tied."""
+    """What an adapted layer has beside its base. PEFT's rows of tokens are the same in all tables that are tied."""
     return frozenset(id(one) for name, one in module.named_parameters() if not name.startswith("base_layer."))
 
 
