@@ -259,7 +259,7 @@ CHATS = {"data.dataset": "chats.jsonl"}
 HELD = {"data.val_size": 4, "train.eval_steps": 1}
 FP8 = {"base.storage": "fp8", "base.compute": "fp8"}
 STEEP = HELD | {
-    "train.learning_rate": 0.3, "train.max_steps": 8, "train.lr_scheduler_type": "constant", "data.max_rows": 24,
+    "train.learning_rate": 0.1, "train.max_steps": 8, "train.lr_scheduler_type": "constant", "data.max_rows": 24,
     "train.per_device_train_batch_size": 4,
 }  # fmt: skip
 rows, run, answers = rows_of, run_of, answers_of
