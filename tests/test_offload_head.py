@@ -157,10 +157,11 @@ def test_where_it_cannot_be_it_is_refused_before_anything_is_loaded(more: Any, s
 
 
 def test_the_plan_counts_what_waits_on_the_host(recipe: Make) -> None:
-    plain = plan(recipe().recipe)
+    few = {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 1, "data.max_length": 16}
+    plain = plan(recipe(**few).recipe)  # with more tokens a layer's backward pass takes more than the head, later
     assert plain["host_bytes"] == 0
     table = tiny.VOCABULARY * 64 * 4
-    away = plan(recipe(base__offload_head=True).recipe)
+    away = plan(recipe(base__offload_head=True, **few).recipe)
     assert plain["memory"]["frozen weights"] - away["memory"]["frozen weights"] == table
     assert away["memory"]["logits"] - plain["memory"]["logits"] == table
     assert table <= away["host_bytes"] <= 4 * table

@@ -36,7 +36,7 @@ OTHERS = {
     ("plan", "target"), ("plan", "overrides"), ("train", "target"), ("eval", "target"), ("eval", "--split"),
     ("eval", "--max-rows"), ("chat", "target"), ("chat", "--message"), ("chat", "--adapter"), ("chat", "--system"),
     ("chat", "--max-new-tokens"), ("predict", "target"), ("predict", "file"), ("merge", "target"),
-    ("predict", "--top"), ("predict", "--max-new-tokens"), ("eval", "--data"), ("merge", "--data"),
+    ("plan", "--gpu"), ("predict", "--top"), ("predict", "--max-new-tokens"), ("eval", "--data"), ("merge", "--data"),
     ("adapters", "what"), ("adapters", "--how"), ("adapters", "--weights"), ("adapters", "--rank"),
     ("adapters", "--density"), ("bench", "what"), ("bench", "target"), ("bench", "overrides"), ("bench", "--rows"),
     ("bench", "--length"), ("bench", "--accumulation"), ("bench", "--steps"), ("bench", "--warm"),
