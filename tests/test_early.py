@@ -82,6 +82,9 @@ def test_a_finished_run_without_its_report_gets_it(made: Make, run: Run) -> None
         os.utime(file, ns=(ended - 1, ended - 1))
         api.train_parsed(made())
         assert file.read_bytes() == whole[file]
+    report[1].unlink()
+    assert api.already_trained(made()) is not None  # what the command asks
+    assert report[1].read_bytes() == whole[report[1]]
     times = [file.stat().st_mtime_ns for file in report]
     api.train_parsed(made())
     assert [file.stat().st_mtime_ns for file in report] == times, "left alone"

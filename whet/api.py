@@ -64,8 +64,6 @@ def train(recipe: Given = None, /, *, callbacks: Sequence[Callback] = (), **over
 def train_parsed(parsed: Parsed, callbacks: Sequence[Callback] = ()) -> Run:
     """Train a parsed recipe and write its report; a finished run is left alone, but for a report that it lacks."""
     if (done := already_trained(parsed)) is not None:
-        if lacks_report(done.path):
-            write_report(done.path, per_row=done.task.labelled)
         return done
     _quiet()
     from whet.training.observers import observer_of
@@ -77,7 +75,7 @@ def train_parsed(parsed: Parsed, callbacks: Sequence[Callback] = ()) -> Run:
 
 
 def already_trained(parsed: Parsed) -> Run | None:
-    """The run of a recipe if it is finished, which is said, or None. No model library is imported.
+    """The run of a recipe if it is finished, which is said, or None; a report that it lacks is written. Light to import.
 
     Raises UserError where a model or a file that the recipe names is not there.
     """
@@ -88,6 +86,8 @@ def already_trained(parsed: Parsed) -> Run | None:
 
     if (run := finished_run(parsed)) is not None and run.finished is not None:
         say(f"{run.path} is finished ({run.finished['steps']} steps): nothing to do")
+        if lacks_report(run.path):
+            write_report(run.path, per_row=run.task.labelled)
         return run
     locate(parsed.recipe.model.path)
     check_sources(parsed.recipe.data)

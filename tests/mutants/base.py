@@ -123,8 +123,8 @@ MUTANTS = [
         "half of the scores stand there after a kill, and the old ones are gone", "test_faults.py -k judge",
     ),
     Mutant(
-        "delete: file by file", "ship/compose.py",
-        "    directory.rename(nameless)\n    remove_tree(nameless)\n", "    remove_tree(directory)\n",
+        "delete: file by file", "base/files.py",
+        "    path.rename(nameless)\n    remove_tree(nameless)\n", "    remove_tree(path)\n",
         "a part of an adapter stays behind, and cannot be deleted as one", "test_faults.py -k delete",
     ),
     Mutant(
@@ -139,7 +139,7 @@ MUTANTS = [
     ),
     Mutant(
         "train: a finished run has its report", "api.py",
-        "        if lacks_report(done.path):\n", "        if False:\n",
+        "        if lacks_report(run.path):\n", "        if False:\n",
         "a run that was killed at its very end never gets a report", "test_early.py -k report",
     ),
     Mutant(

@@ -162,6 +162,14 @@ def remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_whole(path: Path) -> None:
+    """Remove a file or directory of ours so that it is there whole or not at all: its name goes first, then what is in
+    it, which `sweep` finds where that was broken off."""
+    nameless = hidden_beside(path, ".old")
+    path.rename(nameless)
+    remove_tree(nameless)
+
+
 def _locked(path: Path) -> int | None:
     """An open handle that locks a file or directory until it is closed; None where there are no such locks.
 

@@ -13,7 +13,7 @@ from whet.adapters.loaded import Adapters, How, base_of, check_adapter
 from whet.base.console import say
 from whet.base.content import digest_of, files_in
 from whet.base.errors import UserError
-from whet.base.files import hidden_beside, read_json, remove_tree, sweep
+from whet.base.files import read_json, remove_whole, sweep
 from whet.base.outputs import output_directory, output_path
 from whet.data.template.goldens import OTHER_TEMPLATES
 from whet.engine.load.identity import SEAL, base_identity, check_base, check_sealed
@@ -107,9 +107,7 @@ def delete_on_disk(target: str | Path) -> Path:
             "other files lie beside the adapter, so it is left alone", file=str(directory),
             found=", ".join(others[:5]), fix="remove the folder by hand",
         )  # fmt: skip
-    nameless = hidden_beside(directory.absolute(), ".old")
-    directory.rename(nameless)
-    remove_tree(nameless)
+    remove_whole(directory.absolute())
     return directory
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from whet.base.content import difference, files_in
 from whet.base.errors import UserError
-from whet.base.files import read_json, remove_tree, whole_directory, write_json
+from whet.base.files import read_json, remove_whole, whole_directory, write_json
 from whet.base.seed import random_state, restore_random_state
 from whet.methods.layers.state import load_trained_state, trained_state
 from whet.training.optim import Optimiser
@@ -109,7 +109,7 @@ def prune(directory: Path, saved: int, keep: int, protected: Sequence[int]) -> N
     found = sorted(ours, key=_step_of, reverse=True)
     for path in found[keep:]:
         if _step_of(path) not in protected:
-            remove_tree(path)
+            remove_whole(path)
 
 
 def trainable(model: torch.nn.Module, optimiser: Optimiser | None = None) -> dict[str, torch.Tensor]:

@@ -30,8 +30,7 @@ class Checkpoints:
         """Write a checkpoint and remove those that are not kept."""
         state.next_batch = self._next_batch(state)
         checkpoint.save(self.run.checkpoints, state.step, self.model, self.optimiser, dict(vars(state)), self.identity)
-        best = [state.best_step] if state.best_step is not None else []
-        checkpoint.prune(self.run.checkpoints, state.step, self.settings.save_total_limit, best)
+        self._prune(state)
 
     def resume(self) -> State | None:
         """Restore the newest valid checkpoint; None where there is none. Raises UserError where other rows come next
@@ -52,12 +51,17 @@ class Checkpoints:
                 "the next batch is not the one that the checkpoint was about to train on", file=str(path),
                 fix="the rows or their order changed; start a new run with another output_dir",
             )  # fmt: skip
+        self._prune(state)  # a process that was killed in between could not
         say(f"continuing {self.run.path} after step {state.step} of {self.settings.max_steps}")
         if goes_on:
             say("the run was finished; its learning rate goes on as the schedule of "
                 f"{self.settings.max_steps} steps has it, so the result is not that of one run of this length",
                 style="yellow")  # fmt: skip
         return state
+
+    def _prune(self, state: State) -> None:
+        best = [state.best_step] if state.best_step is not None else []
+        checkpoint.prune(self.run.checkpoints, state.step, self.settings.save_total_limit, best)
 
     def damage(self, step: int) -> str | None:
         """Why the checkpoint of a step cannot be trusted, or None."""
