@@ -75,7 +75,7 @@ def train_parsed(parsed: Parsed, callbacks: Sequence[Callback] = ()) -> Run:
 
 
 def already_trained(parsed: Parsed) -> Run | None:
-    """The run of a recipe if it is finished, which is said, or None; a report that it lacks is written. Light to import.
+    """The run of a recipe if it is finished, which is said, or None; a report that it lacks is written. Imports little.
 
     Raises UserError where a model or a file that the recipe names is not there.
     """
