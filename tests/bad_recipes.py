@@ -165,7 +165,7 @@ PAIRS = [
           "field train.gradient_checkpointing", "recomputed layers"),
     given("tiles_of_nothing", "train.tile_mlp=64 train.gradient_checkpointing=false",
           "field train.gradient_checkpointing", "recomputed layers"),
-    given("8bit_on_cpu", "train.optim=adamw_8bit", "field train.optim", "adamw_8bit on cpu", "train.optim=adamw"),
+    given("no_such_optimiser", "train.optim=adamw_4bit", "field train.optim", "adamw_4bit", "adamw_8bit"),
     given("split_chats", "data.over_length=split", "field data.over_length", "cannot be split", "over_length=drop"),
     given("answers_of_text", "data.dataset=text.jsonl data.loss_on=assistant", "field data.loss_on", "raw text"),
     given("prompt_of_text", "data.dataset=text.jsonl data.over_length=truncate_prompt", "field data.over_length",

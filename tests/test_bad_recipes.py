@@ -76,7 +76,7 @@ def test_the_harness_sees_a_model_being_loaded_and_a_run_directory(place: Path) 
     assert (place / "runs" / "bad" / "recipe.yaml").is_file()
 
 
-@pytest.mark.parametrize("name", ["misspelt_setting", "8bit_on_cpu", "bad_row", "duplicate_key"])
+@pytest.mark.parametrize("name", ["misspelt_setting", "no_such_optimiser", "bad_row", "duplicate_key"])
 def test_json_says_the_same_on_stdout(name: str, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bad = next(bad for bad in BAD_RECIPES if bad.name == name)
     assert train(bad, place, "--json") == (2, set())

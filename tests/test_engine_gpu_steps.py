@@ -17,6 +17,7 @@ from whet.data.batch.text_batches import TextBatches
 from whet.engine.compute.attention import fastest_attention
 from whet.engine.compute.compile import compile_layers
 from whet.engine.compute.head import find_head
+from whet.engine.memory.checkpointing import checkpoint_layers
 from whet.methods.layers.fuse import fuse
 from whet.settings import Train
 from whet.training import checkpoint
@@ -40,17 +41,23 @@ class Made:
     """A small model in bf16 with the optimiser that runs have; epsilon is large, so that noise stays as small as it is
     (with 1e-8 the sign of a gradient near 0 decides about a whole step)."""
 
-    def __init__(self, *, captured: bool, compiled: bool = False) -> None:
+    def __init__(
+        self, *, captured: bool, compiled: bool = False, optim: Any = "adamw", dropout: float = 0.0, again: bool = False,
+        rank: int = 8,
+    ) -> None:  # fmt: skip
         net = nets.network("Llama", dtype=torch.bfloat16, device="cuda", **SIZES)
         with torch.no_grad():
             net.get_input_embeddings().weight[POISON] = float("nan")
-        self.model = nets.adapted(net)
+        self.model = nets.adapted(net, r=rank, lora_dropout=dropout).train()
         self.fused = fuse(self.model, compute=torch.bfloat16)
-        objective = TextObjective(Arithmetic(CUDA, torch.bfloat16), self.fused.refresh, find_head(net))
+        objective = TextObjective(
+            Arithmetic(CUDA, torch.bfloat16), self.fused.refresh, find_head(net), draws=self.fused.draws
+        )
         assert objective.head is not None
+        checkpoint_layers(net, None if again else ())
         if compiled:
             compile_layers(net)
-        train = Train(adam_epsilon=0.01, learning_rate=0.02)
+        train = Train(adam_epsilon=0.01, learning_rate=0.02, optim=optim)
         self.optimiser = build_optimiser(train, nets.trained(self.model), captured=captured)
         self.steps = (GraphSteps if captured else Steps)(self.model, self.optimiser, objective, 1.0)
 
@@ -120,6 +127,26 @@ def test_captured_steps_are_the_same_steps(accumulate: int, compiled: bool, alik
         weights = captured.weights(), plain.weights()
         assert_alike(found, expected, start, weights, bound=0.1 if compiled else 0.05)
         assert ("update" in captured.steps.graphs) == (accumulate > 1)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize(("dropout", "again"), [(0.0, True), (0.3, False), (0.3, True)])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_everyday_recipe_is_captured(optim: str, dropout: float, again: bool, accumulate: int) -> None:
+    """8-bit moments, dropout and layers that run again give the losses of steps one by one that keep everything."""
+    _, batches = rows_and_batches(8 * accumulate, accumulate=accumulate, alike=True)
+    steps = range(batches.steps_per_epoch)
+    with fastest_attention(CUDA), side_stream(CUDA):
+        given: dict[str, Any] = {"optim": optim, "dropout": dropout, "rank": 32}
+        plain, captured = Made(captured=False, **given), Made(captured=True, again=again, **given)
+        start = plain.weights()
+        expected, none = plain.run(batches, steps)
+        found, replayed = captured.run(batches, steps)
+        assert (none, replayed) == (0, len(steps) - WARM_STEPS)
+        assert_alike(found, expected, start, (captured.weights(), plain.weights()))
+        if dropout:
+            other, _ = Made(captured=True, optim=optim, rank=32).run(batches, steps)
+            assert max(abs(one[0] - two[0]) for one, two in zip(found, other, strict=True)) > 0.001, "nothing is dropped"
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -79,7 +79,6 @@ CASES: dict[str, tuple[Asked, Asked]] = {
     "another_optimiser_on_the_host": (
         trains(GPU, offload_optimizer=True, optim="adamw_8bit"), trains(GPU, offload_optimizer=True)
     ),
-    "8bit_without_cuda": (trains(CPU, optim="paged_adamw_8bit"), trains(GPU, optim="paged_adamw_8bit")),
     "captured_penalty": (trains(replace(GPU, method=DIFF), cuda_graphs=True), trains(GPU, cuda_graphs=True)),
     "captured_tokens": (
         trains(replace(GPU, model=Model(path="m", new_tokens=("<a>",))), cuda_graphs=True),

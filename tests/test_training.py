@@ -25,6 +25,7 @@ from whet.recipe import Parsed
 from whet.runs import Run
 from whet.settings import Train
 from whet.training import checkpoint
+from whet.training import loop as loop_module
 from whet.training.loop import Loop
 from whet.training.optim import build_optimiser
 from whet.training.run import train
@@ -111,7 +112,7 @@ def test_every_optimiser_learns(optim: str, recipe: Make) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"train__optim": "adamw_8bit"}, {"train__optim": "sgd", "train__adam_beta1": 0.8},
+    [{"train__optim": "sgd", "train__adam_beta1": 0.8},
      {"train__lr_scheduler_type": "linear", "train__decay_ratio": 0.3}],
     ids=lambda changes: ",".join(map(str, changes.values())),
 )  # fmt: skip
@@ -261,17 +262,16 @@ def test_early_stopping_waits_as_long_as_it_was_told(recipe: Make) -> None:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_the_best_weights_are_kept_if_wanted(keep: bool, recipe: Make) -> None:
+def test_the_best_weights_are_kept_if_wanted(keep: bool, recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import load_file
 
-    settings = EAGER | {
-        "train__max_steps": 8, "train__load_best_model_at_end": keep, "train__save_total_limit": 1,
-        "train__learning_rate": 0.6,
-    }  # fmt: skip
+    # a few steps down, then up: where a large rate overshoots depends on the processor
+    monkeypatch.setattr(loop_module, "learning_rate", lambda step, total, **_: 0.02 if step < 4 else -0.05)
+    settings = EAGER | {"train__max_steps": 8, "train__load_best_model_at_end": keep, "train__save_total_limit": 1}
     run = train(recipe(**settings))
     losses = evaluations(run)
     best = losses.index(min(losses)) + 1
-    assert best < 8, "the planted rate does not overshoot"
+    assert 1 < best < 8, losses
     assert run.finished is not None
     assert run.finished["kept_step"] == (best if keep else 8)
     assert run.finished["best_eval_loss"] == min(losses)

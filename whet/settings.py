@@ -51,7 +51,9 @@ class Train:
         None, "warmup_stable_decay only: share of the steps in which it falls at the end; auto = 0.2."
     )
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = setting(
-        "adamw", "Optimiser; the 8-bit ones need bitsandbytes and a CUDA GPU."
+        "adamw",
+        "Optimiser; the 8-bit ones keep a byte for each moment of AdamW; the paged one lets them move to host memory, "
+        "with bitsandbytes, where nothing else fits.",
     )
     weight_decay: Annotated[float, Ge(0)] = setting(0.0, "Decoupled weight decay on matrices.")
     adam_beta1: Decay | None = setting(None, "Adam's first decay rate; auto = 0.9.")

@@ -149,8 +149,11 @@ def _measure(plan: Any, total: int, load: Load) -> dict[str, Any]:
 
     train, device = plan.recipe.train, plan.facts.placement.device
     arranged, loaded, began = _arranged(plan)
-    optimiser = build_optimiser(train, arranged.trained, captured=arranged.layout.cuda_graphs, masters=arranged.masters)
-    kind = GraphSteps if arranged.layout.cuda_graphs else Steps
+    layout = arranged.layout
+    optimiser = build_optimiser(
+        train, arranged.trained, captured=layout.cuda_graphs, paged=layout.page_optimizer, masters=arranged.masters
+    )
+    kind = GraphSteps if layout.cuda_graphs else Steps
     runner = kind(arranged.model, optimiser, arranged.objective, train.max_grad_norm)
     seconds, losses, tokens, first = [], [], [], None
     with arranged.running(), Progress("measuring", total) as bar:

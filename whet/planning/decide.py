@@ -24,6 +24,7 @@ from whet.settings import Train
 MAX_FORMS, MAX_COMPILED_FORMS = 3, 2  # each form of a compiled layer costs its compilation
 SLACK_BYTES = 2 << 30
 LEAST_TOKENS = 4096  # a forward pass of fewer leaves a large model's products waiting
+CAPTURED = ("adamw", "adamw_8bit", "paged_adamw_8bit")  # optimisers whose update can be part of a CUDA graph
 TRANSPOSED_SHARE = 0.2  # fp8 bytes are kept in both orders where weights take less than this share of the free memory
 
 
@@ -72,9 +73,12 @@ def _keeps_transposed(facts: Facts, layout: Layout) -> bool:
 
 
 def _place_optimiser(train: Train, facts: Facts, layout: Layout) -> Layout:
-    """On the host where that is asked for, or where not even the leanest activations would fit beside it."""
+    """On the host where that is asked for, or where not even the leanest activations would fit beside it; paged moments
+    in pages there."""
     wanted = train.offload_optimizer
     room = _room(facts, layout)
+    if train.optim == "paged_adamw_8bit" and room is not None:
+        return replace(layout, page_optimizer=room < memory.passing(facts, _leanest(facts, layout)))
     if wanted is None and room is not None and train.optim == "adamw" and not (train.cuda_graphs or facts.padded_task):
         wanted = room < memory.passing(facts, _leanest(facts, layout))
     if not wanted:
@@ -148,10 +152,16 @@ def _keep_activations(train: Train, facts: Facts, layout: Layout, room: int | No
 
 
 def _captures(train: Train, facts: Facts, layout: Layout) -> bool:
-    """Whole steps as CUDA graphs: wherever they can be and are not turned off."""
-    on_host = facts.placement.offload_embedding or facts.placement.offload_head or layout.offload_optimizer
+    """Whole steps as CUDA graphs: wherever they can be and are not turned off.
+
+    Layers that run again may do so in a graph where they draw nothing from torch's generator, whose state is out of
+    reach there.
+    """
+    tables = facts.placement.offload_embedding or facts.placement.offload_head
+    on_host = tables or layout.offload_optimizer or layout.page_optimizer or layout.mode.offload
+    again = layout.mode.checkpointed_layers > 0 and facts.model.draws
     possible = (
-        facts.on_gpu and train.optim == "adamw" and bool(layout.cut.forms) and layout.mode == MemoryMode()
-        and not on_host
+        facts.on_gpu and train.optim in CAPTURED and bool(layout.cut.forms) and not layout.mode.tile_tokens
+        and not on_host and not again
     )  # fmt: skip
     return possible and train.cuda_graphs is not False

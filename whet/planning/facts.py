@@ -18,6 +18,7 @@ from whet.engine.device import PACKED, Hardware, Placement
 from whet.engine.memory.kept import Kept
 from whet.engine.weights.linear import frozen_names
 from whet.engine.weights.nf4 import BLOCK, NESTED_BLOCK
+from whet.methods.layers.lora_layer import LoraLinear
 from whet.planning.costs import LayerShape, layer_shape
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
@@ -32,7 +33,7 @@ class ModelFacts:
     head_bytes: input embedding and output head, as far as frozen; head_numbers: weights of the head; tied: they are one
     tensor. short_numbers: weights of linear layers of a model that is trained whole, which autocast casts to bf16
     anyway; else 0. has_peft: PEFT wraps the model. vocabulary: rows of the input embedding, 0 where it has no
-    such table.
+    such table. draws: something drops numbers by torch's generator.
     """
 
     shape: LayerShape
@@ -48,6 +49,7 @@ class ModelFacts:
     short_numbers: int = 0
     has_peft: bool = False
     vocabulary: int = 0
+    draws: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,20 @@ def count_model(model: Any, network: Any, placement: Placement) -> ModelFacts:
         short_numbers=sum(p.numel() for p in linears.values()) if whole else 0,
         has_peft=hasattr(model, "peft_config"),
         vocabulary=table.shape[0] if isinstance(network.get_input_embeddings(), nn.Embedding) else 0,
+        draws=_draws(model, network),
     )
+
+
+def _draws(model: nn.Module, network: Any) -> bool:
+    """Whether some module drops numbers by torch's generator: all but plain LoRA, which is grouped and has its own."""
+    config = network.config.get_text_config()
+    shares = [getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop", "attn_dropout")]
+    grouped = {
+        dropout for layer in model.modules() if isinstance(layer, LoraLinear) and layer.trains_lora_alone()
+        for dropout in layer.lora_dropout.values()
+    }  # fmt: skip
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module not in grouped]
+    return any(module.p > 0 for module in dropouts) or any(type(share) is float and share > 0 for share in shares)
 
 
 def _packed_bytes(weight: Any, placement: Placement) -> int:

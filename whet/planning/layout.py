@@ -21,8 +21,9 @@ class Layout:
     filled up to. tokens: of the largest forward pass. group_lora: LoRA layers that read one input are one product.
     keep_transposed: fp8 bytes in both orders. mode: how activations are kept; lean: compiled layers keep less.
     compile_layers, cuda_graphs: decoder layers are compiled, whole steps captured. offload_optimizer: moments,
-    gradients and exact weights in host memory; short_weights: the device keeps linear layers in bf16 then. memory:
-    predicted bytes on the device by class; host_bytes: in host memory.
+    gradients and exact weights in host memory; short_weights: the device keeps linear layers in bf16 then.
+    page_optimizer: moments of 8 bits may move to host memory. memory: predicted bytes on the device by class;
+    host_bytes: in host memory.
     """
 
     flat: bool
@@ -38,6 +39,7 @@ class Layout:
     cuda_graphs: bool = False
     offload_optimizer: bool = False
     short_weights: bool = False
+    page_optimizer: bool = False
     memory: dict[str, int] = field(default_factory=dict)
     host_bytes: int = 0
 

@@ -15,7 +15,7 @@ from whet.planning.layout import Layout
 
 # What a layer that cannot be counted keeps, as a multiple of the least: uncompiled, compiled, compiled lean.
 EAGER_KEEPS, COMPILED_KEEPS, LEAN_KEEPS = 2.6, 1.6, 1.15
-OPTIMISER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0.1, "sgd": 4}
+OPTIMISER_BYTES = {"adamw": 8, "adamw_8bit": 2.04, "paged_adamw_8bit": 2.04, "adafactor": 0.1, "sgd": 4}
 COPY_SHARE = 2  # LoRA's copies in the arithmetic's type: B is block-diagonal there, so wider than B itself
 
 
@@ -50,7 +50,7 @@ def weights_and_optimiser(facts: Facts, layout: Layout) -> dict[str, int]:
         gradients, optimiser = 8 * model.largest_trained, 0  # one gradient is made while another one is on its way
     else:
         trained, gradients = 4 * model.trainable, 4 * model.trainable
-        optimiser = int(OPTIMISER_BYTES[layout.optim] * model.trainable)
+        optimiser = 0 if layout.page_optimizer else int(OPTIMISER_BYTES[layout.optim] * model.trainable)
     return {
         "frozen weights": frozen, "trained weights": trained + copies, "gradients": gradients, "optimiser": optimiser,
     }  # fmt: skip

@@ -55,11 +55,6 @@ def follows_updates(method: Method) -> bool:
     return type(method).begin is not Method.begin
 
 
-def _asks_for_memory(train: Train) -> bool:
-    """Whether a memory mode is asked for: layers that run again, or in tiles."""
-    return bool(train.gradient_checkpointing or train.activation_offload or train.tile_mlp)
-
-
 def _trains_tokens(asked: Asked) -> bool:
     """Whether PEFT trains single rows of the embedding."""
     return bool(asked.model.new_tokens or getattr(asked.method, "trainable_token_indices", None))
@@ -178,12 +173,6 @@ OPTIMISER = (
         problem="{train.optim} has no form on the host", found="true with {train.optim}", expected="adamw",
         fix="train.optim=adamw, or train.offload_optimizer=auto",
     ),
-    Rule(
-        name="8bit_without_cuda", field="train.optim", needs=("device",),
-        broken=lambda asked: asked.train.optim.endswith("8bit") and asked.device != "cuda",
-        problem="8-bit optimisers run on CUDA only", found="{train.optim} on {device}",
-        expected="adamw, adafactor or sgd", fix="train.optim=adamw",
-    ),
 )  # fmt: skip
 
 LAYOUT = (
@@ -207,9 +196,9 @@ LAYOUT = (
     ),
     Rule(
         name="captured_optimiser", field="train.optim",
-        broken=lambda asked: asked.train.cuda_graphs and asked.train.optim != "adamw",
-        problem="only adamw can be captured in a CUDA graph", found="{train.optim}",
-        expected="adamw, or train.cuda_graphs auto", fix="train.optim=adamw",
+        broken=lambda asked: asked.train.cuda_graphs and asked.train.optim in ("adafactor", "sgd"),
+        problem="{train.optim} cannot be captured in a CUDA graph", found="{train.optim}",
+        expected="adamw, adamw_8bit or paged_adamw_8bit, or train.cuda_graphs auto", fix="train.optim=adamw",
     ),
     Rule(
         name="captured_host_optimiser", field="train.cuda_graphs",
@@ -218,8 +207,8 @@ LAYOUT = (
     ),
     Rule(
         name="captured_memory_mode", field="train.cuda_graphs",
-        broken=lambda asked: asked.train.cuda_graphs and _asks_for_memory(asked.train),
-        problem="steps that run layers again or in tiles cannot be captured", expected="auto or false",
+        broken=lambda asked: asked.train.cuda_graphs and (asked.train.activation_offload or asked.train.tile_mlp),
+        problem="steps with inputs on the host or MLPs in tiles cannot be captured", expected="auto or false",
         fix="train.cuda_graphs=auto",
     ),
     *(
@@ -386,7 +375,8 @@ LOADED = (
         name="layout_that_cannot_be_captured", field="train.cuda_graphs", needs=("can_capture",),
         broken=lambda asked: asked.train.cuda_graphs and not asked.can_capture,
         problem="this run's steps cannot be captured",
-        expected="padding-free rows, optim adamw, no recomputed layers", fix="train.cuda_graphs=auto",
+        expected="padding-free rows, nothing on the host, no layers run again that draw random numbers",
+        fix="train.cuda_graphs=auto",
     ),
 )  # fmt: skip
 

@@ -18,7 +18,6 @@ from whet.base.private import compile_errors
 from whet.engine.compute.attention import fastest_attention
 from whet.engine.compute.compile import compile_layers, forget_compilation, lean_activations
 from whet.engine.compute.head import Head
-from whet.engine.device import Placement
 from whet.engine.memory.checkpointing import checkpoint_layers
 from whet.engine.memory.host_tables import offload_embedding
 from whet.engine.memory.tiles import tile_mlp
@@ -101,9 +100,9 @@ def apply(plan: Plan, loaded: Loaded, objective: Objective) -> Arranged:
     layout, placement, network, model = plan.layout, plan.facts.placement, loaded.network, loaded.model
     if layout.padded_task:
         _train_in_fp32(model)
-    groups = _grouped(layout, placement, loaded, objective)
+    groups = _grouped(plan, loaded, objective)
     if groups is not None:
-        objective = replace(objective, refresh=groups.refresh)
+        objective = replace(objective, refresh=groups.refresh, draws=groups.draws)
     if isinstance(objective, TextObjective):
         objective = replace(objective, head=_placed_head(objective.head, plan, network))
     if placement.offload_embedding:
@@ -125,13 +124,14 @@ def _train_in_fp32(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _grouped(layout: Layout, placement: Placement, loaded: Loaded, objective: Objective) -> Groups | None:
+def _grouped(plan: Plan, loaded: Loaded, objective: Objective) -> Groups | None:
     """The LoRA layers in groups that read one input, or None where there are none."""
+    placement, layout = plan.facts.placement, plan.layout
     if not layout.group_lora:
         return None
     groups = fuse(
         loaded.model, compute=placement.compute, fp8=placement.fp8, keep_transposed=layout.keep_transposed,
-        run=lambda: objective.run_once(loaded.model),
+        run=lambda: objective.run_once(loaded.model), seed=plan.recipe.train.seed,
     )  # fmt: skip
     return groups if len(groups) else None
 

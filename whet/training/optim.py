@@ -1,4 +1,4 @@
-"""Optimisers: torch's, on the device or on the host, and bitsandbytes' 8-bit ones on a CUDA GPU.
+"""Optimisers: torch's, on the device or on the host, and those with moments of 8 bits.
 
 A parameter may learn at a multiple of the learning rate (`methods.layers.rates`, for LoRA+): it stands in a
 group of its own, whose rate is that multiple of the schedule's.
@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import torch
 
 from whet.base.extras import require
+from whet.engine.memory.adam_8bit import AdamW8bit
 from whet.engine.memory.host_adam import HostAdamW
 from whet.methods.layers.rates import rate_ratio
 from whet.settings import Train
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
 
 
 class Optimiser(Protocol):
@@ -72,16 +74,18 @@ def _on_device(kind: type) -> Any:
 
 def build_optimiser(
     train: Train, parameters: Sequence[torch.nn.Parameter], *, captured: bool = False,
-    masters: Mapping[torch.nn.Parameter, torch.Tensor] | None = None,
+    paged: bool = False, masters: Mapping[torch.nn.Parameter, torch.Tensor] | None = None,
 ) -> Optimiser:  # fmt: skip
     """The optimiser over trainable parameters; weight decay on matrices only, not on biases or norms.
 
-    captured: the update will be part of a CUDA graph, so each rate is a tensor on the device. masters: not None for
-    AdamW on the host, then the float32 weights that are there already (`engine.memory.host_adam`).
+    captured: the update will be part of a CUDA graph, so each rate is a tensor on the device. paged: moments of 8 bits
+    lie in memory that moves between GPU and host (bitsandbytes). masters: not None for AdamW on the host, then the
+    float32 weights that are there already (`engine.memory.host_adam`).
     """
     rate = train.learning_rate
     assert rate is not None, "decided before"
-    groups = _parameter_groups(parameters, rate, train.weight_decay, captured=captured)
+    on_device = captured or (train.optim in EIGHT_BIT and not paged)
+    groups = _parameter_groups(parameters, rate, train.weight_decay, on_device=on_device)
     if train.optim == "sgd":
         return _on_device(torch.optim.SGD)(groups, lr=rate, momentum=0.9)
     if train.optim == "adafactor":
@@ -95,13 +99,14 @@ def build_optimiser(
         return _on_device(torch.optim.AdamW)(
             groups, lr=groups[0]["lr"], betas=(beta1, beta2), eps=epsilon, fused=True, capturable=captured
         )
+    if not paged:
+        return _on_device(AdamW8bit)(groups, lr=groups[0]["lr"], betas=(beta1, beta2), eps=epsilon)
     optim = require("bitsandbytes.optim", f"train.optim: {train.optim}")
-    kind = optim.AdamW8bit if train.optim == "adamw_8bit" else optim.PagedAdamW8bit
-    return _on_device(kind)(groups, lr=rate, betas=(beta1, beta2), eps=epsilon)
+    return _on_device(optim.PagedAdamW8bit)(groups, lr=rate, betas=(beta1, beta2), eps=epsilon)
 
 
 def _parameter_groups(
-    parameters: Sequence[torch.nn.Parameter], rate: float, decay: float, *, captured: bool
+    parameters: Sequence[torch.nn.Parameter], rate: float, decay: float, *, on_device: bool
 ) -> list[dict[str, Any]]:
     """Parameters of one weight decay and one rate together: matrices first, then what has one dimension."""
     groups = []
@@ -109,7 +114,7 @@ def _parameter_groups(
     for members, its_decay in ((matrices, decay), (vectors, 0.0)):
         for ratio in dict.fromkeys(map(rate_ratio, members)):
             chosen = [parameter for parameter in members if rate_ratio(parameter) == ratio]
-            its_rate: Any = torch.tensor(rate * ratio, device=chosen[0].device) if captured else rate * ratio
+            its_rate: Any = torch.tensor(rate * ratio, device=chosen[0].device) if on_device else rate * ratio
             groups.append({"params": chosen, "weight_decay": its_decay, "lr": its_rate, "rate_ratio": ratio})
     return groups
 

@@ -69,7 +69,10 @@ def make_loop(ready: Ready, arranged: Arranged, observers: Sequence[Observer]) -
     """The loop over a model that is laid out."""
     recipe = ready.recipe
     train, method = recipe.train, recipe.method
-    optimiser = build_optimiser(train, arranged.trained, captured=arranged.layout.cuda_graphs, masters=arranged.masters)
+    layout = arranged.layout
+    optimiser = build_optimiser(
+        train, arranged.trained, captured=layout.cuda_graphs, paged=layout.page_optimizer, masters=arranged.masters
+    )
     launcher = Launcher(
         arranged, optimiser, ready.run, total=train.max_steps or 0, max_grad_norm=train.max_grad_norm,
         penalty=partial(method.penalty, arranged.model) if method.penalised else None, name_rows=ready.name_rows,

@@ -38,14 +38,14 @@ class Arithmetic:
 
 def fuse(
     model: nn.Module, *, compute: torch.dtype, fp8: bool = False, keep_transposed: bool = False,
-    run: Callable[[], object] | None = None,
+    run: Callable[[], object] | None = None, seed: int = 0,
 ) -> Groups:  # fmt: skip
     """Put every plain LoRA layer of `model` into a group, on this instance. Call it when the model is on its device and
     not sharded; what is trained is among `model.parameters()` afterwards, under other names and in other tensors.
 
     fp8: multiply quantised weights on FP8 tensor cores; keep_transposed: keep fp8 bytes in both orders (twice the
-    bytes, no turning round in each step). run: runs the model once; None: on 8 token ids. Raises UserError for a model
-    whose parameters are sharded.
+    bytes, no turning round in each step). run: runs the model once; None: on 8 token ids. seed: of dropout. Raises
+    UserError for a model whose parameters are sharded.
     """
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):  # a DTensor
         raise UserError(
@@ -54,7 +54,7 @@ def fuse(
         )  # fmt: skip
     arithmetic = Arithmetic(compute, fp8, keep_transposed)
     # names, not layers: each layer is let go when its group has taken its weights
-    return Groups([_replace(model, names, arithmetic) for names in _named(model, _sharing(model, run))])
+    return Groups([_replace(model, names, arithmetic) for names in _named(model, _sharing(model, run))], seed)
 
 
 def _named(model: nn.Module, groups: Sequence[Sequence[nn.Module]]) -> list[list[list[str]]]:

@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import linear
 
 from whet.base.private import copy_all
+from whet.engine.compute.dropout import Draws, keyed_dropout
 from whet.engine.weights.joined import joined_weight
 from whet.engine.weights.product import backward_product, forward_product
 from whet.engine.weights.stored import FrozenWeight
@@ -121,7 +122,8 @@ class LoraGroup(nn.Module):
 
     base: what `engine.weights.joined.join` made of their weights; bias [sum of N] in the arithmetic's type, or None; a
     [G r, K], b [sum of N, r]: float32, of one layer below those of the other. members: where the layers stand, from
-    the module that this one is a child of; adapter: PEFT's name of it; enabled: whether the update is added.
+    the module that this one is a child of; adapter: PEFT's name of it; enabled: whether the update is added. draws and
+    number: what the masks of its dropout depend on.
     """
 
     copy: Copy | None = None
@@ -138,6 +140,7 @@ class LoraGroup(nn.Module):
         self.shape, self.members, self.adapter = shape, members, adapter
         self.dropout, self.fp8, self.enabled = 0.0, False, True
         self.waiting = Waiting()
+        self.draws, self.number = Draws(a.device, 0), torch.zeros((), dtype=torch.int32, device=a.device)
 
     def output(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """The output [..., N] of layer `index` for x [..., K]: all are computed when the first is asked for."""
@@ -160,7 +163,8 @@ class LoraGroup(nn.Module):
         if not self.enabled:
             return linear(x, joined_weight(self.base).dense(x.dtype), self.bias)
         flat = x.reshape(-1, x.shape[-1])
-        low = dropout(flat, self.dropout) if self.dropout and self.training else None
+        drops = self.dropout and self.training
+        low = keyed_dropout(flat, self.dropout, self.draws, self.number) if drops else None
         weight = joined_weight(self.base)
         y = GroupProduct.apply(
             flat, low, self.a, self.b, *self._copies(), self.bias, shape.sizes, shape.scale, self.fp8, type(weight),
@@ -213,10 +217,14 @@ class Copies:
 
 
 class Groups:
-    """The groups of a model."""
+    """The groups of a model. draws: what all their dropout masks depend on, None where nothing is dropped."""
 
-    def __init__(self, groups: Sequence[LoraGroup]) -> None:
+    def __init__(self, groups: Sequence[LoraGroup], seed: int = 0) -> None:
         self._groups = list(groups)
+        self.draws = Draws(groups[0].a.device, seed) if any(group.dropout for group in groups) else None
+        for number, group in enumerate(groups if self.draws is not None else ()):
+            group.draws = self.draws
+            group.number.fill_(number)
         shapes: dict[Shape, list[LoraGroup]] = {}
         for group in groups:
             shapes.setdefault(group.shape, []).append(group)

@@ -30,13 +30,14 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from whet.data.batch.batches import Batch
+from whet.engine.compute.dropout import Draws
 from whet.engine.device import Placement
 
 PROBE_TOKENS = 8  # what `run_once` runs the model on
@@ -82,10 +83,12 @@ D = TypeVar("D", bound=DeviceBatch)
 
 @dataclass(frozen=True)
 class Objective(ABC, Generic[B, D]):
-    """Losses of batches of one kind. refresh: brings copies of weights up to date, e.g. those of LoRA groups."""
+    """Losses of batches of one kind. refresh: brings copies of weights up to date, e.g. those of LoRA groups; draws:
+    what masks of dropout depend on."""
 
     arithmetic: Arithmetic
     refresh: Callable[[], None] | None = None
+    draws: Draws | None = field(default=None, kw_only=True)
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +115,11 @@ class Objective(ABC, Generic[B, D]):
         """Prepare what the forward passes of a step, or of an evaluation, read."""
         if self.refresh is not None:
             self.refresh()
+
+    def place(self, step: int, before: int) -> None:
+        """Let the next forward pass belong to optimiser step `step`, behind `before` tokens of it."""
+        if self.draws is not None:
+            self.draws.place(step, before)
 
     def run_once(self, model: torch.nn.Module) -> None:
         """Run the model on a few token ids, for whoever watches its layers."""
