@@ -1,5 +1,5 @@
-"""Dropout keyed by step, token and place: how much it drops, that its masks have nothing to do with each other, and that
-a step has the same ones however it is cut or run again."""
+"""Dropout keyed by step, token and place: how much it drops, that its masks have nothing to do with each other, and
+that a step has the same ones however it is cut or run again."""
 
 from __future__ import annotations
 
