@@ -69,13 +69,25 @@ class LayerShape:
 
     @property
     def working_wide_bytes(self) -> int:
-        """Per token, in the layer that is being differentiated: the gradients of the wide values and their product."""
-        return (self.wide + self.intermediate) * self.itemsize
+        """Per token, in the layer that is being differentiated: the gradients of the wide values. That of their product
+        takes the place of the product, which the layer kept."""
+        return self.wide * self.itemsize
 
     @property
     def working_bytes(self) -> int:
         """Per token, in the layer that is being differentiated: the above and the gradients of its two ends."""
         return 2 * self.hidden * self.itemsize + self.working_wide_bytes
+
+    @property
+    def given_back_bytes(self) -> int:
+        """Per token: what the backward pass has let go of, beyond what it has made, when it comes to the products with
+        the MLP's first weights."""
+        return (self.intermediate + self.hidden) * self.itemsize
+
+    @property
+    def widest_weights(self) -> int:
+        """Numbers of the largest weight that is multiplied at once: the MLP's first, gate and up together."""
+        return self.wide * self.hidden
 
 
 def layer_shape(config: Any, itemsize: int = 2, network: Any = None) -> LayerShape:
@@ -117,6 +129,13 @@ def activation_bytes(shape: LayerShape, tokens: int, mode: MemoryMode, kept: Kep
         total += tile * (shape.wide_bytes + shape.working_wide_bytes)
         total -= tokens * (whole * shape.wide_bytes + shape.working_wide_bytes)
     return int(total)
+
+
+def unpacking_bytes(shape: LayerShape, tokens: int, mode: MemoryMode, weight_bytes: int) -> int:
+    """What the peak grows by where a weight of `weight_bytes` is unpacked for its product: that is at another moment than
+    the widest gradients, so with many tokens it is nothing."""
+    working = shape.working_bytes if not mode.tile_tokens else shape.working_bytes - shape.working_wide_bytes
+    return max(0, weight_bytes - tokens * (shape.given_back_bytes + working))
 
 
 def offloaded_bytes(shape: LayerShape, tokens: int, mode: MemoryMode) -> int:

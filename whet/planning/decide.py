@@ -37,6 +37,8 @@ def decide(train: Train, facts: Facts) -> Layout:
     layout = replace(layout, compile_layers=compiles(train, facts), keep_transposed=_keeps_transposed(facts, layout))
     layout = _place_optimiser(train, facts, layout)
     room = _room(facts, layout)
+    if asks_for_memory_mode(train):
+        layout = _asked_mode(train, facts, layout)
     layout = _cut(train, facts, layout, room)
     layout = _fill(facts, layout, room)
     layout = _keep_activations(train, facts, layout, room)
@@ -102,14 +104,22 @@ def _room(facts: Facts, layout: Layout) -> int | None:
 
 
 def _cut(train: Train, facts: Facts, layout: Layout, room: int | None) -> Layout:
-    """Forward passes as few and large as fit with all activations kept, where whet may decide."""
-    if train.fit_micro_batches is False or not facts.flat or room is None or asks_for_memory_mode(train):
+    """Forward passes as few and large as fit with all activations kept, where whet may decide.
+
+    Who asks for layers that run again wants little memory: their passes are joined up to LEAST_TOKENS alone. Who asks
+    for more than that gets the passes that were asked for.
+    """
+    if train.fit_micro_batches is False or not facts.flat or room is None or layout.mode.offload:
         return layout
-    work = facts.work
+    if layout.mode.tile_tokens:
+        return layout
+    work, most = facts.work, None
+    if layout.mode.checkpointed_layers:
+        most = max(layout.tokens, LEAST_TOKENS)
 
     def fits(batches: TextBatches) -> bool:
         candidate = replace(layout, tokens=batches.largest_tokens(work.steps))
-        return memory.passing(facts, candidate) <= room
+        return memory.passing(facts, candidate) <= room and (most is None or candidate.tokens <= most)
 
     assert isinstance(work.batches, TextBatches), "only text is flat"
     return _with_batches(layout, work.batches.fewest(fits, work.steps, least_tokens=LEAST_TOKENS), work.steps)
@@ -134,13 +144,19 @@ def _with_batches(layout: Layout, batches: Batches[Any], steps: int) -> Layout:
     return replace(layout, cut=batches.cut, tokens=batches.largest_tokens(steps))
 
 
+def _asked_mode(train: Train, facts: Facts, layout: Layout) -> Layout:
+    """The memory mode that the settings ask for."""
+    layers = facts.model.shape.layers
+    count = layers if facts.padded_task else layers - 1  # transformers' own switch knows no layer by itself
+    mode = MemoryMode(count, bool(train.activation_offload), train.tile_mlp or 0)
+    return replace(layout, mode=mode, lean=layout.compile_layers)
+
+
 def _keep_activations(train: Train, facts: Facts, layout: Layout, room: int | None) -> Layout:
-    """The memory mode that the settings ask for, and where they leave it open, the fastest that fits."""
+    """The memory mode that was asked for, and where the settings leave it open, the fastest that fits."""
     layers = facts.model.shape.layers
     if asks_for_memory_mode(train):
-        count = layers if facts.padded_task else layers - 1  # transformers' own switch knows no layer by itself
-        mode = MemoryMode(count, bool(train.activation_offload), train.tile_mlp or 0)
-        return replace(layout, mode=mode, lean=layout.compile_layers)
+        return layout
     if room is None or facts.padded_task or memory.passing(facts, layout) <= room:
         return layout
     layout = replace(layout, lean=layout.compile_layers)

@@ -8,7 +8,8 @@ the compiler keep beyond it, which is that of a Llama (docs/log.md).
 from __future__ import annotations
 
 from whet.engine.compute.head import CHUNK_LOGITS
-from whet.planning.costs import RING_BYTES, activation_bytes, offloaded_bytes, pinned_bytes
+from whet.engine.device import PACKED
+from whet.planning.costs import RING_BYTES, activation_bytes, offloaded_bytes, pinned_bytes, unpacking_bytes
 from whet.planning.counted import way_of
 from whet.planning.facts import Facts
 from whet.planning.layout import Layout
@@ -60,10 +61,19 @@ def activations(facts: Facts, layout: Layout) -> int:
     """Bytes of activations at the peak of the largest forward and backward pass."""
     shape, tokens = facts.model.shape, layout.tokens
     kept = facts.kept.get(way_of(compiled=layout.compile_layers, lean=layout.lean))
+    unpacked = unpacking_bytes(shape, tokens, layout.mode, rebuilt_bytes(facts, layout))
     if kept is not None:
-        return activation_bytes(shape, tokens, layout.mode, kept)
+        return activation_bytes(shape, tokens, layout.mode, kept) + unpacked
     factor = keeps(facts, compiled=layout.compile_layers, lean=layout.lean)
-    return int(factor * activation_bytes(shape, tokens, layout.mode))
+    return int(factor * activation_bytes(shape, tokens, layout.mode)) + unpacked
+
+
+def rebuilt_bytes(facts: Facts, layout: Layout) -> int:
+    """Bytes of the largest packed weight while it is multiplied: unpacked, or with its FP8 bytes turned round."""
+    placement, shape = facts.placement, facts.model.shape
+    if placement.storage not in PACKED or (placement.storage == "fp8" and placement.fp8 and layout.keep_transposed):
+        return 0
+    return shape.widest_weights * (1 if placement.fp8 else shape.itemsize)
 
 
 def logits(facts: Facts, layout: Layout) -> int:
