@@ -132,8 +132,8 @@ def activation_bytes(shape: LayerShape, tokens: int, mode: MemoryMode, kept: Kep
 
 
 def unpacking_bytes(shape: LayerShape, tokens: int, mode: MemoryMode, weight_bytes: int) -> int:
-    """What the peak grows by where a weight of `weight_bytes` is unpacked for its product: that is at another moment than
-    the widest gradients, so with many tokens it is nothing."""
+    """What the peak grows by where a weight of `weight_bytes` is unpacked for its product: at another moment than the
+    widest gradients, so with many tokens it is nothing."""
     working = shape.working_bytes if not mode.tile_tokens else shape.working_bytes - shape.working_wide_bytes
     return max(0, weight_bytes - tokens * (shape.given_back_bytes + working))
 
