@@ -20,7 +20,15 @@ from whet.methods.full import Full
 from whet.methods.lora import Lora
 from whet.planning import memory
 from whet.planning.costs import MemoryMode, activation_bytes
-from whet.planning.decide import LEAST_TOKENS, MAX_COMPILED_FORMS, MAX_FORMS, SLACK_BYTES, decide
+from whet.planning.decide import (
+    LEAST_TOKENS,
+    MAX_COMPILED_FORMS,
+    MAX_FORMS,
+    SLACK_BYTES,
+    decide,
+    free_needed,
+    slack_bytes,
+)
 from whet.planning.facts import Facts, Work, count_model, nf4_bytes
 from whet.planning.layout import Layout
 from whet.settings import Train
@@ -124,7 +132,7 @@ def test_activations_give_way_in_the_order_of_speed() -> None:
         except UserError:
             break
         seen.append(layout)
-        assert layout.offload_optimizer or layout.peak_bytes + SLACK_BYTES <= free * GIB + 4
+        assert layout.offload_optimizer or layout.peak_bytes + slack_bytes(int(free * GIB)) <= free * GIB + 4
     ranks = [
         (layout.offload_optimizer, layout.lean, layout.mode.checkpointed_layers, layout.mode.offload,
          layout.mode.tile_tokens) for layout in seen
@@ -305,3 +313,27 @@ def test_weights_that_are_unpacked_count_where_they_outweigh_the_gradients() -> 
     in_fp8 = replace(packed, placement=replace(packed.placement, storage="fp8", fp8=True))
     assert memory.rebuilt_bytes(in_fp8, layout) == weights // 2
     assert memory.rebuilt_bytes(in_fp8, replace(layout, keep_transposed=True)) == 0
+
+
+def test_gradients_come_while_activations_go_in_a_model_that_is_trained_whole() -> None:
+    """On an H200 the whole 3B with 8-bit moments and 4,096 tokens took 31.7 GiB where all at once would be 38."""
+    known = facts(gpu(300), method=Full(), base=Base(compute="bf16"), lengths=(2048,) * 2, cut=Cut(2, 1))
+    one, model = decide(Train(), known), known.model
+    together = one.memory["activations"] + one.memory["gradients"]
+    assert together < memory.activations(known, one) + 4 * model.trainable
+    assert one.memory["gradients"] in (4 * model.head_numbers, 4 * model.trainable)
+    several = memory.of_passes(known, replace(one, cut=Cut(1, 2)))
+    assert several["gradients"] == 4 * model.trainable, "those of the first pass wait while the second one runs"
+    many = memory.of_passes(known, replace(one, tokens=200_000))
+    assert many["gradients"] == 4 * model.head_numbers
+    few = memory.of_passes(known, replace(one, tokens=64))
+    assert (few["gradients"], few["logits"]) == (4 * model.trainable, 0)
+
+
+def test_what_is_left_free_is_a_share_of_a_small_card() -> None:
+    assert slack_bytes(8 * GIB) == GIB
+    assert slack_bytes(24 * GIB) == slack_bytes(80 * GIB) == SLACK_BYTES
+    for peak in (GIB, 7 * GIB, 13 * GIB, 14 * GIB, 40 * GIB):
+        needed_bytes = free_needed(peak)
+        assert peak + slack_bytes(needed_bytes) <= needed_bytes
+        assert peak + slack_bytes(needed_bytes - 64) > needed_bytes - 64

@@ -43,7 +43,7 @@ def test_lengths_are_packed_and_only_real_tokens_count(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("more", "said"),
     [(["--lengths", "/nowhere.json"], "cannot be read"), (["base.storage=bf16", "base.compute=fp32"], "bf16"),
-     (["base.fp8_head=true"], "fp8 compute"), (["train.optim=adamw_8bit"], "CUDA"),
+     (["base.fp8_head=true"], "fp8 compute"),
      (["train.tile_mlp=8", "train.gradient_checkpointing=false"], "recomputed layers"),
      (["train.tile_pml=8"], "write train.tile_mlp"), (["train.max_steps=8"], "--steps says it"),
      (["data.dataset=rows.jsonl"], "does not use this setting"), (["train.seed=1"], "does not use this setting"),

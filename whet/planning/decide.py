@@ -22,7 +22,7 @@ from whet.planning.layout import Layout
 from whet.settings import Train
 
 MAX_FORMS, MAX_COMPILED_FORMS = 3, 2  # each form of a compiled layer costs its compilation
-SLACK_BYTES = 2 << 30
+SLACK_BYTES, SLACK_SHARE = 2 << 30, 1 / 8
 LEAST_TOKENS = 4096  # a forward pass of fewer leaves a large model's products waiting
 CAPTURED = ("adamw", "adamw_8bit", "paged_adamw_8bit")  # optimisers whose update can be part of a CUDA graph
 TRANSPOSED_SHARE = 0.2  # fp8 bytes are kept in both orders where weights take less than this share of the free memory
@@ -96,11 +96,22 @@ def _leanest(facts: Facts, layout: Layout) -> Layout:
 
 
 def _room(facts: Facts, layout: Layout) -> int | None:
-    """Bytes for activations and logits: free memory less weights, gradients, moments and slack; None: no bound."""
-    if facts.hardware.free_bytes is None:
+    """Bytes for a forward and backward pass: free memory less weights, moments and slack; None: no bound."""
+    free = facts.hardware.free_bytes
+    if free is None:
         return None
     taken = sum(memory.weights_and_optimiser(facts, layout).values())
-    return facts.hardware.free_bytes - taken - SLACK_BYTES
+    return free - taken - slack_bytes(free)
+
+
+def slack_bytes(free: int) -> int:
+    """What is left free: torch keeps blocks of freed memory that do not fit the next request."""
+    return min(SLACK_BYTES, int(SLACK_SHARE * free))
+
+
+def free_needed(peak: int) -> int:
+    """The least free memory in which a peak of so many bytes fits with its slack."""
+    return peak + min(SLACK_BYTES, int(SLACK_SHARE / (1 - SLACK_SHARE) * peak) + 8)
 
 
 def _cut(train: Train, facts: Facts, layout: Layout, room: int | None) -> Layout:

@@ -32,12 +32,11 @@ def keeps(facts: Facts, *, compiled: bool, lean: bool) -> float:
 
 def classes(facts: Facts, layout: Layout) -> dict[str, int]:
     """Bytes on the device at the peak, by class."""
-    passes = {"activations": activations(facts, layout), "logits": logits(facts, layout)}
-    return weights_and_optimiser(facts, layout) | passes
+    return weights_and_optimiser(facts, layout) | of_passes(facts, layout)
 
 
 def weights_and_optimiser(facts: Facts, layout: Layout) -> dict[str, int]:
-    """Bytes by class of everything but activations and logits."""
+    """Bytes by class of what stays between two steps."""
     model, placement = facts.model, facts.placement
     frozen = model.frozen_bytes + (model.fp8_bytes if layout.keep_transposed else 0)
     if placement.fp8_head:
@@ -48,13 +47,31 @@ def weights_and_optimiser(facts: Facts, layout: Layout) -> dict[str, int]:
     copies = COPY_SHARE * itemsize * model.trainable if model.has_peft and itemsize < 4 else 0
     if layout.offload_optimizer:
         trained = 4 * model.trainable - (2 * model.short_numbers if layout.short_weights else 0)
-        gradients, optimiser = 8 * model.largest_trained, 0  # one gradient is made while another one is on its way
+        optimiser = 0
     else:
-        trained, gradients = 4 * model.trainable, 4 * model.trainable
+        trained = 4 * model.trainable
         optimiser = 0 if layout.page_optimizer else int(OPTIMISER_BYTES[layout.optim] * model.trainable)
-    return {
-        "frozen weights": frozen, "trained weights": trained + copies, "gradients": gradients, "optimiser": optimiser,
-    }  # fmt: skip
+    return {"frozen weights": frozen, "trained weights": trained + copies, "optimiser": optimiser}
+
+
+def of_passes(facts: Facts, layout: Layout) -> dict[str, int]:
+    """Bytes by class of what a forward and a backward pass add at their peak.
+
+    Where a model is trained whole and a step is one pass, gradients come while activations go: the peak is at the
+    beginning of the backward pass, with the gradient of the output head alone, or at its end, with all of them.
+    """
+    model, kept = facts.model, activations(facts, layout)
+    start = {"gradients": 4 * model.trainable, "activations": kept, "logits": logits(facts, layout)}
+    if layout.offload_optimizer:  # one gradient is made while another one is on its way
+        return start | {"gradients": 8 * model.largest_trained}
+    whole = model.short_numbers > 0 and not facts.padded_task
+    if not whole or layout.cut.accumulate > 1:
+        return start
+    head = 4 * model.head_numbers
+    start["gradients"] = head
+    working = layout.tokens * model.shape.working_bytes + kept // model.shape.layers
+    end = {"gradients": 4 * model.trainable + (head if model.tied else 0), "activations": working, "logits": 0}
+    return max(start, end, key=lambda classes: sum(classes.values()))
 
 
 def activations(facts: Facts, layout: Layout) -> int:
@@ -85,14 +102,16 @@ def logits(facts: Facts, layout: Layout) -> int:
     chunk = CHUNK_LOGITS.get(kind, CHUNK_LOGITS["cpu"])
     each = 3 if kind == "cuda" else 4 + shape.itemsize  # a kernel turns them into their gradient in place
     head = facts.model.head_bytes if facts.placement.offload_head and not facts.model.tied else 0
+    if facts.model.short_numbers > 0:  # the gradient of a head that is trained is added up from parts of its size
+        head += 4 * facts.model.head_numbers
     whole = chunk * each + (facts.model.table_bytes if _tied_head_waits(facts) else head)
     working = shape.working_bytes if not layout.mode.tile_tokens else shape.working_bytes - shape.working_wide_bytes
     return max(0, whole - layout.tokens * working)
 
 
 def passing(facts: Facts, layout: Layout) -> int:
-    """Bytes that the largest forward and backward pass takes beside weights, gradients and moments."""
-    return activations(facts, layout) + logits(facts, layout)
+    """Bytes that the largest forward and backward pass takes beside weights and moments."""
+    return sum(of_passes(facts, layout).values())
 
 
 def host_bytes(facts: Facts, layout: Layout) -> int:

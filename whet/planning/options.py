@@ -10,7 +10,7 @@ from whet.data.batch.batches import Cut
 from whet.planning import memory
 from whet.planning.cards import smallest_card
 from whet.planning.costs import TILE_TOKENS, MemoryMode
-from whet.planning.decide import SLACK_BYTES, decide
+from whet.planning.decide import decide, free_needed, slack_bytes
 from whet.planning.facts import Facts, Work
 from whet.planning.layout import Layout
 from whet.settings import Train
@@ -21,7 +21,7 @@ LONGEST_TOKENS = 1 << 24
 def fits(facts: Facts, layout: Layout) -> bool | None:
     """Whether the layout's peak, with the room that torch needs beside it, is in free memory; None without a bound."""
     free = facts.hardware.free_bytes
-    return None if free is None else layout.peak_bytes + SLACK_BYTES <= free
+    return None if free is None else layout.peak_bytes + slack_bytes(free) <= free
 
 
 def modes(facts: Facts) -> list[tuple[str, MemoryMode]]:
@@ -70,7 +70,7 @@ def options_of(train: Train, facts: Facts, layout: Layout) -> dict[str, Any]:
     """
     if not facts.on_gpu:
         return {}
-    leanest = least(train, facts).peak_bytes + SLACK_BYTES
+    leanest = free_needed(least(train, facts).peak_bytes)
     return {
         "modes": [] if facts.padded_task else mode_table(facts, layout), "least_bytes": leanest,
         "smallest_card": smallest_card(leanest), "longest_row_tokens": longest_row(facts, layout),
