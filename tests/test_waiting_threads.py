@@ -58,6 +58,20 @@ def test_what_the_user_has_set_stays(said: dict[str, str], expected: int) -> Non
     assert spins(started([sys.executable, "-c", SCRIPT], **said)) == expected
 
 
+@pytest.mark.parametrize(("said", "expected"), [
+    ({}, "expandable_segments:True None"),
+    ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native None"),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "None backend:native"),
+], ids=str)  # fmt: skip
+def test_memory_of_a_gpu_grows_in_segments_unless_the_user_says_otherwise(said: dict[str, str], expected: str) -> None:
+    names = '("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")'
+    script = (
+        "import os\nfrom whet import cli\ntry:\n    cli.main(['--version'])\nexcept SystemExit:\n    pass\n"
+        f"print('found', *(os.environ.get(name) for name in {names}))"
+    )
+    assert f"found {expected}" in started([sys.executable, "-c", script], **said)
+
+
 def test_python_m_starts_as_the_command_does() -> None:
     assert spins(started([sys.executable, "-m", "whet", "doctor"])) == 10_000
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]

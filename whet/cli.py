@@ -19,13 +19,19 @@ from whet.base.errors import UserError
 # How long a thread of GNU OpenMP that waits tries again before it sleeps: about 0.1 ms instead of several, in which it
 # holds a processor that another process could use, and that the thread it waits for may need (bench/busy.py).
 WAITING = ("GOMP_SPINCOUNT", "10000")
-SAID_BY_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+# Memory of a GPU in segments that grow: in blocks of fixed sizes up to a tenth of a full card is lost between tensors
+# (bench/memory.py: a 70B in FP8 ran out of memory with 14.6 GiB free in pieces).
+GROWING = ("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+SAID_BY_USER = {
+    WAITING: ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"), GROWING: ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 done, 1 our mistake, 2 bad input, 130 interrupted."""
-    if not any(name in os.environ for name in SAID_BY_USER):  # read once, when torch loads OpenMP
-        os.environ[WAITING[0]] = WAITING[1]
+    for setting, same in SAID_BY_USER.items():  # read once, when torch is imported
+        if not any(name in os.environ for name in same):
+            os.environ[setting[0]] = setting[1]
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
