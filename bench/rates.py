@@ -7,12 +7,17 @@ Each run is a stock recipe (`whet init`) with nothing changed but model, data an
 held-out rows are scored at the end. A run that stands in the output file is not made again. The score is the accuracy
 of labels; of written answers the share of answer tokens that the model would have chosen (exact match says too little
 on few rows), and the held-out loss stands beside it.
+
+--folds K: the rows of both files are pooled, each K-th is held out once, and fold k is trained with seed k, on --rows
+of the others where that is given. Rungs of a fold share rows and seed, so their difference is paired.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -36,22 +41,41 @@ def run_once(recipe: str, model: str, train: str, held_out: str, settings: list[
         return {name: finished[name] for name in ("best_eval_loss", "steps", "best_step")} | metrics
 
 
+def fold_files(files: list[str], fold: int, folds: int, rows_to_learn: int | None, folder: Path) -> list[str]:
+    """Write the rows of JSON Lines files to a file to learn from and one that is held out; returns both paths."""
+    rows = [line for file in files for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    others = [row for index, row in enumerate(rows) if index % folds != fold]
+    parts = random.Random(fold).sample(others, rows_to_learn or len(others)), rows[fold::folds]
+    paths = [folder / "train.jsonl", folder / "held_out.jsonl"]
+    for path, part in zip(paths, parts, strict=True):
+        path.write_text("\n".join(part) + "\n", encoding="utf-8")
+    return [str(path) for path in paths]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--method", default="lora")
     parser.add_argument("--rates", nargs="+", default=["auto"])
+    parser.add_argument("--folds", type=int, default=1)
+    parser.add_argument("--rows", type=int, help="rows to learn from in a fold")
     parser.add_argument("--set", nargs=5, action="append", required=True,
                         metavar=("NAME", "RECIPE", "MODEL", "TRAIN", "HELD_OUT"))  # fmt: skip
     given = parser.parse_args()
     lines = given.out.read_text(encoding="utf-8").splitlines() if given.out.is_file() else []
-    known = {(entry["set"], entry["method"], entry["rate"]) for entry in map(json.loads, lines)}
-    for rate in given.rates:
-        for name, *words in given.set:
-            if (name, given.method, rate) in known:
+    known = {(entry["set"], entry["method"], entry["rate"], entry.get("fold", 0)) for entry in map(json.loads, lines)}
+    for fold, rate in itertools.product(range(given.folds), given.rates):
+        for name, recipe, model, *files in given.set:
+            if (name, given.method, rate, fold) in known:
                 continue
-            settings = [f"train.learning_rate={rate}"] + ([] if given.method == "lora" else [f"method={given.method}"])
-            entry = {"set": name, "method": given.method, "rate": rate} | run_once(*words, settings)
+            settings = [f"train.learning_rate={rate}", f"train.seed={fold}"]
+            settings += [] if given.method == "lora" else [f"method={given.method}"]
+            entry = {"set": name, "method": given.method, "rate": rate}
+            with tempfile.TemporaryDirectory() as folder:
+                if given.folds > 1:
+                    entry["fold"] = fold
+                    files = fold_files(files, fold, given.folds, given.rows, Path(folder))
+                entry |= run_once(recipe, model, files[0], files[1], settings)
             print(entry, flush=True)
             with given.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")

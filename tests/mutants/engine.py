@@ -5,6 +5,7 @@ from mutants.mutant import Mutant
 KERNELS = "test_kernels.py -k attention"
 CACHED = "test_generate.py test_engine_edges.py -k 'cap or cached'"
 ISOLATION = "test_equivalence.py test_engine_edges.py -k isolation"
+EXPERTS = "test_isolation_experts.py"
 MODES = "test_memory_modes.py"
 EDGES = "test_engine_edges.py"
 HOST = "test_host_adam.py"
@@ -65,8 +66,28 @@ MUTANTS = [
     ),
     Mutant(
         "isolation: either is enough", "engine/compute/isolation.py",
-        "return self.moved == 0.0 and self.alone <=", "return self.moved == 0.0 or self.alone <=",
+        "return self.rounded and (self.moved", "return self.rounded or (self.moved",
         "models whose positions do not restart are trained packed", EDGES,
+    ),
+    Mutant(
+        "isolation: what is within rounding is no leak", "engine/compute/isolation.py",
+        "(self.moved == 0.0 or self.reached == 0.0)", "(self.moved == 0.0 or self.reached < 1.0)",
+        "documents of a mixture of experts see each other a little", EXPERTS,
+    ),
+    Mutant(
+        "isolation: rounding is a leak", "engine/compute/isolation.py",
+        "    if found.moved and found.rounded:", "    if found.moved and not found.rounded:",
+        "every mixture of experts is trained padded", EXPERTS,
+    ),
+    Mutant(
+        "isolation: the derivative by the document's own tokens", "engine/compute/isolation.py",
+        "gradient.shape[-1])[: len(first)] for", "gradient.shape[-1])[len(first) :] for",
+        "every mixture of experts is trained padded", EXPERTS,
+    ),
+    Mutant(
+        "isolation: the embeddings stay cut off", "engine/compute/isolation.py",
+        "        hook.remove()", "        pass",
+        "whoever trains embeddings teaches them nothing", EXPERTS,
     ),
     Mutant(
         "isolation: the neighbour stays", "engine/compute/isolation.py",
@@ -86,8 +107,7 @@ MUTANTS = [
     ),
     Mutant(
         "isolation: the model stays in evaluation mode", "engine/compute/isolation.py",
-        "        alone = model(input_ids=second[None]).logits[0].float()\n    model.train(was_training)",
-        "        alone = model(input_ids=second[None]).logits[0].float()",
+        "    model.train(was_training)\n    return found", "    return found",
         "whoever checks a model in training goes on without dropout", EDGES,
     ),
     Mutant(
