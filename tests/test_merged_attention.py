@@ -1,5 +1,5 @@
-"""A merged model says in its config what plain transformers would get wrong by itself: the attention to compute with,
-and which tables are one."""
+"""A model that is merged or trained whole says in its config what plain transformers would get wrong by itself: the
+attention to compute with, and which tables are one."""
 
 from __future__ import annotations
 
@@ -50,6 +50,26 @@ def test_the_config_names_an_attention_where_the_chosen_one_is_another(
     ids = torch.arange(5, 30)[None]
     ids[:, -1] = 4
     network = opened(entry, tmp_path / "out")
+    by_default = network(input_ids=ids).logits
+    network.set_attn_implementation("eager")
+    torch.testing.assert_close(by_default, network(input_ids=ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("umt5:classification", "eager"), ("doge:causal", "eager"), ("bart:classification", None), ("llama:causal", None)],
+)
+def test_a_whole_model_names_it_too(
+    name: str, attention: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = saved(name, tmp_path)
+    run = train(entry, tmp_path, **{"method": "full", "method.save_dtype": "fp32", "method.r": None})
+    config = json.loads((run.trained / "config.json").read_text(encoding="utf-8"))
+    assert config.get(NAME) == attention
+    assert ("asks for the attention" in capsys.readouterr().err) == (attention is not None)
+    ids = torch.arange(5, 30)[None]
+    ids[:, -1] = 4
+    network = opened(entry, run.trained)
     by_default = network(input_ids=ids).logits
     network.set_attn_implementation("eager")
     torch.testing.assert_close(by_default, network(input_ids=ids).logits, rtol=0, atol=1e-4)

@@ -191,12 +191,14 @@ def settings(entry: Entry, place: Path, *, alone: bool = False) -> dict[str, Any
     }  # fmt: skip
 
 
-def train(entry: Entry, place: Path, *, alone: bool = False) -> Any:
-    """The trained run."""
+def train(entry: Entry, place: Path, *, alone: bool = False, **changes: Any) -> Any:
+    """The trained run. changes: of the settings; None takes one away."""
     from whet.recipe import parse
     from whet.training.run import train as run_training
 
-    values = settings(entry, place, alone=alone)
+    values = {
+        name: value for name, value in (settings(entry, place, alone=alone) | changes).items() if value is not None
+    }
     held = [
         row
         | (

@@ -77,6 +77,11 @@ MUTANTS = [
         "the merged T5Gemma is read with a random head", "test_families.py -k t5gemma",
     ),
     Mutant(
+        "whole model: the attention that transformers chooses is trusted", "training/load.py",
+        'attention_to_name(network) if recipe', '"" if recipe',
+        "UMT5 that was trained whole loses its positions in every other program", "test_merged_attention.py -k whole",
+    ),
+    Mutant(
         "merge: the attention that transformers chooses is trusted", "ship/merge.py",
         "    if prove_attention(network):\n", "    if prove_attention(network) and False:\n",
         "UMT5 answers without positions where it is served", "test_families.py -k umt5",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from whet.base.console import Progress
+from whet.data.batch.store import Examples
 from whet.data.detect.answers import Answers
 from whet.data.detect.duplicates import Duplicates, exact_duplicates, near_duplicates, text_keys
 from whet.data.detect.language import LanguageMix
@@ -24,14 +25,15 @@ from whet.data.example import Example
 from whet.data.prepare import Prepared
 
 SHOWN, TEXT_CHARACTERS = 10, 300
+HELD_BYTES = 8 << 20  # of a side on disk; every row is looked at ten times
 
 
 def quality_findings(prepared: Prepared, *, near: bool = True) -> dict[str, Any]:
     """Findings by kind, as `--json` and the HTML page show them. near: look for near duplicates and near leaks too."""
     sides = {"train": prepared.train_examples, "held out": prepared.held_out, "test": prepared.test_examples}
-    sides = {name: side for name, side in sides.items() if len(side)}
+    sides = {name: _held(side) for name, side in sides.items() if len(side)}
     findings: dict[str, Any] = _row_by_row(sides)
-    train = prepared.train_examples
+    train = sides.get("train", ())
     both = Wording(train, "both")
     repeated = near_duplicates(both) if near else exact_duplicates(text_keys(both))
     findings["duplicates"] = _duplicates(repeated, train, near)
@@ -47,6 +49,10 @@ def quality_findings(prepared: Prepared, *, near: bool = True) -> dict[str, Any]
     ]
     findings["contradictions"] = {"rows": len(torn.rows), "texts": torn.texts, "examples": examples}
     return findings
+
+
+def _held(side: Sequence[Example]) -> Sequence[Example]:
+    return side.held(HELD_BYTES) if isinstance(side, Examples) else side
 
 
 def _row_by_row(sides: dict[str, Sequence[Example]]) -> dict[str, Any]:

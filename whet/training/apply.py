@@ -37,11 +37,13 @@ Masters = Mapping[torch.nn.Parameter, torch.Tensor]
 @dataclass(frozen=True)
 class Loaded:
     """A model in memory with its method attached. network: the transformers model; model: what the method made of it;
-    masters: exact weights that are on the host already."""
+    masters: exact weights that are on the host already; named_attention: what the config of a whole model has to name
+    when it is saved, if anything."""
 
     network: Any
     model: torch.nn.Module
     masters: Masters
+    named_attention: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Arranged:
     """A model that is laid out to be trained, its objective, and its batches in the layout's forms.
 
     masters: None where the optimiser is on the device, else the exact weights that are on the host already. groups: how
-    many products the LoRA layers make, 0 where they stand alone.
+    many products the LoRA layers make, 0 where they stand alone. named_attention: as in `Loaded`.
     """
 
     layout: Layout
@@ -59,6 +61,7 @@ class Arranged:
     batches: Any
     masters: Masters | None
     groups: int
+    named_attention: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +115,10 @@ def apply(plan: Plan, loaded: Loaded, objective: Objective) -> Arranged:
         compile_layers(network, tokens=layout.tokens, whole=not layout.mode.tile_tokens)
     batches = plan.facts.work.batches.with_cut(layout.cut)
     masters = loaded.masters if layout.offload_optimizer else None
-    arranged = Arranged(layout, network, model, objective, batches, masters, 0 if groups is None else len(groups))
+    arranged = Arranged(
+        layout, network, model, objective, batches, masters, 0 if groups is None else len(groups),
+        loaded.named_attention,
+    )  # fmt: skip
     if placement.device.type == "cuda":
         _say(layout)
     return arranged

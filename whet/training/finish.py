@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from whet.base.console import bytes_text, say
-from whet.base.files import whole_directory, write_json
+from whet.base.files import read_json, whole_directory, write_json
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import write_contract
 from whet.engine.load.identity import seal, seal_digest
@@ -34,6 +35,8 @@ def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: St
     tokenizer, task = ready.prepared.row_tokenizer, ready.plan.task
     with whole_directory(run.trained, replace=True) as directory:
         method.save(arranged.model, directory)  # type: ignore[arg-type]
+        if arranged.named_attention:
+            _name_attention(directory, arranged.named_attention)
         tokenizer.tokenizer.save_pretrained(str(directory))
         if task.name != "causal":
             write_json(directory / LABELS, {"task": task.name, "labels": list(task.labels)})
@@ -54,6 +57,13 @@ def finish(ready: Ready, arranged: Arranged, checkpoints: Checkpoints, state: St
     left = sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
     if left >= WORTH_SAYING_BYTES:
         say(f"{run.checkpoints} holds {bytes_text(left)}, which only more steps would need", style="dim")
+
+
+def _name_attention(directory: Path, name: str) -> None:
+    """Let the config of a whole model ask for an attention, which every later reader then gets."""
+    say("the saved config asks for the attention that the family is written in: with the one that transformers would "
+        "choose, its logits are others", style="yellow")  # fmt: skip
+    write_json(directory / "config.json", read_json(directory / "config.json") | {"attn_implementation": name})
 
 
 def _best(state: State, kept: int) -> str:

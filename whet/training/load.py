@@ -13,7 +13,7 @@ from whet.base.errors import UserError
 from whet.base.seed import seed_everything
 from whet.engine.compute.isolation import check_causality, check_isolation, knows_documents
 from whet.engine.compute.probe import sees_padding
-from whet.engine.compute.proven_attention import attention_notice
+from whet.engine.compute.proven_attention import attention_notice, attention_to_name
 from whet.engine.compute.readable import check_trainable
 from whet.engine.load.identity import base_identity, check_base
 from whet.engine.load.load import load_model, rebuilding_notice
@@ -44,6 +44,7 @@ def load(ready: Ready) -> tuple[Loaded, Ready]:
     if not known:  # it was fetched just now
         _check_base(ready)
     check_trainable(network)
+    named = attention_to_name(network) if recipe.method.can.whole_model else ""
     _check_ends(ready, network.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
     if notice := attention_notice(network):
         say(notice, style="yellow")
@@ -65,7 +66,7 @@ def load(ready: Ready) -> tuple[Loaded, Ready]:
         say(notice, style="yellow")
     trainable, total = count_parameters(model)
     say(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
-    return Loaded(network, model.train(), masters), ready
+    return Loaded(network, model.train(), masters, named), ready
 
 
 def _check_base(ready: Ready) -> bool:

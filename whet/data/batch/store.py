@@ -56,6 +56,11 @@ class Examples(Sequence[Example]):
     def __iter__(self) -> Iterator[Example]:
         return map(from_json, self.lines())
 
+    def held(self, most_bytes: int) -> Sequence[Example]:
+        """The examples in memory where they are no more than `most_bytes` on disk, else these: each look at one of them
+        reads it again."""
+        return list(self) if int(self._sizes.sum()) <= most_bytes else self
+
     def lines(self) -> Iterator[str]:
         """The examples as JSON in order; neighbours in the file are read together."""
         start = 0

@@ -124,7 +124,8 @@ def _near(
 ) -> list[Duplicates]:
     _check(similarity)
     unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    sketched = sketches((normalised(texts[int(row)]) for row in first.tolist()), len(first))
+    written = _Written(texts)
+    sketched = sketches((written[row] for row in first.tolist()), len(first))
     order = np.argsort(sketched.lengths, kind="stable")
     sketched, rows = sketched.reordered(order), first[order]
     where: list[np.ndarray | None] = [None]
@@ -132,7 +133,6 @@ def _near(
         there = np.zeros((count, len(unique)), bool)
         there[sides, inverse] = True
         where = [(there[0] + 2 * side)[order] for side in there[1:].astype(np.uint8)]
-    written = _Written(texts, rows)
     links = [_Links(written, sketched, rows, similarity, bits) for bits in where]
     for a, b, crowded in meetings(sketched, similarity):
         for each in links:
@@ -174,22 +174,21 @@ class _Forest:
 
 
 class _Written:
-    """Texts in their normal form, read when they are compared and cached, since alike texts are compared with many."""
+    """Texts in their normal form by row, cached: each is sketched, and then compared with many."""
 
-    def __init__(self, texts: Sequence[str], rows: np.ndarray) -> None:
-        self.texts, self.rows = texts, rows
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
         self.cache: dict[int, str] = {}
         self.characters = 0
 
-    def of(self, texts: np.ndarray) -> dict[int, str]:
-        """The normal forms of some texts by their indices, int64 [N]."""
-        if self.characters > KEPT_CHARACTERS:
-            self.cache, self.characters = {}, 0
-        for text in texts.tolist():
-            if text not in self.cache:
-                self.cache[text] = normalised(self.texts[int(self.rows[text])])
-                self.characters += len(self.cache[text])
-        return self.cache
+    def __getitem__(self, row: int) -> str:
+        text = self.cache.get(row)
+        if text is None:
+            if self.characters > KEPT_CHARACTERS:
+                self.cache, self.characters = {}, 0
+            text = self.cache[row] = normalised(self.texts[row])
+            self.characters += len(text)
+        return text
 
 
 class _Links:
@@ -238,19 +237,23 @@ class _Links:
         return Duplicates(clusters_of(same, pairs), same, pairs, alike, int(self.crowded.sum()))
 
     def _compare(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Link those of the pairs that are alike and not in one cluster by then."""
         from rapidfuzz.distance import Levenshtein
+        from rapidfuzz.process import cpdist
 
-        written = self.written.of(np.unique([a, b]))
-        allowed = edits_allowed(np.asarray([len(written[text]) for text in b.tolist()]), self.similarity)
-        for one, other, limit in zip(a.tolist(), b.tolist(), allowed.tolist(), strict=True):
+        ones, others = ([self.written[row] for row in self.rows[some].tolist()] for some in (a, b))
+        allowed = edits_allowed(np.fromiter(map(len, others), np.int64, len(others)), self.similarity)
+        distances = cpdist(  # beyond the loosest limit it is that and one more
+            ones, others, scorer=Levenshtein.distance, score_cutoff=int(allowed.max()), dtype=np.int64
+        )
+        for near in np.flatnonzero(distances <= allowed).tolist():
+            one, other = int(a[near]), int(b[near])
             if self.forest.root(one) == self.forest.root(other):
                 continue
-            distance = Levenshtein.distance(written[one], written[other], score_cutoff=limit)
-            if distance <= limit:
-                self.forest.join(one, other)
-                low, high = sorted((int(self.rows[one]), int(self.rows[other])))
-                self.pairs.append((low, high))
-                self.alike.append(1 - distance / max(1, len(written[other])))
+            self.forest.join(one, other)
+            low, high = sorted((int(self.rows[one]), int(self.rows[other])))
+            self.pairs.append((low, high))
+            self.alike.append(1 - int(distances[near]) / max(1, len(others[near])))
 
 
 def _check(similarity: float) -> None:

@@ -31,18 +31,19 @@ _SCRIPTS: tuple[tuple[Language, re.Pattern[str]], ...] = (
 )
 _LATIN = re.compile(r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]+(?:['’][A-Za-z]+)?")
 _LETTER = re.compile(r"[^\W\d_]+")
-# Function words, with a space on both sides of each.
-_ENGLISH = (
-    " the of and to in is that it for was on are as with his they at be this have from or had by but not what all were "
+# Function words.
+_ENGLISH_WORDS = (
+    "the of and to in is that it for was on are as with his they at be this have from or had by but not what all were "
     "we when your can said there use an each which she do how their if will up about out many then them these so some "
     "her would make like him into has look more see no way could my than been who its now did get may i you he me our "
-    "am does don't it's i'm please why where let's want need just any here "
+    "am does don't it's i'm please why where let's want need just any here"
 )
-_OTHERS = (
-    " de la el los las que y en un una por con para del se es der die das und ist nicht ein eine mit für auf von den "
+_OTHER_WORDS = (
+    "de la el los las que y en un una por con para del se es der die das und ist nicht ein eine mit für auf von den "
     "zu im le les des et du dans une est pour pas qui sur au il di che è non per della sono um os uma não dos het van "
-    "een niet och att som är på og det jeg ikke nie się że bir ve için bu ne yang dan ini itu "
+    "een niet och att som är på og det jeg ikke nie się że bir ve için bu ne yang dan ini itu"
 )
+_ENGLISH, _OTHERS = frozenset(_ENGLISH_WORDS.split()), frozenset(_OTHER_WORDS.split())
 # Addresses, code and tags are no language of the row.
 _NO_TEXT = re.compile(
     r"```.*?(?:```|$)|`[^`\n]*`|(?:https?://|www\.)[!-~]+|[!-~]+@[!-~]+|<[^<>\n]{1,200}>|&\w+;", re.DOTALL
@@ -108,7 +109,7 @@ def _latin(words: list[str]) -> tuple[Language, int]:
     One or two words of plain ASCII without any are called English, as that is what such words mostly are.
     """
     folded = [word.lower().replace("’", "'") for word in words]
-    english, others = (sum(f" {word} " in known for word in folded) for known in (_ENGLISH, _OTHERS))
+    english, others = (sum(map(known.__contains__, folded)) for known in (_ENGLISH, _OTHERS))
     foreign = sum(not word.isascii() for word in folded)
     if others + foreign > english and others + foreign > (0 if foreign else 1):
         return "latin_other", others + foreign

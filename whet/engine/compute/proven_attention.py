@@ -55,6 +55,22 @@ def attention_notice(network: Any) -> str | None:
     return f"attention as the model's own code computes it: {reason}" if reason else None
 
 
+def attention_to_name(network: PreTrainedModel) -> str:
+    """The attention that the config of a saved `network` has to name, as the one that transformers would choose by
+    itself computes something else than the model's own (UMT5 loses its positions); nothing where that one is right.
+
+    network: loaded by `load_model`, so what it uses was proven. Afterwards it uses the same again.
+    """
+    used = attention_name(network)
+    if used == "sdpa" or not takes_attention(type(network)) or not has_sdpa(network):
+        return ""
+    if used == EAGER:  # torch's was tried and left
+        return EAGER
+    reason = _choose(network, ["sdpa"])
+    set_attention(network, used)
+    return EAGER if reason else ""
+
+
 def use_attention_with_masks(network: PreTrainedModel) -> str:
     """Give `network` an attention that reads masks and caches; returns why it is the eager one, or nothing."""
     unwrap: Any = getattr(network, "get_base_model", None)  # of PEFT's wrapper
