@@ -2,7 +2,8 @@
 
 Started with `shim.c` in front of libc. Reads a JSON object a line: {"words": [...], "place": DIRECTORY, "kind": the
 fault as the shim numbers it, "at": N, "stay": bool, "log": FILE, "online": may it ask an endpoint}; the command runs
-in `place`, and operations below it count. Answers {"status": exit status, "operations": count}.
+in `place`, and operations below it count. Answers {"status": exit status, "operations": a letter for each, as the shim
+has them}.
 """
 
 from __future__ import annotations
@@ -38,15 +39,16 @@ def child(order: dict[str, Any], counted: int) -> None:
         status = cli.run(order["words"])
     except SystemExit as ended:
         status = int(ended.code or 0)
-    count = shim.fault_count()
+    shim.fault_letters.restype = ctypes.c_char_p
+    letters = shim.fault_letters()
     shim.fault_arm(b"", 0, 0, 0)
-    os.write(counted, str(count).encode())
+    os.write(counted, letters)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def answer(order: dict[str, Any]) -> dict[str, int]:
+def answer(order: dict[str, Any]) -> dict[str, Any]:
     read, counted = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -63,7 +65,7 @@ def answer(order: dict[str, Any]) -> dict[str, int]:
     os.close(counted)
     with os.fdopen(read, "rb") as pipe:
         said = pipe.read()
-    return {"status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), "operations": int(said or 0)}
+    return {"status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), "operations": said.decode()}
 
 
 def serve() -> None:
