@@ -7,8 +7,8 @@ bytes, or a rename to another file system. Afterwards the command, undisturbed, 
 never was disturbed.
 
 The undisturbed command says of each operation what it is, and a fault is tried where it can be met: a full disk at what
-takes room, half a write at writes, another disk at renames and links. Elsewhere a fault that stays would first be met by
-a later operation, which is tried anyway, and one that passes not at all.
+takes room, half a write at writes, another disk at renames and links. Elsewhere a fault that stays would first be met
+by a later operation, which is tried anyway, and one that passes not at all.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Proof:
     def run(
         self, place: Path, words: list[str], fault: str | None = None, at: int = 0, online: bool = False
     ) -> tuple[int, str]:
-        """(exit status, a letter for each file operation below `place`) of a command, perhaps with a fault in operation `at`."""
+        """(exit status, a letter for each operation below `place`) of a command, perhaps with a fault in `at`."""
         words = [self.endpoint if word == ENDPOINT else word for word in words]
         order = {"words": words, "place": str(place), "kind": FAULTS[fault] if fault else 0, "at": at,
                  "stay": fault in STAYS, "log": str(self.place / "log"), "online": online}  # fmt: skip

@@ -9,10 +9,12 @@ has them}.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +70,23 @@ def answer(order: dict[str, Any]) -> dict[str, Any]:
     return {"status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), "operations": said.decode()}
 
 
-def serve() -> None:
+def warm_up() -> None:
+    """Do once what each child would do over again: import, make the check of recipes, find the fonts of a figure."""
     for name in USED:
         importlib.import_module(name)
+    from whet import recipe
+    from whet.report.loss_plot import write_loss_plot
+
+    recipe.parse(None)
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "metrics.jsonl").touch()
+        write_loss_plot(Path(directory))
+    gc.collect()
+    gc.freeze()  # what is there by now is no child's garbage, and need not be walked nor copied
+
+
+def serve() -> None:
+    warm_up()
     from whet.base.console import quiet_libraries
 
     quiet_libraries()
