@@ -7,8 +7,8 @@
  * what the operations so far were, a letter each (the enum below). Which fault is tried at which letter, proof.py says;
  * here a fault that an operation cannot meet passes it by.
  *
- * Not seen: what libc itself writes for fopen and what is written through mmap; whet and its libraries do neither below
- * their outputs (strace counts the same operations), and close, which reports nothing that fsync has not. */
+ * Not seen: what libc itself writes for fopen, what is written through mmap, and close, which reports nothing that fsync
+ * has not. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
