@@ -42,7 +42,7 @@ hostile: $(READY) ## hostile recipes, rows, templates and terminals: each is ref
 mutants: $(READY) ## careless edits planted one at a time: every one must turn a test red (an hour)
 	@$(BIN)/python tests/mutants/run.py
 
-faults: $(READY) ## every file operation of every command that writes fails once, in five ways (half an hour; needs gcc)
+faults: $(READY) ## every file operation of every command that writes fails once, where it can be met, in five ways (two hours; needs gcc)
 	@$(BIN)/python tests/faults/proof.py
 
 proofs: $(READY) ## the many cases of which make test runs a few: kills at every moment, every storage, step and template

@@ -215,13 +215,14 @@ def test_a_template_that_never_ends_or_fills_the_memory_is_refused_in_time(name:
     tokenizer.chat_template = guarded + LOOP.replace("BODY", "{{ m.content }}")
     found = RowTokenizer(tokenizer, chat=True)
     assert found.template is not None
-    found.template._plain_run.seconds = 0.5
     assert len(found.conversations([short, short, short], "assistant")) == 3
+    usual, found.template._plain_run.seconds = found.template._plain_run.seconds, 0.5
     start = time.monotonic()
     with pytest.raises(UserError, match=WITHIN) as caught:
         found.conversations([short, Example("", tuple(long), None, "rows.jsonl", 7)], "assistant")
     assert (caught.value.file, caught.value.row) == ("rows.jsonl", 7)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60, "unended it runs for longer than anybody measured, busy machine or not"
+    found.template._plain_run.seconds = usual
     assert len(found.conversations([short], "assistant")) == 1, "the next row has a new process"
 
 

@@ -5,6 +5,10 @@ same command goes on.
 is a kill in front of the operation, an input or output error, a disk that is full from there on, a write of half its
 bytes, or a rename to another file system. Afterwards the command, undisturbed, has to end with the bytes of one that
 never was disturbed.
+
+The undisturbed command says of each operation what it is, and a fault is tried where it can be met: a full disk at what
+takes room, half a write at writes, another disk at renames and links. Elsewhere a fault that stays would first be met
+by a later operation, which is tried anyway, and one that passes not at all.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import tiny  # noqa: E402
 from fake_endpoint import Say, serving  # noqa: E402
 
 FAULTS = {"kill": -1, "error": errno.EIO, "full disk": errno.ENOSPC, "short write": -2, "other disk": errno.EXDEV}
+MEET = {"full disk": "cwsmg", "short write": "w", "other disk": "r"}  # letters of shim.c; the others: all
 STAYS = ("full disk", "other disk")
 KILLED = -signal.SIGKILL
 ON_THE_DAY = {"timing.jsonl", "finished.json", "state.json", "manifest.json"}  # they hold times: never twice the same
@@ -125,7 +130,7 @@ class Proof:
     def __init__(self, place: Path) -> None:
         self.place = place.resolve()
         self.world, self.extras = self.place / "world", self.place / "extras"
-        self.references: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {}
+        self.references: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {}
         with ExitStack() as opened:
             self.endpoint = opened.enter_context(serving(said)).base_url
             self._start()
@@ -186,8 +191,8 @@ class Proof:
 
     def run(
         self, place: Path, words: list[str], fault: str | None = None, at: int = 0, online: bool = False
-    ) -> tuple[int, int]:
-        """(exit status, file operations below `place`) of a command, perhaps with a fault in operation `at`."""
+    ) -> tuple[int, str]:
+        """(exit status, a letter for each operation below `place`) of a command, perhaps with a fault in `at`."""
         words = [self.endpoint if word == ENDPOINT else word for word in words]
         order = {"words": words, "place": str(place), "kind": FAULTS[fault] if fault else 0, "at": at,
                  "stay": fault in STAYS, "log": str(self.place / "log"), "online": online}  # fmt: skip
@@ -208,7 +213,7 @@ class Proof:
             shutil.copytree(extra, place / extra.name)
         return place
 
-    def reference(self, name: str) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    def reference(self, name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
         """(operations, contents of outputs before, and after) of an undisturbed command."""
         if name not in self.references:
             command, place = COMMANDS[name], self.case(COMMANDS[name].needs)
@@ -265,24 +270,31 @@ def content(path: Path) -> Any:
     return b"" if path.name in ON_THE_DAY else DATE.sub(b"", path.read_bytes())
 
 
-def cases(operations: int, every: int = 1, first: int = 1) -> Iterator[tuple[str, int]]:
+def places(operations: str, fault: str) -> list[int]:
+    """The operations, counted from 1, that can meet a fault."""
+    return [at for at, letter in enumerate(operations, 1) if letter in MEET.get(fault, letter)]
+
+
+def cases(operations: str, every: int = 1) -> Iterator[tuple[str, int]]:
     """(fault, operation), each fault from another operation on where only some are tried."""
     for number, fault in enumerate(FAULTS):
-        yield from ((fault, at) for at in range(first + number % every, operations + 1, every))
+        yield from ((fault, at) for at in places(operations, fault)[number % every :: every])
 
 
 def prove(proof: Proof, name: str, every: int = 1) -> bool:
     """Try the faults of a command and print how many it survived; returns whether all."""
     operations, _, _ = proof.reference(name)
-    tried = passed = 0
+    tried: dict[str, int] = dict.fromkeys(FAULTS, 0)
+    passed = 0
     for fault, at in cases(operations, every):
         problem = proof.problem(name, fault, at)
-        tried, passed = tried + 1, passed + (problem is None)
+        tried[fault], passed = tried[fault] + 1, passed + (problem is None)
         if problem:
-            print(f"{name}, {fault} in operation {at}: {problem}", flush=True)
-    kept = f"{passed}/{tried} faults: whole or absent, and the same command goes on"
-    print(f"{name}: {operations} file operations, {kept}", flush=True)
-    return passed == tried
+            print(f"{name}, {fault} in operation {at} ({operations[at - 1]}): {problem}", flush=True)
+    total, each = sum(tried.values()), ", ".join(f"{fault} {count}" for fault, count in tried.items())
+    kept = f"{passed}/{total} faults ({each}): whole or absent, and the same command goes on"
+    print(f"{name}: {len(operations)} file operations, {kept}", flush=True)
+    return passed == total
 
 
 def main() -> None:

@@ -2,16 +2,19 @@
 
 Started with `shim.c` in front of libc. Reads a JSON object a line: {"words": [...], "place": DIRECTORY, "kind": the
 fault as the shim numbers it, "at": N, "stay": bool, "log": FILE, "online": may it ask an endpoint}; the command runs
-in `place`, and operations below it count. Answers {"status": exit status, "operations": count}.
+in `place`, and operations below it count. Answers {"status": exit status, "operations": a letter for each, as the shim
+has them}.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +41,16 @@ def child(order: dict[str, Any], counted: int) -> None:
         status = cli.run(order["words"])
     except SystemExit as ended:
         status = int(ended.code or 0)
-    count = shim.fault_count()
+    shim.fault_letters.restype = ctypes.c_char_p
+    letters = shim.fault_letters()
     shim.fault_arm(b"", 0, 0, 0)
-    os.write(counted, str(count).encode())
+    os.write(counted, letters)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def answer(order: dict[str, Any]) -> dict[str, int]:
+def answer(order: dict[str, Any]) -> dict[str, Any]:
     read, counted = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -63,12 +67,26 @@ def answer(order: dict[str, Any]) -> dict[str, int]:
     os.close(counted)
     with os.fdopen(read, "rb") as pipe:
         said = pipe.read()
-    return {"status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), "operations": int(said or 0)}
+    return {"status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), "operations": said.decode()}
+
+
+def warm_up() -> None:
+    """Do once what each child would do over again: import, make the check of recipes, find the fonts of a figure."""
+    for name in USED:
+        importlib.import_module(name)
+    from whet import recipe
+    from whet.report.loss_plot import write_loss_plot
+
+    recipe.parse(None)
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "metrics.jsonl").touch()
+        write_loss_plot(Path(directory))
+    gc.collect()
+    gc.freeze()  # what is there by now is no child's garbage, and need not be walked nor copied
 
 
 def serve() -> None:
-    for name in USED:
-        importlib.import_module(name)
+    warm_up()
     from whet.base.console import quiet_libraries
 
     quiet_libraries()

@@ -359,8 +359,8 @@ MUTANTS = [
         "a compiled model keeps all its nf4 weights in bf16 too", KEPT,
     ),
     Mutant(
-        "stored: the factor of int8 is seen", "engine/weights/stored.py",
-        "factor=_unseen(factor))", "factor=factor)",
+        "stored: int8 has no factor of its own the second time", "engine/weights/stored.py",
+        "factor=_unseen(factor))", "factor=None)",
         "a compiled model keeps the codes of its int8 weights in FP8 too", KEPT,
     ),
     Mutant(
