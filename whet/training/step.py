@@ -122,9 +122,11 @@ def held_out_loss(
     model.eval()
     objective.before_step()
     total, targets, worth = 0.0, 0, 0.0
-    with uncompiled():
-        for batch in batches:
-            total += float(objective.loss(model, batch))
-            targets, worth = targets + len(batch.targets), worth + objective.worth(batch)
-    model.train(was_training)
+    try:
+        with uncompiled():
+            for batch in batches:
+                total += float(objective.loss(model, batch))
+                targets, worth = targets + len(batch.targets), worth + objective.worth(batch)
+    finally:
+        model.train(was_training)
     return total / (worth or 1.0), targets

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from whet.engine.answer.batches import in_batches
 from whet.engine.answer.rows import StopRule
-from whet.engine.answer.state import Session
+from whet.engine.answer.state import Session, ended
 
 Row = Sequence[int] | NDArray[np.integer[Any]]
 
@@ -44,7 +44,9 @@ class EncoderDecoderSession(Session):
         return in_batches(
             [len(source) for source in prompts], batch_size,
             lambda batch, _: written(self.model, [prompts[index] for index in batch], rule), done=done,
-            fewer=lambda size: self.notices.add(f"out of memory: answering {size} sources together"),
+            scarce=self._scarce(
+                lambda size: f"out of memory: answering {size} sources together", "answering one source"
+            ),
         )  # fmt: skip
 
     def stream(
@@ -52,7 +54,12 @@ class EncoderDecoderSession(Session):
     ) -> list[int]:
         """The ids written for one source, handed to a transformers `streamer` (or None) token by token."""
         self._prepare()
-        return written(self.model, [prompt], self._rule(stop_ids, max_new_tokens), streamer)[0]
+        rule = self._rule(stop_ids, max_new_tokens)
+        with ended(streamer):
+            return self._alone(
+                lambda: written(self.model, [prompt], rule, streamer)[0], "answering one source",
+                len(prompt) + max_new_tokens, again=streamer is None,
+            )  # fmt: skip
 
     def _rule(self, stop_ids: Sequence[int] | None, max_new_tokens: int) -> StopRule:
         return StopRule.of(end_ids(self.model) if stop_ids is None else stop_ids, max_new_tokens)
