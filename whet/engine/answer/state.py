@@ -25,7 +25,7 @@ from whet.base.out_of_memory import CLOSE_OTHERS, ran_out
 from whet.base.private import version_of
 from whet.engine.answer.batches import Scarce
 from whet.engine.answer.notices import Notices
-from whet.engine.memory.scarce import forget_frames, free_text, let_go
+from whet.engine.memory.scarce import NoRoom, forget_frames, free_text, let_go
 
 PLAIN = frozenset((bool, int, float, str, type(None)))
 COLLECTIONS = frozenset((list, tuple, set))
@@ -140,7 +140,7 @@ class Session:
         """The error for what does not fit. tokens: of the item that is alone."""
         device = next(self.model.parameters()).device
         found = free_text(device) if tokens is None else f"{tokens:,} tokens; {free_text(device)}"
-        return UserError(
+        return NoRoom(
             f"{what} does not fit in memory", found=found, expected=self._what_fits(tokens, device),
             fix=f"{CLOSE_OTHERS}; or base.storage=nf4 where the model was not trained in it; CUDA_VISIBLE_DEVICES= "
             "in front of the command answers on the CPU",

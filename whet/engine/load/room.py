@@ -7,25 +7,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from whet.base.console import bytes_text
-from whet.base.errors import UserError
 from whet.base.out_of_memory import CLOSE_OTHERS
 from whet.engine.device import DTYPES, PACKED, Placement
 from whet.engine.load.stream import ELEMENT_BYTES
-from whet.engine.memory.scarce import free_text
+from whet.engine.memory.scarce import NoRoom, free_text
 from whet.engine.weights.linear import frozen_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def no_room_to_load(network: PreTrainedModel, placement: Placement, source: str) -> UserError:
+def no_room_to_load(network: PreTrainedModel, placement: Placement, source: str) -> NoRoom:
     """network: the model without memory."""
     needed = weight_bytes(network, placement.storage, placement.compute)
     fewer = {one: weight_bytes(network, one, placement.compute) for one in PACKED}
     smallest = min(fewer, key=lambda one: fewer[one])
     packs = placement.storage not in PACKED or fewer[smallest] < 0.9 * needed
     smaller = f"base.storage={smallest} ({bytes_text(fewer[smallest])}); or " if packs else "a smaller model; or "
-    return UserError(
+    return NoRoom(
         "the model does not fit in memory", file=source, field="base.storage",
         found=f"{bytes_text(needed)} of {placement.storage} weights; {free_text(placement.device)}",
         expected=f"more than {bytes_text(needed)} free", fix=f"{smaller}{CLOSE_OTHERS}; or base.device=cpu",

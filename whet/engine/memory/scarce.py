@@ -18,6 +18,10 @@ from whet.base.errors import UserError
 from whet.base.out_of_memory import ran_out
 
 
+class NoRoom(UserError):
+    """The error for what does not fit in memory; a caller that can do it elsewhere catches it."""
+
+
 def let_go() -> None:
     """Drop what only cycles hold, and give back what torch keeps for later."""
     gc.collect()
