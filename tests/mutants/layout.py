@@ -131,7 +131,7 @@ MUTANTS = [
     ),
     Mutant(
         "loop: the state of a checkpoint is dropped", "training/loop.py",
-        "self.state = self.checkpoints.resume() or State()", "self.checkpoints.resume()",
+        "self.state = self.launcher.with_room(", "self.launcher.with_room(",
         "a resumed run does its first steps again", "test_resume.py -k 'each_line or early_stop'",
     ),
     Mutant(
@@ -141,23 +141,23 @@ MUTANTS = [
     ),
     Mutant(
         "launch: the trial uses random numbers up", "training/launch.py",
-        "        restore_random_state(*state)\n", "",
+        "            restore_random_state(*state)\n", "",
         "dropout differs between machines with much and little memory", "test_launch.py -k early_and_forgotten",
     ),
     Mutant(
         "launch: the trial is learned", "training/launch.py",
-        "        self.optimiser.zero_grad(set_to_none=True)\n        restore_random_state(*state)\n",
-        "        restore_random_state(*state)\n",
+        "            self.optimiser.zero_grad(set_to_none=True)\n            restore_random_state(*state)\n",
+        "            restore_random_state(*state)\n",
         "the longest rows count twice in the second step", "test_launch.py -k early_and_forgotten",
     ),
     Mutant(
-        "launch: only a stated cause counts", "training/launch.py",
-        "error = error.__cause__ or error.__context__", "error = error.__cause__",
+        "out of memory: only a stated cause counts", "base/out_of_memory.py",
+        "error = error.__cause__ or error.__context__\n    return False", "error = error.__cause__\n    return False",
         "a run ends although smaller pieces would fit", "test_launch.py -k raised_in_its_place",
     ),
     Mutant(
-        "launch: the smallest row is named", "training/launch.py",
-        "            largest = max(before, key=", "            largest = min(before, key=",
+        "relief: the smallest row is named", "training/relief.py",
+        "        largest = max(batches, key=", "        largest = min(batches, key=",
         "the wrong row is blamed for the lack of memory", "test_launch.py -k largest_is_named",
     ),
     Mutant(
@@ -384,8 +384,7 @@ MUTANTS = [
     ),
     Mutant(
         "session: what is half set up stays", "engine/answer/state.py",
-        "        except BaseException:\n            self.release()\n            raise\n",
-        "        except BaseException:\n            raise\n",
+        "                self.release()\n                if not isinstance(", "                if not isinstance(",
         "a failed question leaves the model in evaluation mode", "test_session.py -k set_up_is_put_back",
     ),
     Mutant(

@@ -2,7 +2,8 @@
 
 A graph that could not be captured, a library's workspace that was not to be had and a page that the host refused come
 as errors of other kinds, or with the cause behind them. Nothing heavy is imported: the command line asks, too. What is
-done about it is said where it happens: `training.launch` and `training.relief`, `engine.answer.batches` and `state`, `ship.merge`, `opening.base_anew`.
+done about it is said where it happens: `training.launch` and `training.relief`, `engine.answer.batches`, `ship.merge`,
+`opening.base_anew`.
 """
 
 from __future__ import annotations

@@ -81,14 +81,13 @@ class Relief:
 
     def _fix(self, tokens: int) -> str:
         """The first thing that the recipe could give up and does not, and the rest."""
-        train, found = self.plan.recipe.train, []
+        train, method = self.plan.recipe.train, self.plan.recipe.method
+        fix = f"a shorter data.max_length, as {max(1, tokens // 2)}; or {CLOSE_OTHERS}"
+        if self.plan.facts.placement.storage not in PACKED and "nf4" in method.can.storages:
+            fix = f"base.storage=nf4; or {fix}"
         if train.gradient_checkpointing is False or train.activation_offload is False:
-            found.append("train.gradient_checkpointing=auto train.activation_offload=auto")
-        storage, allowed = self.plan.facts.placement.storage, self.plan.recipe.method.can.storages
-        if storage not in PACKED and "nf4" in allowed:
-            found.append("base.storage=nf4")
-        found.append(f"a shorter data.max_length, as {max(1, tokens // 2)}")
-        return "; or ".join([*found, CLOSE_OTHERS])
+            fix = f"train.gradient_checkpointing=auto train.activation_offload=auto; or {fix}"
+        return fix
 
 
 def least_memory(plan: Plan) -> tuple[Layout, Facts, str] | None:
@@ -108,12 +107,12 @@ def least_memory(plan: Plan) -> tuple[Layout, Facts, str] | None:
 def no_room_to_train(plan: Plan, file: str | None) -> UserError:
     """The error where a model is loaded and what is trained does not fit beside it."""
     found, placement = least_memory(plan), plan.facts.placement
-    storages = [one for one in ("nf4",) if placement.storage not in PACKED and one in plan.recipe.method.can.storages]
-    fixes = [f"base.storage={one}" for one in storages] + ["a smaller method.r"] * plan.facts.model.has_peft
+    packs = placement.storage not in PACKED and "nf4" in plan.recipe.method.can.storages
     return UserError(
         "what is trained does not fit in memory beside the model", file=file,
         found=f"{bytes_text(plan.facts.model.frozen_bytes)} of frozen weights; {free_text(placement.device)}",
-        expected="room for it" if found is None else found[2], fix="; or ".join([*fixes, CLOSE_OTHERS]),
+        expected="room for it" if found is None else found[2],
+        fix=f"base.storage=nf4; or {CLOSE_OTHERS}" if packs else CLOSE_OTHERS,
     )  # fmt: skip
 
 
@@ -139,7 +138,7 @@ def _leaner(mode: MemoryMode, now: MemoryMode) -> bool:
 def _allowed(plan: Plan, mode: MemoryMode) -> bool:
     """Whether the recipe leaves the mode open, and no rule forbids it."""
     train = decided(plan.asked)
-    asked = {"gradient_checkpointing": True}
+    asked: dict[str, Any] = {"gradient_checkpointing": True}
     if mode.offload:
         asked["activation_offload"] = True
     if mode.tile_tokens:

@@ -119,10 +119,10 @@ def held_out_loss(
 ) -> tuple[float, int]:
     """(mean loss, learned tokens or rows) over batches, in evaluation mode; no logits are kept."""
     was_training = model.training
-    model.eval()
-    objective.before_step()
     total, targets, worth = 0.0, 0, 0.0
     try:
+        model.eval()
+        objective.before_step()
         with uncompiled():
             for batch in batches:
                 total += float(objective.loss(model, batch))

@@ -98,14 +98,11 @@ class Session:
             try:
                 self._set_up(self._undo)
                 self._state = state_of(self._modules())
-            except (RuntimeError, MemoryError) as error:
+            except BaseException as error:
                 self.release()
-                if not ran_out(error):
+                if not isinstance(error, RuntimeError | MemoryError) or not ran_out(error):
                     raise
                 forget_frames(error)
-            except BaseException:
-                self.release()
-                raise
             if self._state is None:
                 let_go()
                 if not self._leaner():

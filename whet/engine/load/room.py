@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from whet.base.console import bytes_text
+from whet.base.amounts import bytes_text
 from whet.base.out_of_memory import CLOSE_OTHERS
 from whet.engine.device import DTYPES, PACKED, Placement
 from whet.engine.load.stream import ELEMENT_BYTES

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from whet.base.console import bytes_text
+from whet.base.amounts import bytes_text
 from whet.base.errors import UserError
 from whet.base.out_of_memory import ran_out
 
