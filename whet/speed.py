@@ -184,7 +184,7 @@ def _measure(plan: Any, total: int, load: Load) -> dict[str, Any]:
 
 
 def _launcher(plan: Any, arranged: Any, total: int, changed: dict[str, Any]) -> Any:
-    """The launcher of training for the steps that are timed. changed: gets what memory that ran out changes of the layout."""
+    """The launcher of training for the timed steps. changed: gets what memory that ran out changes of the layout."""
     from whet.training.launch import Launcher
     from whet.training.optim import build_optimiser
     from whet.training.relief import Relief

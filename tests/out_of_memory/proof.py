@@ -3,7 +3,7 @@ with the same result, or ends with one clear error, after which the same command
 
     python tests/out_of_memory/proof.py                 all of it, N/N for each phase
     python tests/out_of_memory/proof.py train bench     these commands
-    EVERY=7 python tests/out_of_memory/proof.py         each seventh allocation
+    CASES=16 python tests/out_of_memory/proof.py        about so many allocations of each phase, spread over it
 
 An allocation is an operator that returns a new tensor, seen by a TorchDispatchMode on the CPU. A fault fails one of
 them, or that one and all that follow in the phase. What a run that went on has to equal, bit by bit, is a run that was
@@ -381,14 +381,14 @@ def places(count: int, every: int, first: int = 1) -> Iterator[tuple[int, str]]:
         yield at, STAYS if number % 3 == 2 else ONCE
 
 
-def prove(proof: Proof, name: str, part: str, every: int) -> tuple[int, int]:
-    """(passed, tried) of a phase, printed with what went wrong."""
+def prove(proof: Proof, name: str, part: str, cases: int | None = None) -> tuple[int, int]:
+    """(passed, tried) of a phase, printed with what went wrong. cases: about how many, None: all."""
     plain = proof.run(name, COMMANDS[name][1][part])
     assert plain.status == 0, plain.said
     assert plain.allocations, f"{name}, {part}: nothing is seen to be allocated"
     count = plain.allocations
     tried, passed, began = 0, 0, time.perf_counter()
-    for at, kind in places(count, every):
+    for at, kind in places(count, 1 if cases is None else max(1, count // cases)):
         problem = proof.problem(name, part, at, kind)
         tried, passed = tried + 1, passed + (problem is None)
         if problem:
@@ -401,12 +401,12 @@ def prove(proof: Proof, name: str, part: str, every: int) -> tuple[int, int]:
 def main() -> None:
     torch.set_num_threads(1)
     os.environ |= {"WHET_CACHE": "off", "HF_HUB_OFFLINE": "1", "WHET_LANG": "en"}
-    every, total = int(os.environ.get("EVERY", "1")), [0, 0]
+    cases, total = int(os.environ.get("CASES", "0")) or None, [0, 0]
     with tempfile.TemporaryDirectory() as place:
         proof = Proof(Path(place) / "proof")
         for name in sys.argv[1:] or COMMANDS:
             for part in COMMANDS[name][1]:
-                total = [a + b for a, b in zip(total, prove(proof, name, part, every), strict=True)]
+                total = [a + b for a, b in zip(total, prove(proof, name, part, cases), strict=True)]
     print(f"{total[0]}/{total[1]}")
     sys.exit(total[0] != total[1])
 
