@@ -1,6 +1,6 @@
 """Memory that runs out: the policy in its parts, and a sample of the faults of out_of_memory/proof.py.
 
-`python tests/out_of_memory/proof.py` tries every allocation of every phase.
+`make memory-faults` tries more of them, or all.
 """
 
 from __future__ import annotations
@@ -153,6 +153,33 @@ def test_what_a_failed_call_held_is_let_go() -> None:
     assert seen[1]() is not None
     scarce.forget_frames(kept)
     assert seen[1]() is None
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_it_is_never_taken_for_a_fault_of_the_model(
+    call: int, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model is asked about itself with small inputs, and what it cannot do is no error: but this is."""
+    from transformers import AutoModelForCausalLM
+
+    from whet.engine.answer.proof import find_fault, find_generation_fault
+    from whet.engine.answer.static_cache import attention_layout
+    from whet.engine.compute.probe import sees_padding
+    from whet.engine.compute.proven_attention import prove_attention
+
+    network = AutoModelForCausalLM.from_pretrained(str(model_dir))
+    questions = [
+        lambda: prove_attention(network), lambda: sees_padding(network), lambda: find_generation_fault(network),
+        lambda: find_fault(network, attention_layout(network)),
+    ]  # fmt: skip
+    questions[call]()
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(network.model.layers[1], "forward", full)
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        questions[call]()
 
 
 # training

@@ -1,9 +1,9 @@
 """Memory runs out at every allocation of every phase of every command that computes with a model: the command goes on
 with the same result, or ends with one clear error, after which the same command does what it would have done.
 
-    python tests/out_of_memory/proof.py                 all of it, N/N for each phase
-    python tests/out_of_memory/proof.py train bench     these commands
-    CASES=16 python tests/out_of_memory/proof.py        about so many allocations of each phase, spread over it
+    python tests/out_of_memory/proof.py                  16 allocations of each phase, spread over it: N/N
+    CASES=all python tests/out_of_memory/proof.py        all of them, in both ways: days
+    python tests/out_of_memory/proof.py train bench      these commands
 
 An allocation is an operator that returns a new tensor, seen by a TorchDispatchMode on the CPU. A fault fails one of
 them, or that one and all that follow in the phase. What a run that went on has to equal, bit by bit, is a run that was
@@ -401,7 +401,8 @@ def prove(proof: Proof, name: str, part: str, cases: int | None = None) -> tuple
 def main() -> None:
     torch.set_num_threads(1)
     os.environ |= {"WHET_CACHE": "off", "HF_HUB_OFFLINE": "1", "WHET_LANG": "en"}
-    cases, total = int(os.environ.get("CASES", "0")) or None, [0, 0]
+    asked, total = os.environ.get("CASES", "16"), [0, 0]
+    cases = None if asked == "all" else int(asked)
     with tempfile.TemporaryDirectory() as place:
         proof = Proof(Path(place) / "proof")
         for name in sys.argv[1:] or COMMANDS:

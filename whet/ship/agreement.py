@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from whet.base.errors import UserError
-from whet.base.out_of_memory import CLOSE_OTHERS
+from whet.base.out_of_memory import CLOSE_OTHERS, ran_out
 from whet.data.batch.rows import Rows
 from whet.data.prepare import Prepared
 from whet.engine.answer.batches import Scarce, in_batches
@@ -140,9 +140,9 @@ class Questions:
         }  # fmt: skip
         try:
             output = network.generate(**given)
-        except torch.OutOfMemoryError:
-            raise
-        except FAILURES:  # in some families (BLT) it cannot make a cache
+        except FAILURES as error:  # in some families (BLT) it cannot make a cache
+            if ran_out(error):
+                raise
             output = network.generate(**given, use_cache=False)
         return output[:, 1 if seq2seq else ids.shape[1] :].tolist()
 
