@@ -161,6 +161,26 @@ MUTANTS = [
         "the wrong row is blamed for the lack of memory", "test_launch.py -k largest_is_named",
     ),
     Mutant(
+        "launch: a capture that failed leaves its factor", "training/launch.py",
+        "        optimiser.grad_scale = optimiser.found_inf = None\n", "",
+        "after memory ran out every gradient is divided once more", "test_out_of_memory.py -k given_up_leave",
+    ),
+    Mutant(
+        "scarce: an error keeps what failed", "engine/memory/scarce.py",
+        "        traceback.clear_frames(error.__traceback__)\n", "        pass\n",
+        "the second try finds the memory of the first one taken", "test_out_of_memory.py -k held_is_let",
+    ),
+    Mutant(
+        "session: a broken answer goes on", "engine/answer/state.py",
+        "            streamer.end()\n", "            pass\n",
+        "the next prompt is shown as a part of the answer", "test_out_of_memory.py -k turn_that",
+    ),
+    Mutant(
+        "probe: without memory a family mixes rows", "engine/compute/probe.py",
+        "        if ran_out(error):\n            raise\n", "",
+        "a full GPU is told as a fault of the model", "test_out_of_memory.py -k taken_for",
+    ),
+    Mutant(
         "load: what the recipe says is overruled", "training/load.py",
         'origins["data.padding_free"]["origin"] != "decided"', 'origins["data.padding_free"]["origin"] == "decided"',
         "a run that could fall back is refused, one that asked for shared rows is changed",
