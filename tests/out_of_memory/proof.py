@@ -44,7 +44,7 @@ from whet.ship import predict as predicting  # noqa: E402
 from whet.training import checkpoint, launch, run  # noqa: E402
 from whet.training.held_out import HeldOut  # noqa: E402
 from whet.training.launch import Launcher  # noqa: E402
-from whet.training.resume import Checkpoints  # noqa: E402
+from whet.training.loop import Loop  # noqa: E402
 
 RIGHT_OPEN = safetensors.safe_open
 ONCE, STAYS = "once", "from there on"
@@ -104,9 +104,9 @@ COMMANDS: dict[str, tuple[list[str], dict[str, Phase]]] = {
     "train": (TRAIN, {
         "load": Phase(run, "build"), "first step": Phase(Launcher, "launch"),
         "largest batch": Phase(Launcher, "try_largest"), "later step": Phase(Launcher, "launch", 2),
-        "evaluation": Phase(HeldOut, "measure"), "save": Phase(Checkpoints, "save"), "finish": Phase(run, "finish"),
+        "evaluation": Phase(HeldOut, "measure"), "save": Phase(Loop, "_save"), "finish": Phase(run, "finish"),
     }),
-    "train, continued": (TRAIN, {"resume": Phase(Checkpoints, "resume"), "step": Phase(Launcher, "launch")}),
+    "train, continued": (TRAIN, {"resume": Phase(Launcher, "with_room"), "step": Phase(Launcher, "launch")}),
     "eval": (["eval", "run", "--json"], {
         "load": Phase(evaluating, "open_answerer"), "loss": Phase(LossSession, "losses"),
         "generate": Phase(DecoderSession, "answer"),
@@ -199,7 +199,7 @@ def failing(phase: Phase, at: int | None, kind: str) -> Iterator[list[int]]:
         calls[0] += 1
         if calls[0] != phase.call + 1:
             return right(*args, **kwargs)
-        fails = FailingFiles if phase.name == "save" else Failing
+        fails = FailingFiles if phase.name == "_save" else Failing
         with fails(at, stays=kind == STAYS) as mode:
             try:
                 return right(*args, **kwargs)
