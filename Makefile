@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-oldest test-newest hostile families mutants faults proofs check format bench clean
+.PHONY: help install quickstart test test-oldest test-newest hostile families mutants faults memory-faults proofs check format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -44,6 +44,9 @@ mutants: $(READY) ## careless edits planted one at a time: every one must turn a
 
 faults: $(READY) ## every file operation of every command that writes fails once, where it can be met, in five ways (two hours; needs gcc)
 	@$(BIN)/python tests/faults/proof.py
+
+memory-faults: $(READY) ## memory runs out at allocations of every phase of every command (25 minutes; CASES=all: days)
+	@$(BIN)/python tests/out_of_memory/proof.py
 
 proofs: $(READY) ## the many cases of which make test runs a few: kills at every moment, every storage, step and template
 	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m proof

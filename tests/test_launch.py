@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from whet.base.errors import UserError
+from whet.base.out_of_memory import ran_out
 from whet.data.batch.batches import Cut, Order
 from whet.data.batch.padded_batches import PaddedBatches
 from whet.data.batch.rows import Rows
@@ -24,7 +26,9 @@ from whet.training import launch
 from whet.training.launch import Launcher
 from whet.training.loop import Loop
 from whet.training.optim import _on_device
+from whet.training.relief import Relief, leaner_modes
 from whet.training.run import train
+from whet.training.setup import get_ready
 from whet.training.step import Steps
 
 Make = Callable[..., Parsed]
@@ -155,19 +159,74 @@ def test_a_row_that_does_not_fit_alone_is_named(recipe: Make, data_file: Path, m
         train(recipe(**SETTINGS))
     assert str(data_file.name) in str(refused.value)
     assert "row" in str(refused.value)
-    assert "gradient_checkpointing" in refused.value.fix
+    assert "data.max_length" in refused.value.fix
+    assert "base.storage=nf4" in refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [({}, [(1, False, False), (1, True, False), (1, True, True)]),
+     ({"train__gradient_checkpointing": False}, []),
+     ({"train__gradient_checkpointing": True}, [(1, True, False), (1, True, True)]),
+     ({"train__activation_offload": False}, [(1, False, False), (1, False, True)]),
+     ({"data__padding_free": False}, [(1, False, False), (1, True, False), (1, True, True)]),
+     ({"train__gradient_checkpointing": True, "train__tile_mlp": 8}, [(1, True, True)])],
+    ids=str,
+)  # fmt: skip
+def test_what_is_left_to_give_up(more: dict[str, Any], expected: list[Any], recipe: Make) -> None:
+    found = leaner_modes(get_ready(recipe(**SETTINGS | more)).plan)
+    assert [(one.checkpointed_layers, one.offload, bool(one.tile_tokens)) for one in found] == expected
+
+
+@pytest.mark.parametrize("fits_in", ["gradient checkpointing", "inputs in host memory", "MLPs in pieces"])
+def test_a_row_that_is_alone_is_made_again_with_less_kept(
+    fits_in: str, recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The third micro-batch fails until the mode is lean enough; dropout's masks are those of the plain run."""
+    settings = SETTINGS | {"train__per_device_train_batch_size": 1, "method__lora_dropout": 0.1}
+    expected = train(recipe("plain", **settings))
+    taken: list[str] = []
+    right = Relief.next_mode
+
+    def next_mode(self: Relief, arranged: Any) -> Any:
+        found = right(self, arranged)
+        taken.append("" if found is None else found[1])
+        return found
+
+    calls: list[int] = []
+
+    def still() -> bool:
+        calls.append(1)
+        return len(calls) >= 3 and not any(fits_in in words for words in taken)
+
+    with monkeypatch.context() as patch, only(0, patch, after=still):
+        patch.setattr(Relief, "next_mode", next_mode)
+        found = train(recipe("lean", **settings))
+    assert fits_in in taken[-1]
+    assert apart(found, expected) < 1e-5
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"going on with {taken[-1]}" in said
+    facts = found.read("layout.json") or {}
+    assert facts["mode"]["checkpointed_layers"] == 1
+    assert [one["step"] for one in facts["out_of_memory"]] == [3] * len(taken)
 
 
 def test_of_the_rows_of_a_step_the_largest_is_named() -> None:
     batches = TextBatches(rows([9, 40, 12]), flat=True, order=Order(3), cut=Cut(1, 3))
-    named: list[Any] = []
-    launcher: Any = SimpleNamespace(
-        batches=batches, total=1, name_rows=lambda sources: named.append(sources) or "rows",
-        optimiser=SimpleNamespace(zero_grad=lambda **_: None),
+    plan: Any = SimpleNamespace(
+        facts=SimpleNamespace(placement=SimpleNamespace(device=torch.device("cpu"), storage="fp32"), on_gpu=False),
+        recipe=SimpleNamespace(
+            train=SimpleNamespace(gradient_checkpointing=False, activation_offload=None),
+            method=SimpleNamespace(can=SimpleNamespace(storages=("fp32",))),
+        ),
     )  # fmt: skip
-    with pytest.raises(UserError, match="does not fit"):
-        Launcher.cut(launcher, 0)
+    named: list[Any] = []
+    relief: Any = SimpleNamespace(plan=plan, name_rows=lambda sources: named.append(sources) or "rows")
+    relief._what_fits, relief._fix = partial(Relief._what_fits, relief), partial(Relief._fix, relief)
+    refused = Relief.refusal(relief, batches.step(0))
     assert named == [(1,)]
+    assert "40 tokens" in str(refused.found)
+    assert "gradient_checkpointing=auto" in refused.fix
 
 
 def test_moments_without_room_are_no_reason_to_try_again(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,8 +251,8 @@ def test_other_errors_pass(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_it_is_found_behind_what_was_raised_in_its_place() -> None:
     error = RuntimeError("capture failed")
     error.__context__ = torch.OutOfMemoryError("out of memory")
-    assert launch.ran_out(error)
-    assert not launch.ran_out(RuntimeError("capture failed"))
+    assert ran_out(error)
+    assert not ran_out(RuntimeError("capture failed"))
 
 
 def rows(lengths: list[int]) -> Rows:

@@ -16,11 +16,12 @@ import torch
 from tiny import plan
 from torch import nn
 
+from whet.base.console import bytes_text
 from whet.base.errors import UserError
 from whet.engine.compute import attention
 from whet.engine.config import Base, Model
 from whet.engine.device import Placement, resolve_placement
-from whet.engine.load.load import checkpoint_storage, load_model, rebuilding_notice
+from whet.engine.load.load import checkpoint_storage, empty_model, load_model, rebuilding_notice
 from whet.engine.load.open import answering_placement, open_model, open_trained
 from whet.engine.weights.linear import FrozenLinear, Int8Linear, Nf4Linear, freeze_linears, linear_names
 from whet.ship.merge import MEAN_KL_LIMIT, merge
@@ -139,13 +140,36 @@ def test_no_whole_dense_model_is_made_on_the_way(checkpoints: dict[str, Path], m
     assert len(held) == len(linear_names(network)) == 14
 
 
-def test_a_failure_in_a_layer_keeps_its_kind(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [(torch.OutOfMemoryError("no room"), "the model does not fit in memory"), (RuntimeError("broken"), "broken")],
+)
+def test_a_failure_in_a_layer_keeps_its_kind(
+    raised: RuntimeError, seen: str, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(self: Nf4Linear, weight: torch.Tensor) -> None:
-        raise torch.OutOfMemoryError("no room")
+        raise raised
 
     monkeypatch.setattr(Nf4Linear, "fill", full)
-    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+    with pytest.raises((UserError, RuntimeError), match=seen):
         load_model(Model(path=str(checkpoints["llama"])), placed("nf4"))
+
+
+def test_the_error_says_what_the_weights_take(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, *_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("whet.engine.load.stream.load_plain", full)
+    plain = Model(path=str(checkpoints["llama"]))
+    for storage, fix in (("fp32", "base.storage=nf4"), ("nf4", "a smaller model")):
+        with pytest.raises(UserError) as refused:
+            load_model(plain, placed(storage))
+        network = empty_model(plain, "fp32")
+        numbers = sum(parameter.numel() for parameter in network.parameters())
+        packed = sum(network.get_parameter(f"{name}.weight").numel() for name in linear_names(network))
+        held = 4 * numbers if storage == "fp32" else 4 * (numbers - packed) + 0.5625 * packed
+        assert bytes_text(held) in str(refused.value.found), (storage, held)
+        assert fix in refused.value.fix
 
 
 MEASURE = """

@@ -108,7 +108,7 @@ def test_the_tuned_loss_is_that_of_training(chat_run: Run) -> None:
 
 def test_a_planted_shift_of_the_targets_is_seen(chat_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     right = engine_losses._summed
-    monkeypatch.setattr(engine_losses, "_summed", lambda logits, targets, w: right(logits, targets.roll(1), w))
+    monkeypatch.setattr(engine_losses, "_summed", lambda logits, targets, *more: right(logits, targets.roll(1), *more))
     with pytest.raises(AssertionError):
         test_the_losses_are_those_of_plain_transformers(chat_run)
 

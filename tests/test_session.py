@@ -15,6 +15,7 @@ import tiny
 import torch
 from test_generate import FIXED, LENGTHS, LOOSE, build, draw, expected, loop_of
 
+from whet.base.errors import UserError
 from whet.engine.answer import decode, generate, state
 from whet.engine.answer.encoder_decoder import EncoderDecoderSession
 from whet.engine.answer.generate import DecoderSession, DecodingOptions
@@ -83,7 +84,7 @@ def test_a_model_that_cannot_be_set_up_is_put_back(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(generate, "find_fault", broken)
     with DecoderSession(model) as asked:
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(UserError, match="does not fit"):
             ask(asked, draw(LENGTHS))
         assert model.training, "at once, not only at the end of the session"
         assert model.config._attn_implementation == "sdpa"

@@ -15,6 +15,7 @@ from whet.base import language
 from whet.base.console import drop_answer, flush_answer, readable_streams, write_error, write_json
 from whet.base.disk import disk_fault
 from whet.base.errors import UserError
+from whet.base.out_of_memory import memory_fault
 
 # How long a thread of GNU OpenMP that waits tries again before it sleeps: about 0.1 ms instead of several, in which it
 # holds a processor that another process could use, and that the thread it waits for may need (bench/busy.py).
@@ -61,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:  # the one place that may catch everything
         if words.traceback:
             raise
-        fault = disk_fault(error)
+        fault = disk_fault(error) or memory_fault(error)
         if fault is not None:
             return _refused(fault, words.json)
         problem = f"{type(error).__name__}: {error}"

@@ -7,7 +7,8 @@ asked in a session (`engine.answer.session`). Notices of the engine are told her
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from whet.engine.config import Base, Model
 from whet.engine.load.identity import check_base, check_sealed
 from whet.engine.load.load import load_tokenizer
 from whet.engine.load.open import Opened, answering_placement, check_trained, open_model, open_trained
+from whet.engine.memory.scarce import NoRoom, let_go
 from whet.engine.task import CAUSAL, Task
 from whet.runs import Run, chat_tokenizer
 
@@ -117,6 +119,29 @@ def open_base(answerer: Answerer) -> Opened:
     opened = answerer.opened
     check_base(answerer.run.recipe.model, check_sealed(answerer.run.trained))
     return _told(open_model(answerer.run.recipe.model, opened.placement, opened.task))
+
+
+@contextlib.contextmanager
+def base_anew(answerer: Answerer) -> Iterator[Opened]:
+    """`open_base` for the time of the block. What was trained waits in host memory meanwhile, where both do not fit."""
+    tuned, home = answerer.opened.network, answerer.opened.placement.device
+    base, waits = None, False
+    with contextlib.suppress(NoRoom):
+        base = open_base(answerer)
+    if base is None:
+        say("out of memory: the trained model waits in host memory while the base answers", style="yellow")
+        waits = True
+        tuned.to("cpu")  # type: ignore[arg-type]
+        let_go()
+    try:
+        base = open_base(answerer) if base is None else base
+        yield base
+    finally:
+        if waits:
+            if base is not None:
+                base.network.to("cpu")  # type: ignore[arg-type]
+            let_go()
+            tuned.to(home)  # type: ignore[arg-type]
 
 
 def tell(session: TextSession | LabelSession) -> None:

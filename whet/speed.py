@@ -142,27 +142,23 @@ def _measure(plan: Any, total: int, load: Load) -> dict[str, Any]:
     """Load, lay out and step as training does, and time it."""
     import torch
 
+    from whet.engine.memory.scarce import refusing
     from whet.engine.memory.used import peak_bytes
-    from whet.training.captured import GraphSteps
-    from whet.training.optim import build_optimiser
-    from whet.training.step import Steps
+    from whet.training.relief import no_room_to_train
 
-    train, device = plan.recipe.train, plan.facts.placement.device
-    arranged, loaded, began = _arranged(plan)
-    layout = arranged.layout
-    optimiser = build_optimiser(
-        train, arranged.trained, captured=layout.cuda_graphs, paged=layout.page_optimizer, masters=arranged.masters
-    )
-    kind = GraphSteps if layout.cuda_graphs else Steps
-    runner = kind(arranged.model, optimiser, arranged.objective, train.max_grad_norm)
+    device, changed = plan.facts.placement.device, {}
+    with refusing(partial(no_room_to_train, plan, None)):
+        arranged, loaded, began = _arranged(plan)
+        launcher = _launcher(plan, arranged, total, changed)
     seconds, losses, tokens, first = [], [], [], None
     with arranged.running(), Progress("measuring", total) as bar:
         for index in range(total):
-            batches = arranged.batches.step(index)
+            if index == 1:
+                launcher.try_largest()
             if index == 1 and device.type == "cuda":  # after compilation, before anything is captured
                 torch.cuda.reset_peak_memory_stats()
             start = _now(device)
-            stepped = arranged.first(partial(runner.step, batches, index + 1)).read()
+            stepped = launcher.launch(index)[0].read()
             seconds.append(_now(device) - start)
             if first is None:
                 first = (_process_seconds(), time.perf_counter() - began)
@@ -177,7 +173,7 @@ def _measure(plan: Any, total: int, load: Load) -> dict[str, Any]:
         "median_seconds": round(statistics.median(times), 5), "p10_seconds": round(times[len(times) // 10], 5),
         "p90_seconds": round(times[len(times) * 9 // 10], 5), "loss": round(losses[-1], 5),
         "first_loss": round(losses[0], 5), "first_step_seconds": round(first[0], 2),
-        "compile_seconds": round(first[1], 2), "layout": arranged.as_dict(),
+        "compile_seconds": round(first[1], 2), "layout": launcher.arranged.as_dict() | changed,
         "peak_allocated_gib": round(peak_bytes(device) / 2**30, 3),
     }  # fmt: skip
     if device.type == "cuda":
@@ -185,6 +181,20 @@ def _measure(plan: Any, total: int, load: Load) -> dict[str, Any]:
         free, whole = torch.cuda.mem_get_info()
         measured["device_used_gib"] = round((whole - free) / 2**30, 3)
     return measured
+
+
+def _launcher(plan: Any, arranged: Any, total: int, changed: dict[str, Any]) -> Any:
+    """The launcher of training for the timed steps. changed: gets what memory that ran out changes of the layout."""
+    from whet.training.launch import Launcher
+    from whet.training.optim import build_optimiser
+    from whet.training.relief import Relief
+
+    train, layout = plan.recipe.train, arranged.layout
+    optimiser = build_optimiser(
+        train, arranged.trained, captured=layout.cuda_graphs, paged=layout.page_optimizer, masters=arranged.masters
+    )
+    relief = Relief(plan, changed.update, lambda rows: "random rows")
+    return Launcher(arranged, optimiser, relief, total=total, max_grad_norm=train.max_grad_norm)
 
 
 def _arranged(plan: Any) -> tuple[Any, float, float]:

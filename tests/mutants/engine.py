@@ -198,7 +198,7 @@ MUTANTS = [
     ),
     Mutant(
         "rerun: random state not put back", "engine/memory/rerun.py",
-        "        torch.set_rng_state(state[0])\n", "",
+        "    torch.set_rng_state(state[0])\n", "",
         "dropout masks differ between the two runs", "test_memory_modes.py -k 'dropout or draw'",
     ),
     Mutant(

@@ -167,7 +167,7 @@ MUTANTS = [
     ),
     Mutant(
         "loop: the state of a checkpoint is dropped", "training/loop.py",
-        "self.state = self.checkpoints.resume() or State()", "self.checkpoints.resume()",
+        "self.state = self.launcher.with_room(", "self.launcher.with_room(",
         "a resumed run does its first steps again", "test_resume.py -k 'each_line or early_stop'",
     ),
     Mutant(
@@ -177,24 +177,44 @@ MUTANTS = [
     ),
     Mutant(
         "launch: the trial uses random numbers up", "training/launch.py",
-        "        restore_random_state(*state)\n", "",
+        "            restore_random_state(*state)\n", "",
         "dropout differs between machines with much and little memory", "test_launch.py -k early_and_forgotten",
     ),
     Mutant(
         "launch: the trial is learned", "training/launch.py",
-        "        self.optimiser.zero_grad(set_to_none=True)\n        restore_random_state(*state)\n",
-        "        restore_random_state(*state)\n",
+        "            self.optimiser.zero_grad(set_to_none=True)\n            restore_random_state(*state)\n",
+        "            restore_random_state(*state)\n",
         "the longest rows count twice in the second step", "test_launch.py -k early_and_forgotten",
     ),
     Mutant(
-        "launch: only a stated cause counts", "training/launch.py",
-        "error = error.__cause__ or error.__context__", "error = error.__cause__",
+        "out of memory: only a stated cause counts", "base/out_of_memory.py",
+        "error = error.__cause__ or error.__context__\n    return False", "error = error.__cause__\n    return False",
         "a run ends although smaller pieces would fit", "test_launch.py -k raised_in_its_place",
     ),
     Mutant(
-        "launch: the smallest row is named", "training/launch.py",
-        "            largest = max(before, key=", "            largest = min(before, key=",
+        "relief: the smallest row is named", "training/relief.py",
+        "        largest = max(batches, key=", "        largest = min(batches, key=",
         "the wrong row is blamed for the lack of memory", "test_launch.py -k largest_is_named",
+    ),
+    Mutant(
+        "launch: a capture that failed leaves its factor", "training/launch.py",
+        "        optimiser.grad_scale = optimiser.found_inf = None\n", "",
+        "after memory ran out every gradient is divided once more", "test_out_of_memory.py -k given_up_leave",
+    ),
+    Mutant(
+        "scarce: an error keeps what failed", "engine/memory/scarce.py",
+        "        traceback.clear_frames(error.__traceback__)\n", "        pass\n",
+        "the second try finds the memory of the first one taken", "test_out_of_memory.py -k held_is_let",
+    ),
+    Mutant(
+        "session: a broken answer goes on", "engine/answer/state.py",
+        "            streamer.end()\n", "            pass\n",
+        "the next prompt is shown as a part of the answer", "test_out_of_memory.py -k turn_that",
+    ),
+    Mutant(
+        "probe: without memory a family mixes rows", "engine/compute/probe.py",
+        "        if ran_out(error):\n            raise\n", "",
+        "a full GPU is told as a fault of the model", "test_out_of_memory.py -k taken_for",
     ),
     Mutant(
         "load: what the recipe says is overruled", "training/load.py",
@@ -420,8 +440,7 @@ MUTANTS = [
     ),
     Mutant(
         "session: what is half set up stays", "engine/answer/state.py",
-        "        except BaseException:\n            self.release()\n            raise\n",
-        "        except BaseException:\n            raise\n",
+        "                self.release()\n                if not isinstance(", "                if not isinstance(",
         "a failed question leaves the model in evaluation mode", "test_session.py -k set_up_is_put_back",
     ),
     Mutant(

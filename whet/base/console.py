@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from whet.base.amounts import bytes_text as bytes_text  # part of what a person reads
 from whet.base.disk import disk_fault
 from whet.base.errors import UserError
 from whet.base.language import console_class, translated
@@ -211,12 +212,3 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def bytes_text(count: float) -> str:
-    """A number of bytes with a binary unit: 1234567 is '1.2 MiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from whet.data.batch.rows import Rows
 from whet.engine.answer.losses import LossSession, Scored, weight_of
 from whet.engine.load.open import Opened
 from whet.evaluation.metrics import Scores
-from whet.opening import Answerer, open_base
+from whet.opening import Answerer, base_anew
 
 ROWS = 1000
 MOST_TOKENS = 500_000
@@ -86,6 +87,8 @@ def losses_of_both(answerer: Answerer, rows: Sequence[Scored], base: Opened | No
             if opened.wrapped is not None:
                 with session.base():
                     return Losses(session.losses(rows, done), tuned, weights)
-        plain = open_base(answerer) if base is None else base
-        with LossSession(plain.answering) as session:
+        with (
+            nullcontext(base) if base is not None else base_anew(answerer) as plain,
+            LossSession(plain.answering) as session,
+        ):
             return Losses(session.losses(rows, done), tuned, weights)

@@ -15,7 +15,7 @@ from whet.evaluation.compare import paired
 from whet.evaluation.likelihood import Losses
 from whet.evaluation.metrics import Scores, exact_match
 from whet.evaluation.rows import Chosen
-from whet.opening import Answerer, open_base, tell
+from whet.opening import Answerer, base_anew, tell
 
 Write = Callable[[TextSession, Callable[[int], None]], list[str]]  # texts by a session; calls with how many are done
 SHORT_ANSWER_WORDS = 5  # up to which an answer is right or wrong as a whole
@@ -49,7 +49,7 @@ def base_and_tuned(answerer: Answerer, rows: int, write: Write) -> tuple[list[st
             with session.base():
                 return texts_of(session, "base"), tuned
         session.release()
-        with text_session(open_base(answerer)) as base:
+        with base_anew(answerer) as plain, text_session(plain) as base:
             return texts_of(base, "base"), tuned
 
 

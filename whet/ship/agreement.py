@@ -13,20 +13,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from inspect import signature
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 
 from whet.base.errors import UserError
+from whet.base.out_of_memory import CLOSE_OTHERS, ran_out
 from whet.data.batch.rows import Rows
 from whet.data.prepare import Prepared
-from whet.engine.answer.encoder_decoder import answer_log_probabilities, end_ids, start_id
+from whet.engine.answer.batches import Scarce, in_batches
+from whet.engine.answer.encoder_decoder import answer_log_probabilities, end_ids, log_softmax, start_id
 from whet.engine.answer.rows import StopRule
 from whet.engine.answer.session import text_session
 from whet.engine.compute.probe import FAILURES
 from whet.engine.load.open import Opened
+from whet.engine.memory.scarce import NoRoom, free_text
 from whet.opening import tell
 
 MAX_PROMPTS = 200
@@ -115,15 +117,15 @@ class Questions:
         one more thing that could be computed otherwise."""
         stop_ids = end_ids(network) if self.stop_ids is None else self.stop_ids
         rule = StopRule.of(stop_ids, self.max_new_tokens)
-        answers: list[list[int]] = [[] for _ in self.prompts]
-        order = sorted(range(len(self.prompts)), key=lambda index: len(self.prompts[index]))
-        for _, same in groupby(order, key=lambda index: len(self.prompts[index])):
-            indices = list(same)
-            for start in range(0, len(indices), _TOGETHER):
-                group = indices[start : start + _TOGETHER]
-                for index, answer in zip(group, self._generated(network, group, rule, seq2seq), strict=True):
-                    answers[index] = rule.cut(answer)
-        return answers
+
+        def answers_of(batch: list[int], _: int) -> list[list[int]]:
+            return [rule.cut(ids) for ids in self._generated(network, batch, rule, seq2seq)]
+
+        device = next(network.parameters()).device
+        scarce = Scarce(fewer=lambda _: None, leaner=lambda: False, refusal=lambda tokens: no_room(device, tokens))
+        return in_batches(
+            [len(prompt) for prompt in self.prompts], _TOGETHER, answers_of, equal_lengths=True, scarce=scarce
+        )
 
     @torch.inference_mode()
     def _generated(self, network: Any, group: list[int], rule: StopRule, seq2seq: bool) -> list[list[int]]:
@@ -138,9 +140,9 @@ class Questions:
         }  # fmt: skip
         try:
             output = network.generate(**given)
-        except torch.OutOfMemoryError:
-            raise
-        except FAILURES:  # in some families (BLT) it cannot make a cache
+        except FAILURES as error:  # in some families (BLT) it cannot make a cache
+            if ran_out(error):
+                raise
             output = network.generate(**given, use_cache=False)
         return output[:, 1 if seq2seq else ids.shape[1] :].tolist()
 
@@ -256,6 +258,16 @@ def encoder_decoder_reference(live: Opened, prepared: Prepared) -> Reference:
     )  # fmt: skip
 
 
+def no_room(device: torch.device, tokens: int | None = None) -> NoRoom:
+    """The error where live model and merged one cannot be compared. tokens: of the prompt that is alone."""
+    found = free_text(device) if tokens is None else f"{tokens:,} tokens; {free_text(device)}"
+    return NoRoom(
+        "comparing the merged model with the live one does not fit in memory", found=found,
+        expected="memory for one of the two models and one row",
+        fix=f"{CLOSE_OTHERS}; CUDA_VISIBLE_DEVICES= in front of the command merges on the CPU",
+    )  # fmt: skip
+
+
 def loss_of(
     network: Any, rows: Sequence[HeldOutRow],
     distributions: Callable[[Any, Sequence[int], Sequence[int]], torch.Tensor],
@@ -299,4 +311,4 @@ def _log_probabilities(network: Any, prompt: Sequence[int], reply: Sequence[int]
     ids, count = torch.tensor([[*prompt, *reply]], device=device), len(reply) + 1
     known = signature(network.forward).parameters
     last = {"logits_to_keep": count} if "logits_to_keep" in known else {}
-    return torch.log_softmax(network(input_ids=ids, use_cache=False, **last).logits[0, -count:].float(), -1)
+    return log_softmax(network(input_ids=ids, use_cache=False, **last).logits[0, -count:])

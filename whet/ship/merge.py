@@ -22,6 +22,7 @@ from whet.base.console import say
 from whet.base.content import difference, digest_of, files_in
 from whet.base.errors import UserError
 from whet.base.files import hidden_directory, read_json, sweep, whole_directory, write_json
+from whet.base.out_of_memory import ran_out
 from whet.base.outputs import output_directory
 from whet.data.prepare import Prepared
 from whet.data.template.goldens import FILE as CONTRACT
@@ -33,13 +34,14 @@ from whet.engine.load.identity import base_identity, seal_digest
 from whet.engine.load.left_out import left_out
 from whet.engine.load.load import load_config, load_model, rebuilding_notice
 from whet.engine.load.open import Opened, check_trained
+from whet.engine.memory.scarce import NoRoom, forget_frames, let_go, refusing
 from whet.engine.task import Task
 from whet.engine.weights.linear import FrozenLinear
 from whet.inputs import inputs_of_run
 from whet.methods.all import METHODS
 from whet.opening import open_answerer
 from whet.runs import Run
-from whet.ship.agreement import MEAN_KL_LIMIT, Agreement, decoder_reference, encoder_decoder_reference
+from whet.ship.agreement import MEAN_KL_LIMIT, Agreement, decoder_reference, encoder_decoder_reference, no_room
 from whet.ship.carry import carry_over
 from whet.ship.label_agreement import LabelAgreement, label_reference
 
@@ -76,8 +78,8 @@ def merge(run: Run, out: Path) -> dict[str, Any]:
         return earlier
     prepared = runs.rows_of(run)
     live = open_answerer(run, row_tokenizer=prepared.row_tokenizer).opened
-    judge = _judge(live, prepared)
-    with hidden_directory(target) as scratch:
+    with refusing(lambda: no_room(live.placement.device)), hidden_directory(target) as scratch:
+        judge = _judge(live, prepared)
         best, folder, tried = _best_candidate(run, live, judge, prepared, scratch)
         certificate = {
             "chosen": f"{best.name} base, {best.dtype}", "summary": best.summary,
@@ -148,9 +150,7 @@ def _best_candidate(
         if not _write_candidate(run, live, base_kind, dtype, folder, stop_ids):
             say(f"merged on {base_kind} base, weights are too large for {dtype}: trying another type", style="yellow")
             continue
-        candidate = _read_back(folder, live, dtype)
-        verdict = judge.compare(base_kind, dtype, candidate, best[0] if best else None)
-        del candidate
+        verdict = _judged(folder, live, judge, (base_kind, dtype), best[0] if best else None)
         tried.append(verdict)
         if not verdict.perfect:  # the one that is kept is said at the end
             say(f"tried {base_kind} base in {dtype}: {verdict.summary}", style="dim")
@@ -228,9 +228,24 @@ def _write_candidate(run: Run, live: Opened, base_kind: str, dtype: str, folder:
     return True
 
 
-def _read_back(folder: Path, live: Opened, dtype: str) -> Opened:
-    """The candidate from the disk as a stranger would read it: plain transformers, the attention that it chooses, in
-    the arithmetic of the live model (fp16 as it is, where that is a short one).
+def _judged(folder: Path, live: Opened, judge: Judge, of: tuple[str, str], best: Any | None) -> Verdict:
+    """The verdict on a candidate, beside the live model, and where there is no room for both, on the CPU. of: its base
+    and its type."""
+    try:
+        return judge.compare(*of, _read_back(folder, live, of[1], live.placement.device), best)
+    except (RuntimeError, MemoryError, NoRoom) as error:
+        if not ran_out(error) and not isinstance(error, NoRoom):
+            raise
+        forget_frames(error)
+    let_go()
+    say("out of memory: the merged model is compared on the CPU, which is slow", style="yellow")
+    with refusing(lambda: no_room(live.placement.device)):
+        return judge.compare(*of, _read_back(folder, live, of[1], torch.device("cpu")), best)
+
+
+def _read_back(folder: Path, live: Opened, dtype: str, device: torch.device) -> Opened:
+    """The candidate from the disk on `device` as a stranger would read it: plain transformers, the attention that it
+    chooses, in the arithmetic of the live model (fp16 as it is, where that is a short one).
 
     Where the attention that transformers chooses computes something else than the family's own (UMT5 loses its
     positions with it), the candidate's config asks for its own, which every later reader then gets. Nothing is told of
@@ -239,7 +254,7 @@ def _read_back(folder: Path, live: Opened, dtype: str) -> Opened:
     placement, task = live.placement, live.task
     short = placement.compute != torch.float32
     compute = torch.float16 if short and dtype == "fp16" else placement.compute
-    plain = Placement(placement.device, "fp32" if compute == torch.float32 else "bf16", compute, False, {})
+    plain = Placement(device, "fp32" if compute == torch.float32 else "bf16", compute, False, {})
     network = _plain_network(folder, plain, task)
     if prove_attention(network):
         say("the merged config asks for the attention that the family is written in: with the one that transformers "
@@ -262,4 +277,20 @@ def _copy_dequantised(source: PreTrainedModel, plain: PreTrainedModel) -> None:
     """Give `plain` the weights of every quantised layer as they are computed with."""
     for name, module in source.named_modules():
         if isinstance(module, FrozenLinear):
-            plain.get_submodule(name.removesuffix(".base_layer")).weight.copy_(module.dense(torch.float32).to("cpu"))  # type: ignore[union-attr,operator]
+            plain.get_submodule(name.removesuffix(".base_layer")).weight.copy_(_dense_on_host(module))  # type: ignore[union-attr,operator]
+
+
+def _dense_on_host(module: FrozenLinear) -> torch.Tensor:
+    """The dense weight of a layer, made where the layer is, or on the host where that has no room for it."""
+    try:
+        return module.dense(torch.float32).to("cpu")
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        forget_frames(error)
+    let_go()
+    home = next(tensor.device for tensor in (*module.parameters(), *module.buffers()))
+    try:
+        return module.to("cpu").dense(torch.float32)
+    finally:
+        module.to(home)

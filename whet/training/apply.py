@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from whet.base.console import bytes_text, say
+from whet.base.out_of_memory import ran_out
 from whet.base.private import compile_errors
 from whet.engine.compute.attention import fastest_attention
 from whet.engine.compute.compile import compile_layers, forget_compilation, lean_activations
@@ -84,7 +85,7 @@ class Arranged:
         try:
             return step()
         except compile_errors() as problem:
-            if not self.layout.compile_layers:
+            if not self.layout.compile_layers or ran_out(problem):
                 raise
             reason = str(problem).strip().splitlines()[0]
             say(f"this model's layers cannot be compiled, so they run as they are ({reason})", style="yellow")
@@ -110,7 +111,7 @@ def apply(plan: Plan, loaded: Loaded, objective: Objective) -> Arranged:
         objective = replace(objective, head=_placed_head(objective.head, plan, network))
     if placement.offload_embedding:
         offload_embedding(network)
-    _keep_less(layout, network)
+    keep_less(layout, network)
     if layout.compile_layers:
         compile_layers(network, tokens=layout.tokens, whole=not layout.mode.tile_tokens)
     batches = plan.facts.work.batches.with_cut(layout.cut)
@@ -152,7 +153,7 @@ def _placed_head(head: Head | None, plan: Plan, network: Any) -> Head | None:
     return head.on_host(network) if head is not None and placement.offload_head else head
 
 
-def _keep_less(layout: Layout, network: Any) -> None:
+def keep_less(layout: Layout, network: Any) -> None:
     """Gradient checkpointing and tiles; padded tasks have transformers' own switch, for all layers."""
     mode = layout.mode
     if mode.checkpointed_layers and layout.padded_task:

@@ -9,7 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from whet.base.errors import UserError
+from whet.base.out_of_memory import CLOSE_OTHERS
+from whet.engine.memory.scarce import free_text
 from whet.engine.memory.used import used_bytes
 from whet.methods.method import Method
 from whet.settings import Train
@@ -57,7 +61,7 @@ class Loop:
 
     def fit(self) -> str:
         """Step to the end; returns why it ended: completed or early_stopping. Raises Stopped, NotFinite, UserError."""
-        self.state = self.checkpoints.resume() or State()
+        self.state = self.launcher.with_room(self.checkpoints.resume, self._not_continued) or State()
         for observer in self.observers:
             observer.begin(self.state, self.total)
         with CtrlC(self._interrupt):
@@ -139,7 +143,8 @@ class Loop:
 
     def _evaluate(self) -> None:
         arranged, step = self.launcher.arranged, self.state.step
-        loss, targets = self.held_out.measure(arranged.model, arranged.objective, step)
+        release = self.launcher.release_graphs
+        loss, targets = self.held_out.measure(arranged.model, arranged.objective, step, release)
         self.state.note_evaluation(loss)
         report = EvaluationReport(step, self._epoch(step), loss, targets)
         for observer in self.observers:
@@ -148,7 +153,22 @@ class Loop:
     def _save(self) -> None:
         for observer in self.observers:
             observer.before_save(self.state)
-        self.checkpoints.save(self.state)
+        self.launcher.with_room(partial(self.checkpoints.save, self.state), self._not_written)
+
+    def _not_written(self) -> UserError:
+        return UserError(
+            f"the checkpoint of step {self.state.step} could not be gathered: memory ran out",
+            file=str(self.checkpoints.run.checkpoints), found=free_text(self.launcher.arranged.device),
+            expected="room for the trained weights once more",
+            fix=f"{CLOSE_OTHERS}; the same command goes on from the checkpoint before it",
+        )  # fmt: skip
+
+    def _not_continued(self) -> UserError:
+        return UserError(
+            "the checkpoint does not fit in memory beside the model", file=str(self.checkpoints.run.checkpoints),
+            found=free_text(self.launcher.arranged.device), expected="the memory that the run had when it began",
+            fix=f"{CLOSE_OTHERS}; then the same command; or train.offload_optimizer=true in a new run",
+        )  # fmt: skip
 
     def _ended(self) -> bool:
         return self.state.step >= self.total or self._is_enough()

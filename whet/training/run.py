@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.lock import DirectoryLock
+from whet.base.out_of_memory import CLOSE_OTHERS
+from whet.engine.memory.scarce import free_text, refusing
 from whet.engine.memory.used import keep_freed_memory
 from whet.recipe import Parsed, fingerprint
 from whet.runs import Run, run_directory
@@ -25,6 +28,7 @@ from whet.training.loop import Loop
 from whet.training.objective.choose import objective_for
 from whet.training.observers import MetricsLog, Observer, ProgressBar
 from whet.training.optim import build_optimiser
+from whet.training.relief import Relief, no_room_to_train
 from whet.training.resume import Checkpoints
 from whet.training.setup import Ready, get_ready, print_ledger
 from whet.training.start import start_from_rows
@@ -43,11 +47,14 @@ def train(parsed: Parsed, more: Sequence[Observer] = ()) -> Run:
             say(f"{ready.run.path} is finished ({ready.run.finished['steps']} steps): nothing to do")
             return ready.run
         print_ledger(ready.prepared.ledger)
-        arranged, ready = build(ready)
+        with refusing(partial(_no_room, ready)):
+            arranged, ready = build(ready)
         with watching(ready, more) as observers, _naming_rows(ready), arranged.running():
             loop = make_loop(ready, arranged, observers)
             reason = loop.fit()
-        finish(ready, arranged, loop.checkpoints, loop.state, reason)
+        loop.launcher.release_graphs()
+        with refusing(partial(_not_finished, ready)):
+            finish(ready, loop.launcher.arranged, loop.checkpoints, loop.state, reason)
     return ready.run
 
 
@@ -73,13 +80,33 @@ def make_loop(ready: Ready, arranged: Arranged, observers: Sequence[Observer]) -
     optimiser = build_optimiser(
         train, arranged.trained, captured=layout.cuda_graphs, paged=layout.page_optimizer, masters=arranged.masters
     )
+    run = ready.run
+
+    def note(entries: dict[str, Any]) -> None:
+        run.write("layout.json", (run.read("layout.json") or {}) | entries)
+
     launcher = Launcher(
-        arranged, optimiser, ready.run, total=train.max_steps or 0, max_grad_norm=train.max_grad_norm,
-        penalty=partial(method.penalty, arranged.model) if method.penalised else None, name_rows=ready.name_rows,
+        arranged, optimiser, Relief(ready.plan, note, ready.name_rows), total=train.max_steps or 0,
+        max_grad_norm=train.max_grad_norm,
+        penalty=partial(method.penalty, arranged.model) if method.penalised else None,
     )  # fmt: skip
     identity = Identity(fingerprint(recipe), ready.prepared.ledger.sha256)
     checkpoints = Checkpoints(ready.run, identity, arranged.model, optimiser, ready.batches, train)
     return Loop(train, method, launcher, checkpoints, held_out_of(ready), observers)
+
+
+def _no_room(ready: Ready) -> UserError:
+    """The error where the model is loaded, and what is trained does not fit beside it."""
+    return no_room_to_train(ready.plan, str(ready.run.path))
+
+
+def _not_finished(ready: Ready) -> UserError:
+    """The error where the result could not be gathered after the last step."""
+    return UserError(
+        "memory ran out while the result was written; every step is done and saved", file=str(ready.run.path),
+        found=free_text(ready.plan.facts.placement.device), expected="room for the trained weights once more",
+        fix=f"{CLOSE_OTHERS}; the same command writes it",
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -122,12 +122,14 @@ def held_out_loss(
 ) -> tuple[float, int]:
     """(mean loss, learned tokens or rows) over batches, in evaluation mode; no logits are kept."""
     was_training = model.training
-    model.eval()
-    objective.before_step()
     total, targets, worth = 0.0, 0, 0.0
-    with uncompiled():
-        for batch in batches:
-            total += float(objective.loss(model, batch))
-            targets, worth = targets + len(batch.targets), worth + objective.worth(batch)
-    model.train(was_training)
+    try:
+        model.eval()
+        objective.before_step()
+        with uncompiled():
+            for batch in batches:
+                total += float(objective.loss(model, batch))
+                targets, worth = targets + len(batch.targets), worth + objective.worth(batch)
+    finally:
+        model.train(was_training)
     return total / (worth or 1.0), targets

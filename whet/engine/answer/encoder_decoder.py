@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from whet.base.out_of_memory import ran_out
 from whet.engine.answer.batches import in_batches
 from whet.engine.answer.rows import StopRule
-from whet.engine.answer.state import Session
+from whet.engine.answer.state import Session, ended
+from whet.engine.memory.scarce import forget_frames, let_go
 
 Row = Sequence[int] | NDArray[np.integer[Any]]
+ROWS_ON_THE_HOST = 32  # that are brought there together
 
 
 class EncoderDecoderSession(Session):
@@ -44,7 +47,9 @@ class EncoderDecoderSession(Session):
         return in_batches(
             [len(source) for source in prompts], batch_size,
             lambda batch, _: written(self.model, [prompts[index] for index in batch], rule), done=done,
-            fewer=lambda size: self.notices.add(f"out of memory: answering {size} sources together"),
+            scarce=self._scarce(
+                lambda size: f"out of memory: answering {size} sources together", "answering one source"
+            ),
         )  # fmt: skip
 
     def stream(
@@ -52,7 +57,12 @@ class EncoderDecoderSession(Session):
     ) -> list[int]:
         """The ids written for one source, handed to a transformers `streamer` (or None) token by token."""
         self._prepare()
-        return written(self.model, [prompt], self._rule(stop_ids, max_new_tokens), streamer)[0]
+        rule = self._rule(stop_ids, max_new_tokens)
+        with ended(streamer):
+            return self._alone(
+                lambda: written(self.model, [prompt], rule, streamer)[0], "answering one source",
+                len(prompt) + max_new_tokens, again=streamer is None,
+            )  # fmt: skip
 
     def _rule(self, stop_ids: Sequence[int] | None, max_new_tokens: int) -> StopRule:
         return StopRule.of(end_ids(self.model) if stop_ids is None else stop_ids, max_new_tokens)
@@ -85,7 +95,20 @@ def answer_log_probabilities(model: Any, source: Row, reply: Sequence[int]) -> t
     ids = torch.as_tensor(np.asarray(source, dtype=np.int64), device=device)[None]
     decoded = torch.tensor([[start_id(model), *reply]], device=device)
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=decoded, use_cache=False)
-    return torch.log_softmax(output.logits[0, -len(reply) - 1 :].float(), -1)
+    return log_softmax(output.logits[0, -len(reply) - 1 :])
+
+
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [T, V] float32 of logits [T, V]; on the host, a few rows at a time, where the device has no
+    room for them, which changes no number."""
+    try:
+        return torch.log_softmax(logits.float(), -1)
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        forget_frames(error)
+    let_go()
+    return torch.cat([torch.log_softmax(part.float(), -1).cpu() for part in logits.split(ROWS_ON_THE_HOST)])
 
 
 def start_id(model: Any) -> int:

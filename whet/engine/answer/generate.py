@@ -25,7 +25,7 @@ from whet.engine.answer.batches import in_batches
 from whet.engine.answer.decode import Decoder, padded
 from whet.engine.answer.proof import find_fault, find_generation_fault, mixes_rows
 from whet.engine.answer.rows import StopRule
-from whet.engine.answer.state import Session
+from whet.engine.answer.state import Session, ended
 from whet.engine.answer.static_cache import attention_layout, generation_bytes
 from whet.engine.answer.uncached import answer_uncached
 from whet.engine.compute.proven_attention import set_attention, use_attention_with_masks
@@ -68,6 +68,7 @@ class DecoderSession(Session):
         self._room_bytes = 0  # that the copies leave free
         self._apart = False  # prompts of unlike length share no batch
         self._cached = True  # transformers' `generate` computes what the model does
+        self._frugal = False  # memory ran out: no dense copies, no graphs
 
     def answer(
         self,
@@ -91,14 +92,11 @@ class DecoderSession(Session):
         self._prepare_for(min(batch_size, len(prompts)), max(lengths) + max_new_tokens)
 
         def answers_of(batch: list[int], size: int) -> list[list[int]]:
+            self._set_up_once()
             return [rule.cut(ids) for ids in self._continuations([prompts[index] for index in batch], size, rule)]
 
-        with torch.inference_mode():
-            return in_batches(
-                lengths, batch_size, answers_of, done=done,
-                equal_lengths=self._apart,
-                fewer=lambda size: self.notices.add(f"out of memory: answering {size} prompts together"),
-            )  # fmt: skip
+        scarce = self._scarce(lambda size: f"out of memory: answering {size} prompts together", "answering one prompt")
+        return in_batches(lengths, batch_size, answers_of, done=done, equal_lengths=self._apart, scarce=scarce)
 
     def stream(
         self, prompt: Sequence[int], *, stop_ids: Sequence[int], max_new_tokens: int, streamer: Any = None
@@ -108,12 +106,33 @@ class DecoderSession(Session):
             return []
         rule = StopRule.of(stop_ids, max_new_tokens)
         self._prepare_for(1, len(prompt) + max_new_tokens)
-        with torch.inference_mode():
+
+        def answer() -> list[int]:
+            self._set_up_once()
             return rule.cut(self._continuations([prompt], 1, rule, streamer)[0])
+
+        with ended(streamer):
+            return self._alone(answer, "answering one prompt", len(prompt) + max_new_tokens, again=streamer is None)
 
     def release(self) -> None:
         super().release()
         self._decoder, self._packed, self._room_bytes = None, [], 0
+
+    def _leaner(self) -> bool:
+        """Without dense copies of quantised layers and without graphs, unless it is so already or was asked for."""
+        self.release()
+        if self._frugal or None not in (self.options.dense, self.options.graphed):
+            return False
+        self._frugal = True
+        self.notices.add("out of memory: answering without dense copies and graphs, which is slower")
+        return True
+
+    def _what_fits(self, tokens: int | None, device: torch.device) -> str:
+        """The longest prompt with its answer that the free memory holds, by what is reckoned beforehand."""
+        free, each = free_bytes(device), generation_bytes(self.model, 1, 1)
+        if tokens is None or device.type != "cuda":
+            return super()._what_fits(tokens, device)
+        return f"about {max(1, min(tokens // 2, free // each)):,} tokens, with those of the answer"
 
     def _prepare_for(self, rows: int, tokens: int) -> None:
         """Set the model up for `rows` rows of `tokens` tokens; copies that leave no room for them make way."""
@@ -130,7 +149,8 @@ class DecoderSession(Session):
         super()._set_up(undo)
         undo.enter_context(use_cached_attention(self.model))
         packed = [module for module in self.model.modules() if isinstance(module, FrozenLinear)]
-        if undo.enter_context(unpacked(self.model, self.options.dense, self._room_bytes)):
+        dense = False if self._frugal and self.options.dense is None else self.options.dense
+        if undo.enter_context(unpacked(self.model, dense, self._room_bytes)):
             self._packed = [*packed]
         self._decoder = self._trusted_decoder()
         if is_wrapped(self.model):  # padding would stand between virtual tokens and the prompt
@@ -156,8 +176,10 @@ class DecoderSession(Session):
             self.notices.add(f"answers come from transformers' generate: {fault}")
         if layout is None or fault:
             return None
-        return Decoder(self.model, layout, graphed=options.graphed, compiled=options.compiled, notices=self.notices)
+        graphed = False if self._frugal and options.graphed is None else options.graphed
+        return Decoder(self.model, layout, graphed=graphed, compiled=options.compiled, notices=self.notices)
 
+    @torch.inference_mode()
     def _continuations(
         self, prompts: Sequence[Sequence[int]], rows: int, rule: StopRule, streamer: Any = None
     ) -> list[list[int]]:

@@ -58,7 +58,7 @@ class LabelSession(Session):
         values = in_batches(
             [len(row) for row in rows], 1 if pad is None else batch_size, values_of, done=done,
             equal_lengths=self._apart,
-            fewer=lambda size: self.notices.add(f"out of memory: {size} rows together"),
+            scarce=self._scarce(lambda size: f"out of memory: {size} rows together", "labelling one row"),
         )  # fmt: skip
         result = np.stack(values) if values else np.zeros((0, model.config.num_labels), np.float32)
         if not np.isfinite(result).all():

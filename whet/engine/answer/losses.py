@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -22,6 +23,7 @@ from whet.engine.answer.encoder_decoder import start_id
 from whet.engine.answer.state import Session
 
 POSITIONS_TOGETHER = 1024  # whose distributions are held in float32 at once
+FEWEST_POSITIONS = 64  # where memory runs out
 Ids = NDArray[np.integer[Any]]
 
 
@@ -42,13 +44,14 @@ class LossSession(Session):
 
     def __init__(self, model: Any, base_only: Callable[[], AbstractContextManager[None]] | None = None) -> None:
         super().__init__(model, base_only)
+        self._positions = POSITIONS_TOGETHER
 
     def losses(self, rows: Iterable[Scored], done: Callable[[int], None] | None = None) -> list[float]:
         """The weighted sum of -log p over the targets of each row, in nats. UserError: a loss that is not finite."""
         self._prepare()
         found = []
         for number, row in enumerate(rows, 1):
-            loss = _loss(self.model, row)
+            loss = self._alone(partial(self._loss, row), "the loss of one row", len(row.ids))
             if not np.isfinite(loss):
                 raise UserError(
                     "the model answers with NaN or infinity", row=number,
@@ -59,9 +62,19 @@ class LossSession(Session):
                 done(1)
         return found
 
+    def _loss(self, row: Scored) -> float:
+        return _loss(self.model, row, self._positions)
+
+    def _leaner(self) -> bool:
+        """Half as many distributions at once; a row's own are the same."""
+        if self._positions <= FEWEST_POSITIONS:
+            return False
+        self._positions //= 2
+        return True
+
 
 @torch.inference_mode()
-def _loss(model: Any, row: Scored) -> float:
+def _loss(model: Any, row: Scored, together: int) -> float:
     targets = np.flatnonzero(row.weights)
     if not len(targets):
         return 0.0
@@ -85,17 +98,18 @@ def _loss(model: Any, row: Scored) -> float:
             logits = model(input_ids=ids, use_cache=False, **last).logits[0, -kept:-1]
     wanted = ids[0, first:]
     weights = torch.as_tensor(np.asarray(row.weights[first:], np.float32), device=device)
-    return _summed(logits, wanted, weights)
+    return _summed(logits, wanted, weights, together)
 
 
-def _summed(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> float:
-    """logits [T, V], targets [T], weights [T]."""
-    total = 0.0
-    for start in range(0, len(targets), POSITIONS_TOGETHER):
-        part = slice(start, start + POSITIONS_TOGETHER)
-        each = torch.nn.functional.cross_entropy(logits[part].float(), targets[part], reduction="none")
-        total += float((each.double() * weights[part]).sum())
-    return total
+def _summed(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, together: int) -> float:
+    """logits [T, V], targets [T], weights [T]; together: of them in float32 at once."""
+    each = [
+        torch.nn.functional.cross_entropy(part.float(), wanted, reduction="none")
+        for part, wanted in zip(logits.split(together), targets.split(together), strict=True)
+    ]
+    # As the sums of POSITIONS_TOGETHER, however many were computed at once: the order of additions is theirs.
+    losses = torch.cat(each).double() * weights
+    return sum(float(part.sum()) for part in losses.split(POSITIONS_TOGETHER))
 
 
 def weight_of(rows: Sequence[Scored]) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from whet.base.out_of_memory import ran_out
 from whet.engine.answer.decode import DecodingLoop, padded
 from whet.engine.answer.rows import Rows, StopRule
 from whet.engine.answer.static_cache import AttentionLayout, StaticCache
@@ -44,9 +45,9 @@ def find_fault(model: PreTrainedModel, layout: AttentionLayout | None) -> str:
             distance = float((ours - exact).abs().max())
             if not distance <= tolerance(model) * float(exact.abs().max()):
                 return f"cached and uncached logits are {distance:.2g} apart"
-    except torch.OutOfMemoryError:
-        raise
     except FAILURES as error:
+        if ran_out(error):
+            raise
         return _reason(error)
     return ""
 
@@ -60,9 +61,9 @@ def find_generation_fault(model: Any) -> str:
     prompt = _prompts(model)[1]
     try:
         ours = _generated(model, [prompt])[0]
-    except torch.OutOfMemoryError:
-        raise
     except FAILURES as error:
+        if ran_out(error):
+            raise
         return first_line(error)
     ids = torch.tensor([[*prompt, FORCED]], device=ours.device)
     exact = model(input_ids=ids, **uncached(model)).logits[0, -1].float()

@@ -15,15 +15,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+import torch
 from torch import nn
 
+from whet.base.errors import UserError
+from whet.base.out_of_memory import CLOSE_OTHERS, ran_out
 from whet.base.private import version_of
+from whet.engine.answer.batches import Scarce
 from whet.engine.answer.notices import Notices
+from whet.engine.memory.scarce import NoRoom, forget_frames, free_text, let_go
 
 PLAIN = frozenset((bool, int, float, str, type(None)))
 COLLECTIONS = frozenset((list, tuple, set))
+T = TypeVar("T")
 OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 
 
@@ -87,14 +93,59 @@ class Session:
             self.release()
 
     def _set_up_once(self) -> None:
-        if self._state is not None:
-            return
-        try:
-            self._set_up(self._undo)
-        except BaseException:
-            self.release()
-            raise
-        self._state = state_of(self._modules())
+        """Set the model up unless it is; where memory runs out in it, once more in the leaner way."""
+        while self._state is None:
+            try:
+                self._set_up(self._undo)
+                self._state = state_of(self._modules())
+            except BaseException as error:
+                self.release()
+                if not isinstance(error, RuntimeError | MemoryError) or not ran_out(error):
+                    raise
+                forget_frames(error)
+            if self._state is None:
+                let_go()
+                if not self._leaner():
+                    raise self._refusal("the model with its working memory")
+
+    def _leaner(self) -> bool:
+        """Give up speed for memory from here on, which changes no answer; returns whether there was any to give up."""
+        return False
+
+    def _scarce(self, many: Callable[[int], str], one: str) -> Scarce:
+        """What is done when memory runs out. many: says how many are computed together; one: what a single one is."""
+        return Scarce(
+            fewer=lambda size: self.notices.add(many(size)), leaner=self._leaner,
+            refusal=lambda tokens: self._refusal(one, tokens),
+        )  # fmt: skip
+
+    def _alone(self, work: Callable[[], T], what: str, tokens: int, *, again: bool = True) -> T:
+        """Compute for one item; where memory runs out, once more in the leaner way. again: False where pieces of the
+        answer are given away already: then the next question finds the leaner way. Raises UserError."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+                forget_frames(error)
+            let_go()
+            if not self._leaner() or not again:
+                raise self._refusal(what, tokens)
+
+    def _refusal(self, what: str, tokens: int | None = None) -> UserError:
+        """The error for what does not fit. tokens: of the item that is alone."""
+        device = next(self.model.parameters()).device
+        found = free_text(device) if tokens is None else f"{tokens:,} tokens; {free_text(device)}"
+        return NoRoom(
+            f"{what} does not fit in memory", found=found, expected=self._what_fits(tokens, device),
+            fix=f"{CLOSE_OTHERS}; or base.storage=nf4 where the model was not trained in it; CUDA_VISIBLE_DEVICES= "
+            "in front of the command answers on the CPU",
+        )  # fmt: skip
+
+    def _what_fits(self, tokens: int | None, device: torch.device) -> str:
+        """What would fit, in words."""
+        return "memory for the model and one row" if tokens is None else f"about {max(1, tokens // 2):,} tokens"
 
     def _set_up(self, undo: contextlib.ExitStack) -> None:
         """Make the model ready; what puts it back goes on `undo`."""
@@ -115,6 +166,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def ended(streamer: Any) -> Iterator[None]:
+    """Inside, an answer that breaks off ends for the streamer, which would take the next prompt for more of it."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            streamer.end()
+        raise
 
 
 def state_of(modules: Iterable[nn.Module]) -> list[Any]:

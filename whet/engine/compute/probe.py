@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from whet.base.out_of_memory import ran_out
 from whet.engine.task import head_names, takes
 
 LONGEST_ROW = 160  # tokens; eager attention holds the scores of each pair
@@ -109,7 +110,9 @@ def sees_padding(network: Any, *, masked: bool = True) -> bool:
     try:
         alone = network(**short).logits[0].float()
         beside = network(**both, **uncached(network)).logits[0].float()[: len(alone)]
-    except FAILURES:
+    except FAILURES as error:
+        if ran_out(error):
+            raise
         return True
     finally:
         network.train(was_training)

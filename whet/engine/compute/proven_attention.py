@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from whet.base.errors import UserError
+from whet.base.out_of_memory import ran_out
 from whet.base.private import attention_name, has_sdpa, takes_attention
 from whet.engine.compute.attention import ATTENTION, check_keywords
 from whet.engine.compute.cached_attention import CACHED_ATTENTION
@@ -132,9 +133,9 @@ def _own_answer(network: Any) -> torch.Tensor | LayerCalls:
             with contextlib.suppress(UserError, LookupError):
                 return _layer_calls(network, EAGER, masked=True)
         return _logits(network, EAGER, masked=True)
-    except torch.OutOfMemoryError:
-        raise
     except FAILURES as error:
+        if ran_out(error):
+            raise
         raise cannot_read(network, first_line(error)) from error
 
 
@@ -147,9 +148,9 @@ def _difference(network: Any, name: str, own: torch.Tensor | LayerCalls) -> str:
             share = largest_distance(own, _layer_calls(network, name, own))
             return "" if share <= tolerance(network) else f"with another one a layer's output is {share:.2g} away"
         logits = _logits(network, name)
-    except torch.OutOfMemoryError:
-        raise
     except FAILURES as error:
+        if ran_out(error):
+            raise
         return first_line(error)
     distances = (logits - own).abs().flatten(1).amax(1)
     share = tolerance(network)

@@ -17,6 +17,7 @@ from whet.engine.config import Model
 from whet.engine.device import DTYPES, PACKED, Placement
 from whet.engine.load.locate import locate
 from whet.engine.load.new_tokens import add_tokens, grow
+from whet.engine.memory.scarce import refusing
 from whet.engine.sizes import longest_text
 from whet.engine.task import CAUSAL, Task, set_pad
 
@@ -63,9 +64,17 @@ def load_model(model: Model, placement: Placement, task: Task = CAUSAL) -> PreTr
     """The model on its device, weights stored as `placement` says, in evaluation mode, with the fastest attention for
     training that computes what the model's own does.
 
-    Host and device hold the final weights and one dense layer at most. Raises UserError for what cannot be opened and
-    for a checkpoint whose weights are absent, of another shape, or in a format that cannot be trained on.
+    Host and device hold the final weights and one dense layer at most. Raises UserError for what cannot be opened, for
+    a checkpoint whose weights are absent, of another shape, or in a format that cannot be trained on, and for a model
+    that does not fit in memory.
     """
+    from whet.engine.load.room import no_room_to_load
+
+    with refusing(lambda: no_room_to_load(empty_model(model, "fp32", task), placement, model.path)):
+        return _loaded(model, placement, task)
+
+
+def _loaded(model: Model, placement: Placement, task: Task) -> PreTrainedModel:
     dense = torch.float32 if placement.storage == "fp32" else placement.compute
     config = load_config(model)
     if model.from_config:

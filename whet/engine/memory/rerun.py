@@ -26,6 +26,13 @@ def random_state_of(device: torch.device) -> tuple[torch.Tensor, ...]:
     return (here, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (here,)
 
 
+def put_back(state: tuple[torch.Tensor, ...], device: torch.device) -> None:
+    """Let random numbers come as they did after `state`, from here on."""
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+
+
 def has_moved(before: tuple[torch.Tensor, ...], after: tuple[torch.Tensor, ...]) -> bool:
     return not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
@@ -37,7 +44,5 @@ def drawn_again(state: tuple[torch.Tensor, ...] | None, device: torch.device) ->
         yield
         return
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.set_rng_state(state[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state[1], device)
+        put_back(state, device)
         yield

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from whet.base.errors import UserError
+from whet.base.out_of_memory import ran_out
 from whet.base.private import adapt_by, with_adapter_name
 from whet.engine.compute.proven_attention import use_attention_with_masks
 from whet.engine.load.headers import adapter_weights, check_trained_tensors
@@ -153,6 +154,8 @@ def load_weights(wrapped: PeftModel, directory: Path, name: str, beginnings: Beg
             expected="adapter_model.safetensors as it was written", fix="copy the adapter again, whole",
         ) from error  # fmt: skip
     except RuntimeError as error:  # a tensor of another shape
+        if ran_out(error):
+            raise
         raise UserError(
             "a tensor of the adapter has another shape than its layer", file=str(directory),
             found=str(error).strip().splitlines()[-1].strip(),
