@@ -6,7 +6,7 @@ function on other facts. The model is counted on the meta device, with its metho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,10 @@ from torch import nn
 from whet.data.batch.batches import Batches
 from whet.engine.device import PACKED, Hardware, Placement
 from whet.engine.memory.kept import Kept
+from whet.engine.sizes import sizes_of
 from whet.engine.weights.linear import frozen_names
 from whet.engine.weights.nf4 import BLOCK, NESTED_BLOCK
+from whet.methods.experts import expert_parameters
 from whet.planning.costs import LayerShape, layer_shape
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
@@ -32,7 +34,7 @@ class ModelFacts:
     head_bytes: input embedding and output head, as far as frozen; head_numbers: weights of the head; tied: they are one
     tensor. short_numbers: weights of linear layers of a model that is trained whole, which autocast casts to bf16
     anyway; else 0. has_peft: PEFT wraps the model. vocabulary: rows of the input embedding, 0 where it has no
-    such table.
+    such table. multiplied: weights of the layers that a token is multiplied with, of experts those that it visits.
     """
 
     shape: LayerShape
@@ -48,6 +50,7 @@ class ModelFacts:
     short_numbers: int = 0
     has_peft: bool = False
     vocabulary: int = 0
+    multiplied: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,15 @@ def count_model(model: Any, network: Any, placement: Placement) -> ModelFacts:
         short_numbers=sum(p.numel() for p in linears.values()) if whole else 0,
         has_peft=hasattr(model, "peft_config"),
         vocabulary=table.shape[0] if isinstance(network.get_input_embeddings(), nn.Embedding) else 0,
+        multiplied=_multiplied(network, [weight for weight in linears.values() if weight is not head]),
     )
+
+
+def _multiplied(network: Any, linears: Sequence[Any]) -> int:
+    """Numbers of these weights, and of the experts that a token visits."""
+    sizes = sizes_of(network.config)
+    share = sizes.visited / sizes.experts if sizes.visited and sizes.experts else 1.0
+    return sum(weight.numel() for weight in linears) + int(share * sum(expert_parameters(network).values()))
 
 
 def _packed_bytes(weight: Any, placement: Placement) -> int:
