@@ -35,6 +35,7 @@ class ModelFacts:
     tensor. short_numbers: weights of linear layers of a model that is trained whole, which autocast casts to bf16
     anyway; else 0. has_peft: PEFT wraps the model. vocabulary: rows of the input embedding, 0 where it has no
     such table. multiplied: weights of the layers that a token is multiplied with, of experts those that it visits.
+    base: numbers of the model without its method; largest_dense: bytes of its largest tensor as it is read.
     """
 
     shape: LayerShape
@@ -51,14 +52,18 @@ class ModelFacts:
     has_peft: bool = False
     vocabulary: int = 0
     multiplied: int = 0
+    base: int = 0
+    largest_dense: int = 0
 
 
 @dataclass(frozen=True)
 class Work:
-    """The batches of a run, and how many optimiser steps are made of them."""
+    """The batches of a run, and how many optimiser steps are made of them. assumed: the rows are not known, and full
+    ones stand for them."""
 
     batches: Batches[Any]
     steps: int
+    assumed: bool = False
 
     @cached_property
     def largest_tokens(self) -> int:
@@ -123,6 +128,8 @@ def count_model(model: Any, network: Any, placement: Placement) -> ModelFacts:
         short_numbers=sum(p.numel() for p in linears.values()) if whole else 0,
         has_peft=hasattr(model, "peft_config"),
         vocabulary=table.shape[0] if isinstance(network.get_input_embeddings(), nn.Embedding) else 0,
+        base=sum(p.numel() for p in model.parameters()) - (sum(p.numel() for p in trained) if not whole else 0),
+        largest_dense=max((p.numel() for p in model.parameters()), default=0) * dense,
         multiplied=_multiplied(network, [weight for weight in linears.values() if weight is not head]),
     )
 

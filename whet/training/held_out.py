@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from whet.base.errors import UserError
-from whet.data.batch.batches import Cut
 from whet.data.batch.make import make_batches
+from whet.planning.phases import held_out_cut
 from whet.training.objective.objective import Objective
 from whet.training.setup import Ready
 from whet.training.step import held_out_loss
@@ -43,7 +43,7 @@ def held_out_of(ready: Ready) -> HeldOut:
     rows, recipe = ready.prepared.evaluation, ready.recipe
     chosen, tokens = [], 0
     if len(rows):
-        cut = Cut(recipe.train.per_device_train_batch_size)
+        cut = held_out_cut(recipe.train)
         batches = make_batches(rows, recipe.data, seed=0, cut=cut)
         for units in batches.all():
             tokens += int(rows.lengths[units].sum())
