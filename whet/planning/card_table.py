@@ -4,11 +4,12 @@ Memory is what the driver reports (MiB), which is a little other than the name s
 float32, at the boost clock, in 10^12 operations a second; None: not in hardware. Where a data sheet gives the rate with
 sparsity, this is half of it. Bandwidth is in 10^9 bytes a second.
 
-Sources: [1] NVIDIA Ampere GA102 whitepaper, appendix; [2] NVIDIA Ada whitepaper, appendix; [3] from its tensor cores and
-boost clock by the operations of a core and clock that the whitepaper of its architecture gives (128 in 16 bits); [4]
-NVIDIA RTX Blackwell whitepaper, appendix; [5] the card's data sheet by NVIDIA; [6] NVIDIA A100 data sheet, SXM form; [7]
-NVIDIA H100 data sheet, SXM form; [8] NVIDIA H200 data sheet, SXM form. Gives up: other forms of a name (PCIe, laptops,
-lowered power), which are slower.
+Sources: [1] NVIDIA Ampere GA102 whitepaper, appendix; [2] NVIDIA Ada whitepaper, appendix; [3] from its tensor cores
+and boost clock by the operations of a core and clock that the whitepaper of its architecture gives (128 in 16 bits);
+[4] NVIDIA RTX Blackwell whitepaper, appendix; [5] the card's data sheet by NVIDIA; [6] NVIDIA A100 data sheet, SXM
+form; [7] NVIDIA H100 data sheet, SXM form; [8] NVIDIA H200 data sheet, SXM form.
+
+Gives up: other forms of a name (PCIe, laptops, lowered power), which are slower.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from whet.engine.device import PACKED
-from whet.planning import memory
 from whet.planning.card_table import Card
 from whet.planning.cards import known_card
 from whet.planning.facts import Facts

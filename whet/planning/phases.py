@@ -1,13 +1,13 @@
 """Memory of every phase of a run, not of training alone: load, train, evaluate, generate, merge; and what lies on disk.
 
 Each phase is reckoned with the function that decides in it: what a decoder's cache takes and whether dense copies of
-packed layers fit (`engine.answer`, `engine.weights.unpacked`), the rows of a held-out pass, the types in which a merge is
-folded and tried. Where a phase runs on the device, what it needs of host memory beside it stands in `host`.
+packed layers fit (`engine.answer`, `engine.weights.unpacked`), the rows of a held-out pass, the types in which a merge
+is folded and tried. Where a phase runs on the device, what it needs of host memory beside it stands in `host`.
 
 - load: weights are read one tensor at a time, so the final bytes and the largest dense tensor.
 - evaluate: held-out rows during training. A captured step keeps its activations meanwhile.
-- generate: answers of `whet eval`, a process of its own without optimiser; the loss of the longest row is measured there
-  too, with its logits in one piece.
+- generate: answers of `whet eval`, a process of its own without optimiser; the loss of the longest row is measured
+  there too, with its logits in one piece.
 - merge: the trained model and a merged one side by side, to be compared; the merged one is folded in host memory.
   Exporting a merged model needs no more than merging.
 

@@ -60,20 +60,17 @@ def _print_time(found: dict[str, Any]) -> None:
 
 
 def duration_text(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 20 s, 5 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
+    """Seconds as people say them: 42 s, 3.3 min, 5.2 h."""
+    if seconds < 60:
         return f"{seconds:.1f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def _print_several(several: dict[str, Any]) -> None:
     """What each of several cards would need."""
     say(several["notice"], style="yellow")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("{0} cards".format(several["cards"]))
+    table.add_column("way")
     table.add_column("on each", justify="right")
     table.add_column("")
     table.add_column("")

@@ -33,7 +33,11 @@ def check_cards(cards: int) -> None:
     """Raise UserError for a number of cards that is none."""
     if cards < 1:
         raise UserError(
-            "this is no number of cards", field="--gpus", found=str(cards), expected="a number from 1", fix="--gpus 2"
+            "this is no number of cards",
+            field="--gpus",
+            found=str(cards),
+            expected="a number from 1",
+            fix="remove it, or --gpus 2",
         )
 
 
@@ -50,7 +54,7 @@ def _first_that_fits(facts: Facts, layout: Layout, share: int) -> dict[str, Any]
     if not facts.on_gpu:
         raise UserError(
             "several cards are planned for GPUs only", field="--gpus", found=facts.placement.device.type,
-            expected="a GPU", fix='name one that need not be here: --gpu "RTX 4090"',
+            expected="cuda or auto with --gpu", fix='name one that need not be here: --gpu "RTX 4090"',
         )  # fmt: skip
     free, found = facts.hardware.free_bytes, {}
     for name, mode in [(None, layout.mode), *modes(facts)] if share == 1 else modes(facts):

@@ -27,7 +27,6 @@ from whet.data.prepare import Prepared
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import write_contract
 from whet.engine.compute.proven_attention import EAGER, prove_attention
-from whet.engine.config import Model
 from whet.engine.device import DTYPES, PACKED, Placement
 from whet.engine.load.identity import base_identity, seal_digest
 from whet.engine.load.left_out import left_out
