@@ -34,46 +34,51 @@ TIGHT, LOOSE = 0.05, 0.3
 
 
 @dataclass(frozen=True)
+class Shape:
+    config: str
+    rows: int
+    length: int
+    accumulation: int = 1
+
+
+@dataclass(frozen=True)
 class Case:
     """A measured step. row: what tells its row in the file."""
 
     name: str
     card: str
-    config: str
-    rows: int
-    length: int
-    accumulation: int
+    shape: Shape
     settings: tuple[str, ...]
     file: str
     row: tuple[tuple[str, str], ...]
     lengths: str | None = None
 
 
-def _h100(name: str, shape: tuple[str, int, int, int], words: tuple[str, ...], file: str, row: str) -> Case:
+def _h100(name: str, shape: Shape, words: tuple[str, ...], file: str, row: str) -> Case:
     lengths = str(BENCH / "lengths/gsm8k.json") if "packed" in file else None
-    return Case(name, "H100 80GB", *shape, words, f"h100/{file}.json", (("name", row),), lengths)
+    return Case(name, "H100 80GB", shape, words, f"h100/{file}.json", (("name", row),), lengths)
 
 
-def _h200(name: str, shape: tuple[str, int, int, int], words: tuple[str, ...], file: str, case: str) -> Case:
+def _h200(name: str, shape: Shape, words: tuple[str, ...], file: str, case: str) -> Case:
     more = (("state", "as merged"),) if case != "qwen4b-2048" else (("tree", "after"),)
-    return Case(name, "H200", *shape, words, f"h200/{file}.json", (("case", case), *(more if "layout" in file else ())))
+    return Case(name, "H200", shape, words, f"h200/{file}.json", (("case", case), *(more if "layout" in file else ())))
 
 
 L8, L70, Q4, Q06 = "Llama-3.1-8B", "Llama-3.1-70B", "Qwen3-4B", "Qwen3-0.6B"
 CASES = (
-    _h100("8B fp8 and head 8x2048", (L8, 8, 2048, 1), HEAD, "llama8b-2048", "whet fp8, head too"),
-    _h100("8B bf16 8x2048", (L8, 8, 2048, 1), BF16, "llama8b-2048", "whet bf16"),
-    _h100("8B least 1x4096", (L8, 1, 4096, 1), LEAST, "llama8b-4096-memory", "whet nf4 + fp8, least"),
-    Case("8B least, head on the host 1x4096", "H100 80GB", L8, 1, 4096, 1, (*LEAST, "base.offload_head=true"),
+    _h100("8B fp8 and head 8x2048", Shape(L8, 8, 2048), HEAD, "llama8b-2048", "whet fp8, head too"),
+    _h100("8B bf16 8x2048", Shape(L8, 8, 2048), BF16, "llama8b-2048", "whet bf16"),
+    _h100("8B least 1x4096", Shape(L8, 1, 4096), LEAST, "llama8b-4096-memory", "whet nf4 + fp8, least"),
+    Case("8B least, head on the host 1x4096", "H100 80GB", Shape(L8, 1, 4096), (*LEAST, "base.offload_head=true"),
          "h100/llama8b-least-head-on-host.json", ()),
-    _h100("0.6B bf16 2x512", (Q06, 2, 512, 1), BF16, "qwen06b-512", "whet bf16"),
-    _h100("4B fp8 and head 2x2048x4", (Q4, 2, 2048, 4), HEAD, "qwen4b-2048", "whet fp8, head too"),
-    _h100("4B fp8 and head, gsm8k", (Q4, 8, 2048, 1), HEAD, "qwen4b-packed", "whet fp8, head too"),
-    _h200("0.6B bf16 2x512", (Q06, 2, 512, 1), BF16, "layout-before-after", "qwen06b-512"),
-    _h200("4B fp8 and head 2x2048x4", (Q4, 2, 2048, 4), HEAD, "layout-before-after", "qwen4b-2048"),
-    _h200("8B fp8 and head 8x2048", (L8, 8, 2048, 1), HEAD, "layout-before-after", "llama8b-2048"),
+    _h100("0.6B bf16 2x512", Shape(Q06, 2, 512), BF16, "qwen06b-512", "whet bf16"),
+    _h100("4B fp8 and head 2x2048x4", Shape(Q4, 2, 2048, 4), HEAD, "qwen4b-2048", "whet fp8, head too"),
+    _h100("4B fp8 and head, gsm8k", Shape(Q4, 8, 2048), HEAD, "qwen4b-packed", "whet fp8, head too"),
+    _h200("0.6B bf16 2x512", Shape(Q06, 2, 512), BF16, "layout-before-after", "qwen06b-512"),
+    _h200("4B fp8 and head 2x2048x4", Shape(Q4, 2, 2048, 4), HEAD, "layout-before-after", "qwen4b-2048"),
+    _h200("8B fp8 and head 8x2048", Shape(L8, 8, 2048), HEAD, "layout-before-after", "llama8b-2048"),
     *(
-        _h200(name, (config, rows, length, 1), (*words, *ONE_BY_ONE), "memory", name)
+        _h200(name, Shape(config, rows, length), (*words, *ONE_BY_ONE), "memory", name)
         for name, config, rows, length, words in (
             ("0.6B bf16 4x1024", Q06, 4, 1024, BF16), ("0.6B bf16 4x1024 eager", Q06, 4, 1024, BF16 + EAGER),
             ("4B fp8 4x2048", Q4, 4, 2048, FP8), ("8B nf4 bf16 2x2048", L8, 2, 2048, NF4),
@@ -110,11 +115,12 @@ def planned(case: Case) -> Any:
     from whet.speed import Load, _batches
 
     compiled = () if EAGER[0] in case.settings else ("train.compile=true",)
-    path = json.dumps(str(BENCH / "configs" / f"{case.config}.json"))
+    path = json.dumps(str(BENCH / "configs" / f"{case.shape.config}.json"))
     words = [f"model.path={path}", "model.from_config=true", "train.max_steps=20", *compiled, *case.settings]
     recipe = parse(None, words).recipe
     hardware, placement = resolve_base(recipe, load_config(recipe.model), hardware_of(case.card))
-    work = Work(_batches(Load(case.rows, case.length, case.accumulation, case.lengths), 30000), 20)
+    shape = case.shape
+    work = Work(_batches(Load(shape.rows, shape.length, shape.accumulation, case.lengths), 30000), 20)
     return plan_run(
         recipe, hardware, placement, task=CAUSAL, work=work, rules=OF_ANY_MACHINE, choose=decide_anyway
     )  # fmt: skip

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ def mean_step(facts: Facts, layout: Layout) -> StepWork:
         for batch in batches.step(index):
             rows, length = batch.ids.shape
             bounds = getattr(batch, "bounds", None)
-            documents = np.full(rows, length) if bounds is None else np.diff(np.asarray(bounds))
+            documents: Any = np.full(rows, length) if bounds is None else np.diff(np.asarray(bounds))
             passes, tokens, learned = passes + 1, tokens + rows * length, learned + len(batch.targets)
             tiles = np.ceil(documents / TILE)
             pairs += TILE**2 * float((tiles**2 if bounds is None else tiles * (tiles + 1) / 2).sum())

@@ -37,7 +37,7 @@ from whet.planning.pace import pace_of
 from whet.planning.phases import Phases, phases_of
 from whet.planning.rule import Rule
 from whet.planning.rules import OF_ANY_MACHINE, RULES, check, decided
-from whet.planning.several import on_several
+from whet.planning.several import check_cards, on_several
 from whet.planning.unfit import check_code
 from whet.recipe import Recipe
 from whet.settings import Train
@@ -88,6 +88,7 @@ class Plan:
     def with_options(self, cards: int = 1) -> dict[str, Any]:
         """`as_dict`, how long it takes (`planning.pace`), what other layouts of the recipe would take
         (`planning.options`), and what several cards would need (`planning.several`)."""
+        check_cards(cards)
         found = self.as_dict() | pace_of(self.facts, self.layout).as_dict()
         found |= options_of(decided(self.asked), self.facts, self.layout)
         return found if cards == 1 else found | {"several": on_several(self.facts, self.layout, cards)}
