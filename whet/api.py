@@ -167,17 +167,17 @@ def opened(run: str | Path | Run) -> Run:
     return open_run(run)
 
 
-def plan(recipe: Given = None, /, *, gpu: str | None = None, **overrides: Any) -> dict[str, Any]:
-    """Parameters and memory of a recipe, from its config. gpu: for this card ("RTX 4090", "24GB"), not what is here."""
-    return plan_parsed(_parsed(recipe, overrides), gpu)
+def plan(recipe: Given = None, /, *, gpu: str | None = None, gpus: int = 1, **overrides: Any) -> dict[str, Any]:
+    """Memory and time of a recipe, from its config. gpu: for this card ("RTX 4090", "24GB"); gpus: for so many."""
+    return plan_parsed(_parsed(recipe, overrides), gpu, gpus)
 
 
-def plan_parsed(parsed: Parsed, gpu: str | None = None) -> dict[str, Any]:
+def plan_parsed(parsed: Parsed, gpu: str | None = None, gpus: int = 1) -> dict[str, Any]:
     """`plan` of a parsed recipe: what `whet plan --json` prints."""
     from whet.adapters.further import with_starting_adapter
     from whet.planning.plan import plan_recipe
 
-    return plan_recipe(with_starting_adapter(parsed).recipe, gpu).with_options()
+    return plan_recipe(with_starting_adapter(parsed).recipe, gpu).with_options(gpus)
 
 
 def check(recipe: Given = None, /, **overrides: Any) -> dict[str, Any]:

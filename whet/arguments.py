@@ -108,10 +108,12 @@ def parser_of_words() -> Words:
     init = _verb(verbs, "init", "print a commented recipe", training.init, "whet init qlora > tickets.yaml")
     init.add_argument("name", help="lora, qlora, full or classify")
     _data_verbs(verbs)
-    plan = _verb(verbs, "plan", "parameters and memory before anything is loaded", training.plan,
+    plan = _verb(verbs, "plan", "parameters, memory and time before anything is loaded", training.plan,
                  'whet plan tickets.yaml\n  whet plan config.json base.storage=nf4 --gpu "RTX 4090"',
                  target="a recipe, or a model's config.json", overrides=True)  # fmt: skip
     plan.add_argument("--gpu", metavar="NAME|SIZE", help="plan for this card, which need not be here: RTX 4090, 24GB")
+    plan.add_argument("--gpus", metavar="N", type=int, default=1, help="what each of N such cards would need")
+    plan.add_argument("--html", metavar="FILE", help="write a page with memory by class and phase, and time")
     _verb(verbs, "train", "train a recipe; the same command continues it", training.train,
           "whet train tickets.yaml train.learning_rate=1e-4\n  whet train tickets.yaml method=ia3 "
           "output_dir=runs/tickets-ia3   # a second run beside the first",

@@ -23,7 +23,8 @@ class Sizes:
     """Sizes of the part of a model that reads and writes text. hidden, layers: estimated where they are unknown.
 
     intermediate: of the experts that a token visits where there are several; gated: the config names it, as those of
-    SwiGLU-like layers do. heads, kv_heads, head_dim: None for a model without attention heads.
+    SwiGLU-like layers do. heads, kv_heads, head_dim: None for a model without attention heads. experts, visited: of a
+    mixture, and of these by each token.
     """
 
     hidden: int
@@ -34,6 +35,8 @@ class Sizes:
     kv_heads: int | None
     head_dim: int | None
     vocabulary: int | None
+    experts: int | None = None
+    visited: int | None = None
 
 
 def sizes_of(config: Any, network: Any = None) -> Sizes:
@@ -53,6 +56,8 @@ def sizes_of(config: Any, network: Any = None) -> Sizes:
         gated=named is not None, heads=heads, kv_heads=largest(text, "num_key_value_heads") or heads,
         head_dim=largest(text, "head_dim", "d_kv") or (max(1, hidden // heads) if heads else None),
         vocabulary=largest(text, "vocab_size"),
+        experts=largest(text, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+        visited=visited,
     )  # fmt: skip
 
 

@@ -8,42 +8,32 @@ more. Nothing of this is used on a card that is there: its free memory is asked.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import torch
 
 from whet.base.errors import UserError
 from whet.engine.device import Hardware
+from whet.planning.card_table import CARDS, Card
 
 MIB, GIB = 1 << 20, 1 << 30
 CONTEXT_BYTES = int(0.82 * GIB)
 
 
-@dataclass(frozen=True)
-class Card:
-    """memory_mib: as its driver reports it; bf16, fp8: computed in hardware."""
-
-    name: str
-    memory_mib: int
-    bf16: bool = True
-    fp8: bool = False
-
-    @property
-    def usable_bytes(self) -> int:
-        """What tensors can take of an idle card."""
-        return self.memory_mib * MIB - CONTEXT_BYTES
+def usable_bytes(card: Card) -> int:
+    """What tensors can take of an idle card."""
+    return card.memory_mib * MIB - CONTEXT_BYTES
 
 
-CARDS = (
-    Card("RTX 3060", 12288), Card("RTX 3080", 10240), Card("RTX 3090", 24576),
-    Card("RTX 4060 Ti 16GB", 16380, fp8=True), Card("RTX 4070", 12282, fp8=True),
-    Card("RTX 4080", 16376, fp8=True), Card("RTX 4090", 24564, fp8=True),
-    Card("RTX 5090", 32607, fp8=True), Card("T4", 15360, bf16=False), Card("V100 16GB", 16384, bf16=False),
-    Card("V100 32GB", 32768, bf16=False), Card("A10", 23028), Card("A10G", 23028), Card("L4", 23034, fp8=True),
-    Card("A40", 46068), Card("RTX A6000", 49140), Card("L40S", 46068, fp8=True), Card("RTX 6000 Ada", 49140, fp8=True),
-    Card("A100 40GB", 40960), Card("A100 80GB", 81920), Card("H100 80GB", 81559, fp8=True),
-    Card("H200", 143771, fp8=True),
-)  # fmt: skip
+def known_card(name: str, total_bytes: int | None = None) -> Card | None:
+    """The card that a name means ("NVIDIA H100 80GB HBM3" too), None where it is not known. total_bytes: its memory,
+    for a name that several of unlike memory have."""
+    wanted = _plain(name)
+    found = [card for card in CARDS if wanted in _spellings(card.name)]
+    if not found:  # what a driver adds behind the name: the kind of memory
+        found = [card for card in CARDS if any(re.fullmatch(re.escape(one) + "(hbm.*|[0-9]+gb)", wanted)
+                                               for one in _spellings(card.name))]  # fmt: skip
+    nearest = (lambda card: abs(card.memory_mib * MIB - total_bytes)) if total_bytes else (lambda card: card.memory_mib)
+    return min(found, key=nearest, default=None)
 
 
 def hardware_of(wanted: str) -> Hardware:
@@ -51,27 +41,28 @@ def hardware_of(wanted: str) -> Hardware:
 
     Of a size alone nothing but bf16 arithmetic is assumed. Raises UserError for a name that is not known.
     """
-    known = [card for card in CARDS if _plain(wanted) in _spellings(card.name)]
+    card = known_card(wanted)
     size = re.fullmatch(r"\s*(\d{1,3}(?:\.\d+)?)\s*(?:g|gb|gib)?\s*", wanted, re.IGNORECASE)
-    if not known and size is not None and float(size[1]) > 0:
-        return _hardware(Card(f"a GPU of {size[1]} GB", int(float(size[1]) * GIB / MIB)))
-    if not known:
+    if card is None and size is not None and float(size[1]) > 0:
+        return _hardware(Card(f"a GPU of {size[1]} GB", int(float(size[1]) * GIB / MIB)), has_bf16=True)
+    if card is None:
         raise UserError(
             "this GPU is not known", field="--gpu", found=wanted, expected=", ".join(card.name for card in CARDS),
             fix="give its memory instead: --gpu 24GB",
         )  # fmt: skip
-    return _hardware(min(known, key=lambda card: card.memory_mib))
+    return _hardware(card, has_bf16=card.bf16 is not None)
 
 
-def _hardware(card: Card) -> Hardware:
+def _hardware(card: Card, *, has_bf16: bool) -> Hardware:
     return Hardware(
-        torch.device("cuda"), card.name, card.bf16, card.fp8, card.usable_bytes, card.memory_mib * MIB, "--gpu"
+        torch.device("cuda"), card.name, has_bf16, card.fp8 is not None, usable_bytes(card), card.memory_mib * MIB,
+        "--gpu",
     )  # fmt: skip
 
 
 def smallest_card(needed_bytes: int) -> str | None:
     """The known card with the least memory that still has `needed_bytes` for tensors; None: there is none."""
-    fitting = [card for card in CARDS if card.usable_bytes >= needed_bytes]
+    fitting = [card for card in CARDS if usable_bytes(card) >= needed_bytes]
     return min(fitting, key=lambda card: card.memory_mib).name if fitting else None
 
 

@@ -6,7 +6,7 @@ function on other facts. The model is counted on the meta device, with its metho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,10 @@ from torch import nn
 from whet.data.batch.batches import Batches
 from whet.engine.device import PACKED, Hardware, Placement
 from whet.engine.memory.kept import Kept
+from whet.engine.sizes import sizes_of
 from whet.engine.weights.linear import frozen_names
 from whet.engine.weights.nf4 import BLOCK, NESTED_BLOCK
+from whet.methods.experts import expert_parameters
 from whet.methods.layers.lora_layer import LoraLinear
 from whet.planning.costs import LayerShape, layer_shape
 
@@ -33,7 +35,9 @@ class ModelFacts:
     head_bytes: input embedding and output head, as far as frozen; head_numbers: weights of the head; tied: they are one
     tensor. short_numbers: weights of linear layers of a model that is trained whole, which autocast casts to bf16
     anyway; else 0. has_peft: PEFT wraps the model. vocabulary: rows of the input embedding, 0 where it has no
-    such table. draws: something drops numbers by torch's generator.
+    such table. multiplied: weights of the layers that a token is multiplied with, of experts those that it visits.
+    base: numbers of the model without its method; largest_dense: bytes of its largest tensor as it is read.
+    draws: something drops numbers by torch's generator.
     """
 
     shape: LayerShape
@@ -49,15 +53,20 @@ class ModelFacts:
     short_numbers: int = 0
     has_peft: bool = False
     vocabulary: int = 0
+    multiplied: int = 0
+    base: int = 0
+    largest_dense: int = 0
     draws: bool = False
 
 
 @dataclass(frozen=True)
 class Work:
-    """The batches of a run, and how many optimiser steps are made of them."""
+    """The batches of a run, and how many optimiser steps are made of them. assumed: the rows are not known, and full
+    ones stand for them."""
 
     batches: Batches[Any]
     steps: int
+    assumed: bool = False
 
     @cached_property
     def largest_tokens(self) -> int:
@@ -123,6 +132,9 @@ def count_model(model: Any, network: Any, placement: Placement) -> ModelFacts:
         has_peft=hasattr(model, "peft_config"),
         vocabulary=table.shape[0] if isinstance(network.get_input_embeddings(), nn.Embedding) else 0,
         draws=_draws(model, network),
+        base=sum(p.numel() for p in model.parameters()) - (sum(p.numel() for p in trained) if not whole else 0),
+        largest_dense=max((p.numel() for p in model.parameters()), default=0) * dense,
+        multiplied=_multiplied(network, [weight for weight in linears.values() if weight is not head]),
     )
 
 
@@ -136,6 +148,13 @@ def _draws(model: nn.Module, network: Any) -> bool:
     }  # fmt: skip
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module not in grouped]
     return any(module.p > 0 for module in dropouts) or any(type(share) is float and share > 0 for share in shares)
+
+
+def _multiplied(network: Any, linears: Sequence[Any]) -> int:
+    """Numbers of these weights, and of the experts that a token visits."""
+    sizes = sizes_of(network.config)
+    share = sizes.visited / sizes.experts if sizes.visited and sizes.experts else 1.0
+    return sum(weight.numel() for weight in linears) + int(share * sum(expert_parameters(network).values()))
 
 
 def _packed_bytes(weight: Any, placement: Placement) -> int:

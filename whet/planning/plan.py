@@ -22,7 +22,7 @@ from whet.engine.device import PACKED, Hardware, Placement, find_hardware, resol
 from whet.engine.load.left_out import left_out_notice
 from whet.engine.load.load import checkpoint_storage, empty_model, load_config, longest_input
 from whet.engine.memory.kept import Kept
-from whet.engine.sizes import HIDDEN, largest
+from whet.engine.sizes import HIDDEN, largest, sizes_of
 from whet.engine.task import Task, text_task
 from whet.engine.weights.linear import frozen_names
 from whet.methods.experts import expert_notices, expert_parameters, is_trained
@@ -33,8 +33,11 @@ from whet.planning.decide import compiles, decide, groups_lora
 from whet.planning.facts import Facts, Work, count_model
 from whet.planning.layout import Layout
 from whet.planning.options import decide_anyway, fits, options_of
+from whet.planning.pace import pace_of
+from whet.planning.phases import Phases, phases_of
 from whet.planning.rule import Rule
 from whet.planning.rules import OF_ANY_MACHINE, RULES, check, decided
+from whet.planning.several import check_cards, on_several
 from whet.planning.unfit import check_code
 from whet.recipe import Recipe
 from whet.settings import Train
@@ -56,8 +59,9 @@ class Plan:
     notices: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """trainable_params, all_params, memory by class (bytes), peak_bytes, free_bytes and fits (None: no hard end),
-        host_bytes, the layout, and what they rest on."""
+        """trainable_params, all_params, memory by class (bytes, of training), phases (bytes by phase and class),
+        peak_bytes by phase, free_bytes and fits (None: no hard end), host_bytes of training, host by phase, disk, the
+        layout, and what they rest on."""
         placement, model, layout = self.facts.placement, self.facts.model, self.layout
         assumed: dict[str, Any] = {
             "task": self.task.name,
@@ -70,19 +74,29 @@ class Plan:
             "hardware": self.facts.hardware.name,
             "activations": "counted on the model" if self.facts.kept else "estimated from its sizes",
         }
+        phases = phases_of(self.recipe, self.facts, layout, sizes_of(self.asked.config))
         if self.task.labels:
             assumed["labels"] = len(self.task.labels)
         return {
             "model": self.recipe.model.path, "method": self.recipe.method.name, "trainable_params": model.trainable,
-            "all_params": model.total, "memory": layout.memory, "peak_bytes": layout.peak_bytes,
-            "free_bytes": self.facts.hardware.free_bytes, "fits": fits(self.facts, layout),
-            "host_bytes": layout.host_bytes, "layout": layout.as_dict(), "assumed": assumed,
+            "all_params": model.total, "memory": layout.memory, "phases": phases.device, "peak_bytes": phases.peaks,
+            "free_bytes": self.facts.hardware.free_bytes, "fits": self._fits(phases), "host_bytes": layout.host_bytes,
+            "host": phases.host, "disk": phases.disk, "layout": layout.as_dict(), "assumed": assumed,
             "notices": list(self.notices),
         }  # fmt: skip
 
-    def with_options(self) -> dict[str, Any]:
-        """`as_dict`, and what other layouts of the recipe would take (`planning.options`)."""
-        return self.as_dict() | options_of(decided(self.asked), self.facts, self.layout)
+    def with_options(self, cards: int = 1) -> dict[str, Any]:
+        """`as_dict`, how long it takes (`planning.pace`), what other layouts of the recipe would take
+        (`planning.options`), and what several cards would need (`planning.several`)."""
+        check_cards(cards)
+        found = self.as_dict() | pace_of(self.facts, self.layout).as_dict()
+        found |= options_of(decided(self.asked), self.facts, self.layout)
+        return found if cards == 1 else found | {"several": on_several(self.facts, self.layout, cards)}
+
+    def _fits(self, phases: Phases) -> bool | None:
+        """Whether all that training does fits: what comes after it may be done elsewhere, or in smaller batches."""
+        free, found = self.facts.hardware.free_bytes, fits(self.facts, self.layout)
+        return found if free is None else bool(found) and max(phases.peaks["load"], phases.peaks["evaluate"]) <= free
 
 
 def resolve_base(recipe: Recipe, config: Any, hardware: Hardware | None = None) -> tuple[Hardware, Placement]:
@@ -168,4 +182,4 @@ def assumed_work(recipe: Recipe, config: Any, task: Task) -> Work:
     rows = Rows.gather((index, np.zeros(length, np.int32), np.ones(length, bool)) for index in range(count))
     cut = Cut(train.per_device_train_batch_size, train.gradient_accumulation_steps)
     flat = recipe.data.padding_free is not False and not Asked.of(recipe, task=task.name).padded
-    return Work(TextBatches(rows, flat=flat, order=Order(0), cut=cut), train.max_steps or ASSUMED_STEPS)
+    return Work(TextBatches(rows, flat=flat, order=Order(0), cut=cut), train.max_steps or ASSUMED_STEPS, assumed=True)

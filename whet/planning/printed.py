@@ -14,17 +14,12 @@ def print_plan(found: dict[str, Any]) -> None:
     """Print what `whet plan --json` gives."""
     trainable, total = found["trainable_params"], found["all_params"]
     answer(f"{found['model']}: {trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column(justify="right")
-    for name, count in found["memory"].items():
-        table.add_row(name, bytes_text(count))
-    table.add_row("together", bytes_text(found["peak_bytes"]), style="bold")
-    if found["host_bytes"]:
-        table.add_row("in host memory", bytes_text(found["host_bytes"]))
-    console(stdout=True).print(table)
+    _print_phases(found)
     _print_fit(found)
+    _print_time(found)
     _print_modes(found.get("modes") or [])
+    if "several" in found:
+        _print_several(found["several"])
     for notice in found["notices"]:
         say(notice, style="yellow")
     assumed = found["assumed"]
@@ -33,6 +28,57 @@ def print_plan(found: dict[str, Any]) -> None:
         f"{assumed['compute']} arithmetic on {assumed['device']}; activations are {translated(assumed['activations'])}",
         style="dim",
     )
+
+
+def _print_phases(found: dict[str, Any]) -> None:
+    """Memory by class and phase; what host memory and disks hold under it."""
+    phases = found["phases"]
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")
+    for phase in phases:
+        table.add_column(phase, justify="right")
+    for name in dict.fromkeys(name for classes in phases.values() for name in classes):
+        cells = [bytes_text(classes[name]) if name in classes else "" for classes in phases.values()]
+        table.add_row(name, *cells)
+    table.add_row("together", *(bytes_text(found["peak_bytes"][phase]) for phase in phases), style="bold")
+    if any(found["host"].values()):
+        host = [found["host"].get(phase, 0) for phase in phases]
+        table.add_row("in host memory", *(bytes_text(count) if count else "" for count in host))
+    console(stdout=True).print(table)
+    for name, count in found["disk"].items():
+        answer(f"on disk, {translated(name)}: {bytes_text(count)}", style="dim")
+
+
+def _print_time(found: dict[str, Any]) -> None:
+    """How long a step and the run take, or why that is not said."""
+    seconds, time = found["seconds_per_step"], found["time"]
+    if seconds is None:
+        answer(f"time: not known: {translated(time['reason'])}", style="dim")
+        return
+    answer(f"time: {seconds:.3g} s a step, {duration_text(found['seconds'])} for {time['steps']:,} steps, without "
+           f"loading, compiling and evaluation; by {translated(time['rests_on'])}")  # fmt: skip
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3.3 min, 5.2 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def _print_several(several: dict[str, Any]) -> None:
+    """What each of several cards would need."""
+    say(several["notice"], style="yellow")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("way")
+    table.add_column("on each", justify="right")
+    table.add_column("")
+    table.add_column("")
+    for name in ("replicate", "shard"):
+        way = several[name]
+        fit = "" if way["fits"] is None else translated("it fits") if way["fits"] else translated("too large")
+        table.add_row(name, bytes_text(way["peak_bytes"]), fit, translated(way["mode"]))
+    console(stdout=True).print(table)
 
 
 def _print_fit(found: dict[str, Any]) -> None:

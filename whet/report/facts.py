@@ -96,7 +96,7 @@ def memory(run: RunFiles) -> str:
     measured = as_number(run.files["finished"].get("peak_memory_bytes")) or max(seen, default=None)
     if not plan:
         return paragraph("todo", run.todo(phrase("No plan has been made yet:"), "plan"))
-    predicted = as_number(plan.get("peak_bytes"))
+    predicted = predicted_peak(plan)
     classes = {own_label(name): as_number(value) or 0.0 for name, value in part(plan, "memory").items()}
     whole_process = is_whole_process(run)
     largest = max(*classes.values(), predicted or 0, 0 if whole_process else measured or 0, 1)
@@ -110,6 +110,11 @@ def memory(run: RunFiles) -> str:
     note = _compared(predicted, measured, whole_process)
     columns = {phrase("Part"): "key", "": "wide", phrase("Size"): "num"}
     return f'{paragraph("lead", note)}<div class="card">{table(columns, rows)}</div>'
+
+
+def predicted_peak(plan: JsonObject) -> float | None:
+    """Bytes of training's peak in a plan, which older versions wrote as the only one."""
+    return as_number(part(plan, "peak_bytes").get("train", plan.get("peak_bytes")))
 
 
 def is_whole_process(run: RunFiles) -> bool:

@@ -17,7 +17,7 @@ from whet.base.files import write_text
 from whet.base.language import korean, phrase, written
 from whet.report import charts
 from whet.report.charts import Curve, as_number, chart, own_label, part, plain, points_of, size_text, text_of
-from whet.report.facts import data, environment, is_whole_process, memory, merge, settings
+from whet.report.facts import data, environment, is_whole_process, memory, merge, predicted_peak, settings
 from whet.report.labels import STYLE
 from whet.report.markup import Html, capital, paragraph, ratio, safe, score_text
 from whet.report.run_files import Evaluation, RunFiles
@@ -111,7 +111,7 @@ def _stages(run: RunFiles) -> str:
 def _tiles(run: RunFiles) -> str:
     finished, plan = run.files["finished"], run.files["plan"]
     share = ratio(plan.get("trainable_params"), plan.get("all_params"))
-    predicted = phrase("{0} predicted", size_text(plan.get("peak_bytes")))
+    predicted = phrase("{0} predicted", size_text(predicted_peak(plan)))
     learned, of = phrase("Learned tokens"), phrase("of {0}", text_of(finished.get("tokens")))
     if _is_labelled(run):
         learned, of = phrase("Labels learned"), ""

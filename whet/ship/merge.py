@@ -28,11 +28,10 @@ from whet.data.prepare import Prepared
 from whet.data.template.goldens import FILE as CONTRACT
 from whet.data.template.goldens import write_contract
 from whet.engine.compute.proven_attention import EAGER, prove_attention
-from whet.engine.config import Model
-from whet.engine.device import PACKED, Placement
+from whet.engine.device import DTYPES, PACKED, Placement
 from whet.engine.load.identity import base_identity, seal_digest
 from whet.engine.load.left_out import left_out
-from whet.engine.load.load import load_config, load_model, rebuilding_notice
+from whet.engine.load.load import checkpoint_type, load_model, rebuilding_notice
 from whet.engine.load.open import Opened, check_trained
 from whet.engine.memory.scarce import NoRoom, forget_frames, let_go, refusing
 from whet.engine.task import Task
@@ -40,6 +39,7 @@ from whet.engine.weights.linear import FrozenLinear
 from whet.inputs import inputs_of_run
 from whet.methods.all import METHODS
 from whet.opening import open_answerer
+from whet.planning.phases import FOLDED_IN
 from whet.runs import Run
 from whet.ship.agreement import MEAN_KL_LIMIT, Agreement, decoder_reference, encoder_decoder_reference, no_room
 from whet.ship.carry import carry_over
@@ -145,7 +145,7 @@ def _best_candidate(
     stop_ids = prepared.row_tokenizer.stop_ids() if live.task.name == "causal" else []
     best: tuple[Verdict, Path] | None = None
     tried: list[Verdict] = []
-    for base_kind, dtype in _candidates(run.recipe.base.storage or "", _type_of_checkpoint(run.recipe.model)):
+    for base_kind, dtype in _candidates(run.recipe.base.storage or "", checkpoint_type(run.recipe.model)):
         folder = scratch / f"{base_kind}-{dtype}"
         if not _write_candidate(run, live, base_kind, dtype, folder, stop_ids):
             say(f"merged on {base_kind} base, weights are too large for {dtype}: trying another type", style="yellow")
@@ -199,17 +199,10 @@ def _candidates(storage: str, stored: str) -> list[tuple[str, str]]:
     return [(base, dtype) for dtype in (stored, *WIDER[stored]) for base in bases]
 
 
-def _type_of_checkpoint(model: Model) -> str:
-    """The type that a checkpoint's weights are kept in, as its config says it: what plain transformers would open."""
-    found = None if model.from_config else load_config(model).dtype
-    names = {str(dtype).removeprefix("torch."): name for name, dtype in TYPES.items()}
-    return names.get(str(found).removeprefix("torch."), "fp32")
-
-
 def _write_candidate(run: Run, live: Opened, base_kind: str, dtype: str, folder: Path, stop_ids: list[int]) -> bool:
     """Fold base and what was trained together in fp32, and write a plain model in `dtype`; False where that cannot
     hold a weight."""
-    target = Placement(torch.device("cpu"), "fp32", torch.float32, False, {})
+    target = Placement(torch.device("cpu"), FOLDED_IN, DTYPES[FOLDED_IN], False, {})
     if notice := rebuilding_notice(run.recipe.model, target):
         say(notice, style="yellow")
     plain = load_model(run.recipe.model, target, run.task)

@@ -11,9 +11,9 @@ import torch
 from whet.base.console import say
 from whet.base.errors import UserError
 from whet.base.out_of_memory import CLOSE_OTHERS, ran_out
-from whet.data.batch.batches import Cut
 from whet.data.batch.make import make_batches
 from whet.engine.memory.scarce import forget_frames, free_text, let_go
+from whet.planning.phases import held_out_cut
 from whet.training.objective.objective import Objective
 from whet.training.setup import Ready
 from whet.training.step import held_out_loss
@@ -82,7 +82,7 @@ def held_out_of(ready: Ready) -> HeldOut:
     if not len(rows):
         return HeldOut([], list, run)
     chosen, tokens = [], 0
-    batches = make_batches(rows, recipe.data, seed=0, cut=Cut(recipe.train.per_device_train_batch_size))
+    batches = make_batches(rows, recipe.data, seed=0, cut=held_out_cut(recipe.train))
     for units in batches.all():
         tokens += int(rows.lengths[units].sum())
         if tokens > MAX_TOKENS:

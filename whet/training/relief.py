@@ -21,7 +21,7 @@ from whet.engine.compute.compile import forget_compilation
 from whet.engine.device import PACKED
 from whet.engine.memory.scarce import free_text, reachable_bytes
 from whet.planning.costs import TILE_TOKENS, MemoryMode
-from whet.planning.decide import SLACK_BYTES
+from whet.planning.decide import free_needed
 from whet.planning.facts import Facts
 from whet.planning.layout import Layout
 from whet.planning.options import least, longest_row, smallest_card
@@ -98,7 +98,7 @@ def least_memory(plan: Plan) -> tuple[Layout, Facts, str] | None:
         return None
     facts = replace(plan.facts, hardware=replace(plan.facts.hardware, free_bytes=reachable))
     leanest = least(decided(plan.asked), facts)
-    needed = leanest.peak_bytes + SLACK_BYTES
+    needed = free_needed(leanest.peak_bytes)
     card = smallest_card(needed)
     text = f"at least {bytes_text(needed)} free"
     return leanest, facts, text if card is None else f"{text}, as the smallest known card has it ({card})"

@@ -36,10 +36,21 @@ def plan(words: argparse.Namespace) -> dict[str, Any]:
     source = words.target if is_recipe(words.target) else None
     extra = [] if source else [f"model.path={json.dumps(words.target)}"]
     parsed = parse(source, [*extra, *words.overrides])
+    page = None
+    if words.html:
+        from whet.base.outputs import output_file
+        from whet.inputs import inputs_of_recipe
+
+        inputs = inputs_of_recipe(parsed)
+        page = output_file(words.html, inputs, "--html", lambda line: line.lower().startswith(b"<!doctype html"))
     from whet import api
     from whet.planning.printed import print_plan
 
-    answer = api.plan_parsed(parsed, words.gpu)
+    answer = api.plan_parsed(parsed, words.gpu, words.gpus)
+    if page is not None:
+        from whet.report.plan_page import write_plan_page
+
+        write_plan_page(page, answer)
     if not words.json:
         print_plan(answer)
     return answer

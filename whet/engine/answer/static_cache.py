@@ -18,7 +18,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from whet.engine.sizes import largest, sizes_of
+from whet.engine.sizes import Sizes, largest, sizes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -176,9 +176,15 @@ class StaticCache:
 
 def generation_bytes(model: PreTrainedModel, rows: int, tokens: int) -> int:
     """Bytes that generating takes beside the weights: the cache of `rows` x `tokens`, and one forward pass over it."""
-    sizes, table = sizes_of(model.config, model), model.get_input_embeddings().weight  # type: ignore[union-attr]
-    item: Any = table.dtype.itemsize  # type: ignore[union-attr]
+    table: Any = model.get_input_embeddings().weight  # type: ignore[union-attr]
+    sizes = sizes_of(model.config, model)
+    numbers = sum(generation_numbers(sizes, rows, tokens))
+    return table.dtype.itemsize * (numbers + 4 * rows * (sizes.vocabulary or table.shape[0]))
+
+
+def generation_numbers(sizes: Sizes, rows: int, tokens: int) -> tuple[int, int]:
+    """(numbers in the cache of `rows` x `tokens`, numbers that a forward pass over them holds at once)."""
     width = sizes.head_dim or sizes.hidden
     cached = 2 * sizes.layers * (sizes.kv_heads or 1) * width
     passing = 3 * sizes.intermediate + 6 * sizes.hidden + 3 * (sizes.heads or 1) * width
-    return item * rows * (tokens * (cached + passing) + 4 * (sizes.vocabulary or table.shape[0]))  # type: ignore[union-attr,index]
+    return rows * tokens * cached, rows * tokens * passing

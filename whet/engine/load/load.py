@@ -125,6 +125,17 @@ def checkpoint_storage(model: Model) -> str | None:
     return None if model.from_config else stored_as(load_config(model), model.path)
 
 
+def checkpoint_type(model: Model) -> str:
+    """fp16, bf16 or fp32: the type that a checkpoint's weights are kept in, as its config says it, which is what plain
+    transformers would open."""
+    found = None if model.from_config else load_config(model).dtype
+    return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(_type_named(found), "fp32")  # type: ignore[arg-type]
+
+
+def _type_named(name: Any) -> Any:
+    return getattr(torch, str(name).removeprefix("torch."), None)
+
+
 def rebuilding_notice(model: Model, placement: Placement) -> str | None:
     """What to tell a person before `load_model` rebuilds quantised weights to store them otherwise, or None."""
     stored = checkpoint_storage(model)

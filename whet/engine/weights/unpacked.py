@@ -30,7 +30,7 @@ def unpacked(model: nn.Module, wanted: bool | None = None, spare_bytes: int = 0)
     if wanted is None:
         bytes_needed = sum(module.in_features * module.out_features for _, module in packed) * dtype.itemsize
         device = next(model.parameters()).device
-        wanted = bool(packed) and free_bytes(device) > ROOM * bytes_needed + spare_bytes
+        wanted = bool(packed) and copies_fit(free_bytes(device), bytes_needed, spare_bytes)
     swapped: list[tuple[nn.Module, str, FrozenLinear]] = []
     try:
         for name, module in packed if wanted else []:
@@ -42,6 +42,11 @@ def unpacked(model: nn.Module, wanted: bool | None = None, spare_bytes: int = 0)
     finally:
         for parent, child, module in swapped:
             setattr(parent, child, module)
+
+
+def copies_fit(free_bytes: int, copies_bytes: int, spare_bytes: int) -> bool:
+    """Whether dense copies of this size leave `spare_bytes` of the free memory."""
+    return free_bytes > ROOM * copies_bytes + spare_bytes
 
 
 def free_bytes(device: torch.device) -> int:
