@@ -82,7 +82,7 @@ def test_read_back_by_whet_the_wrong_attention_would_pass(
 
     forget_the_window(monkeypatch)
     monkeypatch.setattr(
-        merging, "_read_back", lambda folder, live, dtype: open_model(Model(path=str(folder)), live.placement)
+        merging, "_read_back", lambda folder, live, *_: open_model(Model(path=str(folder)), live.placement)
     )
     monkeypatch.setattr(
         agreement.Questions, "plain_answers", lambda self, network, _: self.answers_of(Opened(network, None, tasks.CPU))

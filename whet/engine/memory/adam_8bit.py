@@ -156,7 +156,7 @@ class AdamW8bit(torch.optim.Optimizer):
             self._launch = Launch(self.parameters, [self.state[p] for p in self.parameters])
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One update of all parameters that have a gradient."""
         assert closure is None, "the loss is not computed again"
         verdict = Verdict(self.grad_scale, self.found_inf)

@@ -221,10 +221,12 @@ class Groups:
 
     def __init__(self, groups: Sequence[LoraGroup], seed: int = 0) -> None:
         self._groups = list(groups)
-        self.draws = Draws(groups[0].a.device, seed) if any(group.dropout for group in groups) else None
-        for number, group in enumerate(groups if self.draws is not None else ()):
-            group.draws = self.draws
-            group.number.fill_(number)
+        draws = Draws(groups[0].a.device, seed) if any(group.dropout for group in groups) else None
+        self.draws = draws
+        if draws is not None:
+            for number, group in enumerate(groups):
+                group.draws = draws
+                group.number.fill_(number)
         shapes: dict[Shape, list[LoraGroup]] = {}
         for group in groups:
             shapes.setdefault(group.shape, []).append(group)
