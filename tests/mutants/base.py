@@ -154,12 +154,12 @@ MUTANTS = [
     ),
     Mutant(
         "cli: threads that wait spin", "cli.py",
-        "if not any(name in os.environ for name in SAID_BY_USER):", "if False:",
+        "if not any(name in os.environ for name in same):", "if False:",
         "beside a busy process each step takes longer", "test_waiting_threads.py",
     ),
     Mutant(
         "cli: what the user set about waiting is overwritten", "cli.py",
-        "if not any(name in os.environ for name in SAID_BY_USER):", "if True:",
+        "if not any(name in os.environ for name in same):", "if True:",
         "a user cannot choose how threads wait", "test_waiting_threads.py",
     ),
 ]  # fmt: skip
