@@ -413,8 +413,7 @@ def test_an_error_says_what_would_fit_on_a_gpu(recipe: Make, monkeypatch: pytest
     relief = Relief(plan, lambda _: None, lambda rows: "rows.jsonl row 3")
     batch: Any = SimpleNamespace(ids=np.zeros((1, 1000)), sources=(3,))
     refused = relief.refusal([batch])
-    assert re.match(r"rows of about \d{3} tokens, or at least [12]\.\d", str(refused.expected)), refused.expected
-    assert "GiB free" in str(refused.expected)
+    assert re.match(r"rows of about \d{3} tokens, or at least [\d.]+ MiB free", str(refused.expected)), refused.expected
     assert str(refused.found) == "1,000 tokens; 0.1 GiB free"
     assert "base.storage=nf4" in refused.fix
-    assert re.search(r"at least [12]\.\d", str(no_room_to_train(plan, None).expected))
+    assert re.search(r"at least [\d.]+ MiB free", str(no_room_to_train(plan, None).expected))
