@@ -295,7 +295,7 @@ def test_a_loss_is_the_same_in_smaller_pieces(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(losses, "_summed", small)
     assert LossSession(model).losses(rows) == exact
     assert seen == [1024, 512, 256, 128, 64]
-    monkeypatch.setattr(losses, "_summed", lambda *_: small(*_[:3], 65))
+    monkeypatch.setattr(losses, "_summed", lambda logits, targets, weights, _: small(logits, targets, weights, 65))
     with pytest.raises(UserError, match="the loss of one row"):
         LossSession(model).losses(rows)
 
