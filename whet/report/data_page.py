@@ -12,15 +12,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 
 from whet.base.files import write_bytes
-from whet.base.language import korean, phrase, written
+from whet.base.language import phrase, written
 from whet.report.charts import JsonObject, as_number, own_label, part, plain, size_text, text_of
 from whet.report.findings import counts_table, findings, found_faults
 from whet.report.histogram import bins_of, histogram
 from whet.report.markup import Html, fold, objects, pairs, paragraph, ratio, safe, score_text, table, told
 from whet.report.masks import masks, place_text, roles, row_text
+from whet.report.static_page import static_page
 
 SHOWN_REASONS, SHOWN_PLACES, SHOWN_LABELS, SHOWN_FILES, SHOWN_WARNINGS = 20, 6, 40, 100, 50
 FAULTS = {  # counts in the ledger that are 0 in good data
@@ -29,33 +29,8 @@ FAULTS = {  # counts in the ledger that are 0 in good data
     "contradictory_rows": "contradictory rows",
 }  # fmt: skip
 LONG_REASON = 500  # characters
+COMMAND = "data check"
 _NUMBER = re.compile(r"\d[\d,]*")
-PAGE = Template("""<!doctype html>
-<html lang="$language">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'">
-<meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer">
-<title>$title · whet data check</title>
-<style>
-$style
-</style>
-</head>
-<body>
-<header>
-<p class="eyebrow">whet · $eyebrow</p>
-<h1>$title</h1>
-$head
-</header>
-<main>
-$sections
-</main>
-<footer>$source $alone</footer>
-</body>
-</html>
-""")
 
 
 def data_page(report: JsonObject, rows: Sequence[JsonObject]) -> str:
@@ -72,17 +47,11 @@ def data_page(report: JsonObject, rows: Sequence[JsonObject]) -> str:
         "counts": (phrase("All counts"), _counts(report)),
     }
     shown = {name: both for name, both in sections.items() if both[1]}
-    here = Path(__file__).parent
-    style = "".join((here / name).read_text(encoding="utf-8") for name in ("page.css", "data_page.css"))
     jump = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, (title, _) in shown.items())
     jump = f'<nav aria-label="{phrase("Parts")}"><ul class="jump">{jump}</ul></nav>' if jump else ""
-    return PAGE.substitute(
-        language="ko" if korean() else "en", title=_title(report), style=style, eyebrow=phrase("data check"),
-        head=f"{_head(report)}{jump}", source=phrase("Made by <code>whet data check</code>."),
-        alone=phrase("Nothing on this page is loaded from anywhere else."),
-        sections="\n".join(
-            f'<section id="{name}"><h2>{title}</h2>{body}</section>' for name, (title, body) in shown.items()
-        ),
+    return static_page(
+        _title(report), f"{_head(report)}{jump}", shown, command=COMMAND, style="data_page.css",
+        eyebrow=phrase("data check"), source=phrase("Made by <code>whet data check</code>."),
     )  # fmt: skip
 
 

@@ -9,40 +9,15 @@ up: changing anything on the page; the command is quick enough to be asked again
 from __future__ import annotations
 
 from pathlib import Path
-from string import Template
 
 from whet.base.files import write_bytes
-from whet.base.language import korean, phrase
+from whet.base.language import phrase
 from whet.report.charts import JsonObject, as_number, own_label, part, plain, seconds_text, size_text
 from whet.report.markup import Html, objects, pairs, paragraph, safe, table, told
+from whet.report.static_page import static_page
 
 COLOURS = 10  # of page classes c0 to c9
-PAGE = Template("""<!doctype html>
-<html lang="$language">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'">
-<meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer">
-<title>$title · whet plan</title>
-<style>
-$style
-</style>
-</head>
-<body>
-<header>
-<p class="eyebrow">whet · $eyebrow</p>
-<h1>$title</h1>
-$head
-</header>
-<main>
-$sections
-</main>
-<footer>$source $alone</footer>
-</body>
-</html>
-""")
+COMMAND = "plan"
 
 
 def plan_page(plan: JsonObject) -> str:
@@ -54,15 +29,10 @@ def plan_page(plan: JsonObject) -> str:
         "several": (phrase("Several cards"), _several(plan)),
         "elsewhere": (phrase("Host memory and disk"), _elsewhere(plan)),
     }
-    here = Path(__file__).parent
-    style = "".join((here / name).read_text(encoding="utf-8") for name in ("page.css", "plan_page.css"))
-    return PAGE.substitute(
-        language="ko" if korean() else "en", title=safe(plan.get("model"), 80), style=style, eyebrow=phrase("plan"),
-        head=_head(plan), source=phrase("Made by <code>whet plan</code>."),
-        alone=phrase("Nothing on this page is loaded from anywhere else."),
-        sections="\n".join(
-            f'<section id="{name}"><h2>{title}</h2>{body}</section>' for name, (title, body) in sections.items() if body
-        ),
+    shown = {name: both for name, both in sections.items() if both[1]}
+    return static_page(
+        safe(plan.get("model"), 80), _head(plan), shown, command=COMMAND, style="plan_page.css", eyebrow=phrase("plan"),
+        source=phrase("Made by <code>whet plan</code>."),
     )  # fmt: skip
 
 
@@ -116,8 +86,13 @@ def _bars(plan: JsonObject) -> str:
     keys = "".join(
         f'<li><i class="c{number % COLOURS}"></i>{own_label(name)}</li>' for number, name in enumerate(names)
     )
-    keys += "" if free is None else f'<li><i class="end"></i>{phrase("free: {0}", size_text(free))}</li>'
-    return f'<div class="card"><div class="phases">{rows}</div><ul class="keys">{keys}</ul></div>' if rows else ""
+    keys += "" if free is None else f'<li><i class="end"></i>{phrase("free memory: {0}", size_text(free))}</li>'
+    if not rows:
+        return ""
+    note = ""
+    if free is not None and sums.get("merge", 0) > free:
+        note = paragraph("small", phrase("The merge does not fit: what was merged is compared on the CPU."))
+    return f'<div class="card"><div class="phases">{rows}</div><ul class="keys">{keys}</ul></div>{note}'
 
 
 def _classes(plan: JsonObject) -> str:
@@ -125,10 +100,13 @@ def _classes(plan: JsonObject) -> str:
     if not phases:
         return ""
     columns = {phrase("Class"): "key"} | {own_label(phase): "num" for phase in phases}
-    rows = [
-        [own_label(name), *(size_text(part(phases, phase).get(name, 0)) for phase in phases)] for name in _names(plan)
-    ]
+    rows = [[own_label(name), *(_size(part(phases, phase).get(name)) for phase in phases)] for name in _names(plan)]
     return table(columns, rows)
+
+
+def _size(value: object) -> str:
+    """A number of bytes; nothing where a phase holds none of it."""
+    return size_text(value) if value else ""
 
 
 def _time(plan: JsonObject) -> str:
