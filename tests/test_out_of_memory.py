@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,6 +64,22 @@ def test_what_a_fault_changes_is_what_a_recipe_can_ask_for(recipe: Make) -> None
         found = train(recipe("cut", **settings, train__per_device_train_batch_size=6))
     assert (found.read("layout.json") or {})["cut"]["size"] == 3
     assert found.metrics.read_bytes() == expected.metrics.read_bytes()
+
+
+def test_random_numbers_that_are_not_put_back_would_be_seen(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DoRA's dropout asks torch's generator, which the failed step has moved on; that of plain LoRA is keyed."""
+    settings: dict[str, Any] = {
+        "train__max_steps": 4, "data__val_size": 0, "method__lora_dropout": 0.1, "method__use_dora": True,
+    }  # fmt: skip
+    plain = {"train__per_device_train_batch_size": 3, "train__gradient_accumulation_steps": 2}
+    expected = train(recipe("plain", **settings, **plain)).metrics.read_bytes()
+    for name in ("cut", "careless"):
+        with fails_in_the_first_step(200), monkeypatch.context() as patch:
+            if name == "careless":
+                patch.setattr(launch, "put_back", lambda *_: None)
+            found = train(recipe(name, **settings, train__per_device_train_batch_size=6))
+        assert (found.read("layout.json") or {})["cut"]["size"] == 3
+        assert (found.metrics.read_bytes() == expected) == (name == "cut")
 
 
 def test_an_unclear_error_would_be_seen(proof: Proof, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +428,8 @@ def test_an_error_says_what_would_fit_on_a_gpu(recipe: Make, monkeypatch: pytest
     relief = Relief(plan, lambda _: None, lambda rows: "rows.jsonl row 3")
     batch: Any = SimpleNamespace(ids=np.zeros((1, 1000)), sources=(3,))
     refused = relief.refusal([batch])
-    assert re.match(r"rows of about \d{3} tokens, or at least [\d.]+ MiB free", str(refused.expected)), refused.expected
+    # 387.6 MiB, nearly all of them one chunk of logits, and an eighth of what is free beside them
+    assert str(refused.expected).startswith("rows of about 500 tokens, or at least 442.9 MiB free"), refused.expected
     assert str(refused.found) == "1,000 tokens; 0.1 GiB free"
     assert "base.storage=nf4" in refused.fix
-    assert re.search(r"at least [\d.]+ MiB free", str(no_room_to_train(plan, None).expected))
+    assert "at least 442.9 MiB free" in str(no_room_to_train(plan, None).expected)
