@@ -250,8 +250,16 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(recipe: Make) -> None:
     tiny.randomise_adapter(model)
     assert arranged.objective.refresh is not None
     arranged.objective.before_step()
-    assert not torch.equal(logits(model, IDS), logits(model, IDS))
-    assert torch.equal(logits(model.eval(), IDS), logits(model, IDS))
+    steps = []
+    for step in (1, 2, 1):
+        arranged.objective.place(step, 0)
+        steps.append(logits(model, IDS))
+    assert not torch.equal(steps[0], steps[1])
+    assert torch.equal(steps[0], steps[2]), "a step that is made again has the same masks"
+    evaluated = logits(model.eval(), IDS)
+    assert not any(torch.equal(evaluated, one) for one in steps)
+    arranged.objective.place(2, 0)
+    assert torch.equal(evaluated, logits(model, IDS))
 
 
 def test_the_config_of_an_adapter_is_the_same_in_every_process(recipe: Make, tmp_path: Path) -> None:
