@@ -25,7 +25,7 @@ from whet.training.run import train
 OUTPUTS = {
     ("data check", "--html"), ("data check", "--removed"), ("data judge", "--out"), ("data augment", "--out"),
     ("merge", "out"), ("adapters", "targets"), ("train", "overrides"), ("quickstart", "overrides"),
-    ("predict", "--out"),
+    ("predict", "--out"), ("plan", "--html"),
 }  # fmt: skip
 OTHERS = {
     ("init", "name"), ("data check", "target"), ("data check", "overrides"), ("data check", "--benchmark"),
@@ -36,7 +36,8 @@ OTHERS = {
     ("plan", "target"), ("plan", "overrides"), ("train", "target"), ("eval", "target"), ("eval", "--split"),
     ("eval", "--max-rows"), ("chat", "target"), ("chat", "--message"), ("chat", "--adapter"), ("chat", "--system"),
     ("chat", "--max-new-tokens"), ("predict", "target"), ("predict", "file"), ("merge", "target"),
-    ("plan", "--gpu"), ("predict", "--top"), ("predict", "--max-new-tokens"), ("eval", "--data"), ("merge", "--data"),
+    ("plan", "--gpu"), ("plan", "--gpus"),
+    ("predict", "--top"), ("predict", "--max-new-tokens"), ("eval", "--data"), ("merge", "--data"),
     ("adapters", "what"), ("adapters", "--how"), ("adapters", "--weights"), ("adapters", "--rank"),
     ("adapters", "--density"), ("bench", "what"), ("bench", "target"), ("bench", "overrides"), ("bench", "--rows"),
     ("bench", "--length"), ("bench", "--accumulation"), ("bench", "--steps"), ("bench", "--warm"),
@@ -94,6 +95,7 @@ ENDPOINT = ["--endpoint", "http://127.0.0.1:9/v1", "--model", "m"]
 FILES: dict[str, Callable[[Path, str], list[str]]] = {
     "data check --html": lambda w, out: ["data", "check", f"{w}/recipe.yaml", "--html", out],
     "data check --removed": lambda w, out: ["data", "check", f"{w}/recipe.yaml", "--removed", out],
+    "plan --html": lambda w, out: ["plan", f"{w}/recipe.yaml", "--html", out],
     "data judge --out": lambda w, out: ["data", "judge", f"{w}/recipe.yaml", "--out", out, *ENDPOINT],
     "predict --out": lambda w, out: ["predict", f"{w}/run", f"{w}/held.jsonl", "--out", out],
     "data augment --out": lambda w, out: ["data", "augment", f"{w}/recipe.yaml", "--out", out, *ENDPOINT],
