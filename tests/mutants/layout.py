@@ -74,8 +74,8 @@ MUTANTS = [
         "a 70B in 4 bits runs out of memory where it was said to fit", "test_decide.py -k unpacked",
     ),
     Mutant(
-        "dropout: each pass begins with the first token", "training/step.py",
-        "        objective.place(step, before)\n", "        objective.place(step, 0)\n",
+        "dropout: each pass begins with the first token", "training/objective/objective.py",
+        "self.place(step, before)\n", "self.place(step, 0)\n",
         "micro-batches share masks, and another cut is another training", "test_dropout.py -k cut",
     ),
     Mutant(

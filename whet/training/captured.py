@@ -88,15 +88,9 @@ class GraphSteps:
             ))  # fmt: skip
         targets = sum(len(batch.targets) for batch in batches)
         self.inverse.fill_(1.0 / sum(map(self.objective.worth, batches)))
-        if len(batches) == 1:
-            self.objective.place(step, 0)
-            self._replay(batches[0], whole=True)
-        else:
-            before = 0
-            for batch in batches:
-                self.objective.place(step, before)
-                self._replay(batch, whole=False)
-                before += batch.tokens
+        for batch in self.objective.placed(step, batches):
+            self._replay(batch, whole=len(batches) == 1)
+        if len(batches) > 1:
             self._graph("update", None, self._update_sums).replay()
         return Replayed(self.values, step, batches, targets)
 

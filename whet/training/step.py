@@ -66,13 +66,10 @@ def train_step(
     optimiser.forget_broken_step()
     objective.before_step()
     total = torch.zeros((), dtype=torch.float32, device=objective.device)
-    before = 0
-    for batch in batches:
-        objective.place(step, before)
+    for batch in objective.placed(step, batches):
         loss = objective.loss(model, batch) / worth
         loss.backward()
         total += loss.detach()
-        before += batch.ids.size if batch.mask is not None else batch.tokens
     extra = penalty() if penalty is not None else None
     if extra is not None:
         extra.backward()

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -120,6 +120,15 @@ class Objective(ABC, Generic[B, D]):
         """Let the next forward pass belong to optimiser step `step`, behind `before` tokens of it."""
         if self.draws is not None:
             self.draws.place(step, before)
+
+    def placed(self, step: int, batches: Iterable[B]) -> Iterator[B]:
+        """The micro-batches of a step in turn, each behind the tokens of those before it; padding counts as tokens."""
+        before = 0
+        for batch in batches:
+            if self.draws is not None:
+                self.place(step, before)
+                before += batch.tokens if batch.mask is None else batch.ids.size
+            yield batch
 
     def run_once(self, model: torch.nn.Module) -> None:
         """Run the model on a few token ids, for whoever watches its layers."""
