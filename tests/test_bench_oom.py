@@ -43,6 +43,7 @@ def test_verdicts(found: Ended, ok: bool, how: str) -> None:
     assert judged.how.startswith(how)
 
 
+@pytest.mark.proof
 def test_the_commands_run_on_a_cpu(tmp_path: Path) -> None:
     config = tiny.llama(hidden_size=32, intermediate_size=32, num_hidden_layers=1, vocab_size=16384)
     config.save_pretrained(tmp_path / "config")
